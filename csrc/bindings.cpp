@@ -1,0 +1,91 @@
+// The Python module, and the schema of every op on one page.
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <map>
+#include <string>
+
+TORCH_LIBRARY(bigramx, m) {
+    // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none.
+    m.def(
+        "embedding_cross_entropy(Tensor idx, Tensor weight, Tensor targets, Tensor? class_weight=None, "
+        "int ignore_index=-100, int reduction=1, float label_smoothing=0.0, float z_loss=0.0, "
+        "int padding_idx=-1, bool sparse=False) -> Tensor");
+
+    // Its two kernels. The gradient of weight is dense, (R, C), with grad_rows empty; or sparse, the rows that
+    // occur, (K, C), and their numbers, (K); or empty where compute_grad is False.
+    m.def(
+        "embedding_cross_entropy_forward(Tensor idx, Tensor weight, Tensor targets, Tensor? class_weight, "
+        "int ignore_index, int reduction, float label_smoothing, float z_loss, int padding_idx, bool sparse, "
+        "bool compute_grad) -> (Tensor loss, Tensor grad_rows, Tensor grad_values)");
+    m.def(
+        "embedding_cross_entropy_backward(Tensor grad_loss, Tensor idx, Tensor weight, Tensor targets, "
+        "Tensor? class_weight, int ignore_index, int reduction, float label_smoothing, float z_loss, "
+        "int padding_idx, bool sparse) -> (Tensor grad_rows, Tensor grad_values)");
+
+    // (V) or (B, V) probabilities -> (num_samples) or (B, num_samples) int64.
+    m.def(
+        "multinomial(Tensor probs, int num_samples, bool replacement=False, *, Generator? generator=None) "
+        "-> Tensor",
+        {at::Tag::nondeterministic_seeded});
+
+    // The chains that follow idx[:, -1]: (B, T) -> (B, max_new_tokens) int64. temperature 0: the likeliest token.
+    // Once all chains have met `stop`, the rest is filled with it.
+    m.def(
+        "generate(Tensor idx, Tensor weight, int max_new_tokens, float temperature=1.0, int? top_k=None, "
+        "float? top_p=None, float? min_p=None, int? stop=None, str sampler=\"torch\", *, "
+        "Generator? generator=None) -> Tensor",
+        {at::Tag::nondeterministic_seeded});
+
+    // (N) tokens -> (V, V) int64: how often token j follows token i.
+    m.def("count_bigrams(Tensor tokens, int vocab_size) -> Tensor");
+
+    // One step of AdamW in place; step counts from 1.
+    m.def(
+        "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+        "Tensor(d!)? max_exp_avg_sq, float step, float lr, float beta1, float beta2, float eps, "
+        "float weight_decay, bool maximize) -> ()");
+}
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "Clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
+
+std::map<std::string, std::string> build_info() {
+    return {{"compiler", kCompiler},
+            {"cpu_capability", at::get_cpu_capability()},
+            {"cuda_architectures", ""},
+            {"torch_version", TORCH_VERSION}};
+}
+
+void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack*) {
+    TORCH_CHECK(false, op.schema().operator_name().name, ": no kernel is built for device ",
+                c10::DeviceTypeName(c10::dispatchKeyToDeviceType(keys.highestPriorityTypeId()), true),
+                "; this build of bigramx has kernels for cpu");
+}
+
+}  // namespace
+
+// Devices without a kernel say so, each by its name.
+#define BIGRAMX_NO_KERNELS(key)                                                                      \
+    TORCH_LIBRARY_IMPL(bigramx, key, m) {                                                            \
+        for (const char* op : {"embedding_cross_entropy_forward", "embedding_cross_entropy_backward", \
+                               "multinomial", "generate", "count_bigrams", "adamw_"}) {              \
+            m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_kernel>());                     \
+        }                                                                                            \
+    }
+BIGRAMX_NO_KERNELS(CUDA)
+BIGRAMX_NO_KERNELS(MPS)
+BIGRAMX_NO_KERNELS(XPU)
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
+    m.def("build_info", &build_info);
+}

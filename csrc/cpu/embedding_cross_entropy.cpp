@@ -1,0 +1,245 @@
+#include "../embedding_cross_entropy.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
+
+namespace bigramx {
+
+// What one call does to every row; plain pointers, all offsets in elements. T is float, or double for float64.
+struct LossJob {
+    const void* weight;  // (R, C)
+    int64_t row_stride;
+    int64_t num_classes;
+    const int64_t* row_begin;  // (R + 1): the pairs of row i are order[row_begin[i]] to order[row_begin[i + 1]]
+    const int64_t* order;      // (N)
+    const int64_t* targets;    // (N)
+    const void* class_weight;  // (C) of T, or null: all ones
+    double class_weight_sum;
+    int64_t ignore_index;
+    int64_t padding_idx;
+    double label_smoothing;
+    double z_loss;
+
+    const int64_t* rows;  // (K), the row of each slot; null: slots are rows
+    bool want_loss;
+    void* losses;             // (N), or null: only their sum is wanted
+    void* gradient;           // (slots, C), or null: not wanted
+    const void* grad_losses;  // (N) of T, or null: all ones
+    double loss_scale;        // that multiplies them
+    double z_loss_scale;
+};
+
+struct LossScratch {
+    void* exponentials;      // (C) of T
+    int32_t* target_counts;  // (C), zero
+};
+
+struct LossSums {
+    double cross_entropy = 0, z_loss = 0;
+
+    LossSums& operator+=(const LossSums& other) {
+        cross_entropy += other.cross_entropy;
+        z_loss += other.z_loss;
+        return *this;
+    }
+};
+
+}  // namespace bigramx
+
+#define BIGRAMX_KERNELS "embedding_cross_entropy_kernels.h"
+#include "for_each_capability.h"
+
+namespace bigramx {
+namespace {
+
+constexpr const char* kName = "embedding_cross_entropy";
+
+// The N pairs, grouped by row: a stable counting sort.
+struct Pairs {
+    at::Tensor row_begin;  // (R + 1) int64
+    at::Tensor order;      // (N) int64
+    int64_t num_targets;   // those that are not ignored
+    double target_weight;  // the sum of their class weights
+    int64_t num_rows;      // distinct rows, ignored pairs included
+};
+
+void check_pairs(const LossInputs& inputs, const LossOptions& options) {
+    const int64_t num_rows = inputs.weight.size(0), num_classes = inputs.weight.size(1);
+    const int64_t* idx = inputs.idx.const_data_ptr<int64_t>();
+    const int64_t* targets = inputs.targets.const_data_ptr<int64_t>();
+    for (int64_t n = 0; n < inputs.idx.numel(); ++n) {
+        TORCH_CHECK_INDEX(idx[n] >= 0 && idx[n] < num_rows, kName, ": index out of range: idx holds ", idx[n],
+                          " at position ", n, ", expected 0 <= idx < ", num_rows);
+        TORCH_CHECK_INDEX((targets[n] >= 0 && targets[n] < num_classes) || targets[n] == options.ignore_index,
+                          kName, ": Target ", targets[n], " is out of bounds: at position ", n,
+                          ", expected 0 <= targets < ", num_classes, " or ignore_index = ",
+                          options.ignore_index);
+    }
+}
+
+double total_class_weight(const LossInputs& inputs, int64_t ignore_index) {
+    const at::Tensor class_weight = inputs.class_weight.to(at::kDouble);
+    const double* weights = class_weight.const_data_ptr<double>();
+    const int64_t* targets = inputs.targets.const_data_ptr<int64_t>();
+    double total = 0;
+    for (int64_t n = 0; n < inputs.targets.numel(); ++n) {
+        if (targets[n] != ignore_index) total += weights[targets[n]];
+    }
+    return total;
+}
+
+Pairs group_pairs(const LossInputs& inputs, const LossOptions& options) {
+    const int64_t num_pairs = inputs.idx.numel(), num_rows = inputs.weight.size(0);
+    check_pairs(inputs, options);
+    const int64_t* idx = inputs.idx.const_data_ptr<int64_t>();
+    const int64_t* targets = inputs.targets.const_data_ptr<int64_t>();
+
+    Pairs pairs{at::zeros({num_rows + 1}, inputs.idx.options()),
+                at::empty({num_pairs}, inputs.idx.options()), 0, 0.0, 0};
+    int64_t* row_begin = pairs.row_begin.data_ptr<int64_t>();
+    for (int64_t n = 0; n < num_pairs; ++n) {
+        ++row_begin[idx[n]];
+        pairs.num_targets += targets[n] != options.ignore_index;
+    }
+    // Each row's end; placing the pairs from the last to the first then moves it down to the row's begin.
+    int64_t end = 0;
+    for (int64_t row = 0; row <= num_rows; ++row) {
+        pairs.num_rows += row_begin[row] > 0;
+        end += row_begin[row];
+        row_begin[row] = end;
+    }
+    int64_t* order = pairs.order.data_ptr<int64_t>();
+    for (int64_t n = num_pairs - 1; n >= 0; --n) order[--row_begin[idx[n]]] = n;
+
+    pairs.target_weight = inputs.class_weight.defined() ? total_class_weight(inputs, options.ignore_index)
+                                                        : static_cast<double>(pairs.num_targets);
+    return pairs;
+}
+
+// The distinct rows, ascending, but the padding row last, where the gradient can do without it.
+at::Tensor occurring_rows(const Pairs& pairs, int64_t padding_idx) {
+    at::Tensor rows = at::empty({pairs.num_rows}, pairs.row_begin.options());
+    const int64_t* row_begin = pairs.row_begin.const_data_ptr<int64_t>();
+    int64_t* begin = rows.data_ptr<int64_t>();
+    int64_t* end = begin;
+    for (int64_t row = 0; row + 1 < pairs.row_begin.numel(); ++row) {
+        if (row_begin[row] < row_begin[row + 1]) *end++ = row;
+    }
+    int64_t* padding = std::find(begin, end, padding_idx);
+    if (padding != end) std::rotate(padding, padding + 1, end);
+    return rows;
+}
+
+at::ScalarType accumulator_of(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+LossJob make_job(const LossInputs& inputs, const LossOptions& options, const Pairs& pairs) {
+    LossJob job{};
+    job.weight = inputs.weight.const_data_ptr();
+    job.row_stride = inputs.weight.stride(0);
+    job.num_classes = inputs.weight.size(1);
+    job.row_begin = pairs.row_begin.const_data_ptr<int64_t>();
+    job.order = pairs.order.const_data_ptr<int64_t>();
+    job.targets = inputs.targets.const_data_ptr<int64_t>();
+    job.class_weight_sum = static_cast<double>(job.num_classes);
+    if (inputs.class_weight.defined()) {
+        job.class_weight = inputs.class_weight.const_data_ptr();
+        job.class_weight_sum = inputs.class_weight.sum().item<double>();
+    }
+    job.ignore_index = options.ignore_index;
+    job.padding_idx = options.padding_idx;
+    job.label_smoothing = options.label_smoothing;
+    job.z_loss = options.z_loss;
+    job.loss_scale = options.reduction == at::Reduction::Mean ? 1.0 / pairs.target_weight : 1.0;
+    job.z_loss_scale = options.reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(pairs.num_targets) : 1.0;
+    return job;
+}
+
+// Runs the job over its slots. The sums are taken over blocks of fixed size, then in order, so that the result does
+// not depend on the number of threads.
+LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) {
+    if (num_slots == 0) return {};
+    constexpr int64_t kBlockElements = 1 << 15;  // enough work to be worth waking a thread
+    const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, job.num_classes));
+    const int64_t num_blocks = (num_slots + block - 1) / block;
+    const int64_t num_threads = num_blocks == 1 ? 1 : at::get_num_threads();
+    const at::Tensor exponentials = at::empty({num_threads, job.num_classes}, at::dtype(accumulator_of(dtype)));
+    const at::Tensor target_counts = at::zeros({num_threads, job.num_classes}, at::dtype(at::kInt));
+    const at::Tensor block_sums = at::empty({num_blocks, 2}, at::dtype(at::kDouble));
+    auto* sums_of_block = reinterpret_cast<LossSums*>(block_sums.data_ptr<double>());
+
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kName, [&] {
+        using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        const auto kernel = BIGRAMX_DISPATCH(process_rows<scalar_t>);
+        at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
+            const int64_t thread = num_threads == 1 ? 0 : at::get_thread_num();
+            const LossScratch scratch{exponentials.data_ptr<T>() + thread * job.num_classes,
+                                      target_counts.data_ptr<int32_t>() + thread * job.num_classes};
+            for (int64_t k = first; k < last; ++k) {
+                sums_of_block[k] = kernel(job, scratch, k * block, std::min(num_slots, (k + 1) * block));
+            }
+        });
+    });
+    LossSums total;
+    for (int64_t k = 0; k < num_blocks; ++k) total += sums_of_block[k];
+    return total;
+}
+
+// Runs the job over the rows that occur, or over all where a dense gradient is wanted.
+LossSums run(LossJob& job, const LossInputs& inputs, const LossOptions& options, const Pairs& pairs,
+             WeightGradient* gradient) {
+    const bool all_rows = gradient != nullptr && !options.sparse;
+    const at::Tensor rows =
+        all_rows ? at::empty({0}, inputs.idx.options()) : occurring_rows(pairs, options.padding_idx);
+    const int64_t num_slots = all_rows ? inputs.weight.size(0) : rows.numel();
+    job.rows = all_rows ? nullptr : rows.const_data_ptr<int64_t>();
+    if (gradient != nullptr) {
+        *gradient = {rows, at::empty({num_slots, job.num_classes}, inputs.weight.options())};
+        job.gradient = gradient->values.data_ptr();
+    }
+    const LossSums sums = run_slots(job, num_slots, inputs.weight.scalar_type());
+    if (gradient != nullptr && options.sparse && num_slots > 0 &&
+        job.rows[num_slots - 1] == options.padding_idx) {
+        *gradient = {rows.narrow(0, 0, num_slots - 1), gradient->values.narrow(0, 0, num_slots - 1)};
+    }
+    return sums;
+}
+
+}  // namespace
+
+at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
+                                       WeightGradient* gradient) {
+    const Pairs pairs = group_pairs(inputs, options);
+    LossJob job = make_job(inputs, options, pairs);
+    job.want_loss = true;
+    at::Tensor losses;
+    if (options.reduction == at::Reduction::None) {
+        losses = at::empty({inputs.idx.numel()}, inputs.weight.options());
+        job.losses = losses.data_ptr();
+    }
+    const LossSums sums = run(job, inputs, options, pairs, gradient);
+    if (losses.defined()) return losses;
+    return at::scalar_tensor(sums.cross_entropy * job.loss_scale + sums.z_loss * job.z_loss_scale,
+                             inputs.weight.options());
+}
+
+WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss, const LossInputs& inputs,
+                                                    const LossOptions& options) {
+    const Pairs pairs = group_pairs(inputs, options);
+    LossJob job = make_job(inputs, options, pairs);
+    at::Tensor grad_losses;
+    if (options.reduction == at::Reduction::None) {
+        grad_losses = grad_loss.reshape(-1).to(accumulator_of(inputs.weight.scalar_type())).contiguous();
+        job.grad_losses = grad_losses.const_data_ptr();
+    } else {
+        job.loss_scale *= grad_loss.item<double>();
+        job.z_loss_scale *= grad_loss.item<double>();
+    }
+    WeightGradient gradient;
+    run(job, inputs, options, pairs, &gradient);
+    return gradient;
+}
+
+}  // namespace bigramx

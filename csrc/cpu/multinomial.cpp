@@ -1,0 +1,97 @@
+#include "../multinomial.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/topk.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "noise.h"
+
+namespace bigramx {
+namespace {
+
+template <typename scalar_t>
+void check_probs(const scalar_t* probs, int64_t num_rows, int64_t vocab_size) {
+    for (int64_t b = 0; b < num_rows; ++b) {
+        bool any_positive = false;
+        for (int64_t j = 0; j < vocab_size; ++j) {
+            const double prob = static_cast<double>(probs[b * vocab_size + j]);
+            TORCH_CHECK(prob >= 0 && prob < std::numeric_limits<double>::infinity(),
+                        "multinomial: probability tensor contains either `inf`, `nan` or element < 0: probs holds ",
+                        prob, " in row ", b, " at position ", j);
+            any_positive |= prob > 0;
+        }
+        TORCH_CHECK(any_positive, "multinomial: invalid multinomial distribution (sum of probabilities <= 0) in row ",
+                    b);
+    }
+}
+
+template <typename scalar_t>
+void sample_one(const at::Tensor& probs, const std::optional<at::Generator>& generator, at::Tensor& samples) {
+    const int64_t num_rows = probs.size(0), vocab_size = probs.size(1);
+    const scalar_t* row = probs.const_data_ptr<scalar_t>();
+    int64_t* tokens = samples.data_ptr<int64_t>();
+    with_noise<scalar_t>(generator, vocab_size, num_rows, [&](auto& noise) {
+        for (int64_t b = 0; b < num_rows; ++b) tokens[b] = noise.sample(row + b * vocab_size);
+    });
+}
+
+// The largest of the ratios probs / q, in order.
+at::Tensor sample_without_replacement(const at::Tensor& probs, int64_t num_samples,
+                                      const std::optional<at::Generator>& generator) {
+    at::Tensor ratios = at::empty_like(probs).exponential_(1, generator);
+    at::div_out(ratios, probs, ratios);
+    return std::get<1>(at::topk(ratios, num_samples));
+}
+
+// Searches the cumulative sums, which are kept in `sum_t`: float32 for 16-bit floats, else the dtype itself, as ATen
+// keeps them; float64 where there are more categories than float32 can count, which ATen refuses.
+template <typename scalar_t, typename sum_t>
+void sample_with_replacement(const at::Tensor& probs, const std::optional<at::Generator>& generator,
+                             at::Tensor& samples) {
+    const int64_t vocab_size = probs.size(1), num_samples = samples.size(1);
+    const at::Tensor cumulative = at::empty({vocab_size}, at::dtype(c10::CppTypeToScalarType<sum_t>::value));
+    sum_t* sums = cumulative.data_ptr<sum_t>();
+    GeneratorStream stream(cpu_generator(generator));
+    for (int64_t b = 0; b < probs.size(0); ++b) {
+        const scalar_t* row = probs.const_data_ptr<scalar_t>() + b * vocab_size;
+        sum_t total = 0;
+        for (int64_t j = 0; j < vocab_size; ++j) sums[j] = total += static_cast<sum_t>(row[j]);
+        for (int64_t j = 0; j < vocab_size; ++j) sums[j] /= total;
+        sums[vocab_size - 1] = 1;
+        int64_t* tokens = samples.data_ptr<int64_t>() + b * num_samples;
+        for (int64_t k = 0; k < num_samples; ++k) {
+            tokens[k] = std::lower_bound(sums, sums + vocab_size, stream.uniform(),
+                                         [](sum_t sum, double u) { return static_cast<double>(sum) < u; }) -
+                        sums;
+        }
+    }
+}
+
+}  // namespace
+
+at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement,
+                           const std::optional<at::Generator>& generator) {
+    constexpr int64_t kFloatCounts = 1 << 24;
+    at::Tensor samples = at::empty({probs.size(0), num_samples}, probs.options().dtype(at::kLong));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), "multinomial", [&] {
+        using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        check_probs(probs.const_data_ptr<scalar_t>(), probs.size(0), probs.size(1));
+        if (num_samples == 1) {
+            sample_one<scalar_t>(probs, generator, samples);
+        } else if (!replacement) {
+            samples = sample_without_replacement(probs, num_samples, generator);
+        } else if (probs.size(1) <= kFloatCounts) {
+            sample_with_replacement<scalar_t, sum_t>(probs, generator, samples);
+        } else {
+            sample_with_replacement<scalar_t, double>(probs, generator, samples);
+        }
+    });
+    return samples;
+}
+
+}  // namespace bigramx

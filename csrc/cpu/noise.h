@@ -1,0 +1,159 @@
+// The noise that torch.multinomial draws: token = argmax_j probs[j] / q[j], q exponentially distributed.
+//
+// ATen's serial kernel makes q[j] = -log1p(-u) in float64, rounded to the dtype, from one 64-bit draw an element.
+// ReplayedNoise makes the same draws, but takes the logarithm only where probs[j] can still win: q >= u, so
+// probs / q <= probs / u. Other builds of ATen fill q by a library; DrawnNoise then asks ATen for it.
+#pragma once
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <optional>
+
+namespace bigramx {
+
+inline at::CPUGeneratorImpl* cpu_generator(const std::optional<at::Generator>& generator) {
+    return at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+}
+
+// Holds the generator while it lives, and leaves it advanced by what was drawn.
+class GeneratorStream {
+  public:
+    explicit GeneratorStream(at::CPUGeneratorImpl* generator)
+        : generator_(generator), lock_(generator->mutex_), engine_(generator->engine()) {}
+    ~GeneratorStream() { generator_->set_engine(engine_); }
+    GeneratorStream(const GeneratorStream&) = delete;
+    GeneratorStream& operator=(const GeneratorStream&) = delete;
+
+    // [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>.
+    double uniform() {
+        const uint64_t high = engine_();
+        const uint64_t bits = high << 32 | engine_();
+        return static_cast<double>(bits & ((1ull << 53) - 1)) * 0x1p-53;
+    }
+
+  private:
+    at::CPUGeneratorImpl* generator_;
+    std::lock_guard<std::mutex> lock_;
+    at::mt19937 engine_;
+};
+
+// argmax as ATen takes it: the first of equals, and a NaN (0 / 0) before all.
+template <typename scalar_t>
+class BestRatio {
+  public:
+    void offer(int64_t token, scalar_t prob, scalar_t noise) {
+        const scalar_t ratio = prob / noise;
+        if (ratio > best_ || (ratio != ratio && best_ == best_)) {
+            best_ = ratio;
+            token_ = token;
+        }
+    }
+
+    scalar_t best() const { return best_; }
+    int64_t token() const { return token_; }
+
+  private:
+    scalar_t best_ = -1;
+    int64_t token_ = 0;
+};
+
+template <typename scalar_t>
+class ReplayedNoise {
+  public:
+    ReplayedNoise(at::CPUGeneratorImpl* generator, int64_t vocab_size)
+        : stream_(generator), vocab_size_(vocab_size) {}
+
+    int64_t sample(const scalar_t* probs) {
+        BestRatio<scalar_t> winner;
+        double bound = bound_of(winner.best());
+        for (int64_t j = 0; j < vocab_size_; ++j) {
+            const double u = stream_.uniform();
+            if (static_cast<double>(probs[j]) >= bound * u) {
+                winner.offer(j, probs[j], static_cast<scalar_t>(-std::log1p(-u)));
+                bound = bound_of(winner.best());
+            }
+        }
+        return winner.token();
+    }
+
+  private:
+    // prob / u must reach this bound to win: the best so far, less what rounding of q and of the ratio may hide.
+    // Coarse types and subnormal ratios round by more, and are always computed.
+    static double bound_of(scalar_t best) {
+        constexpr bool coarse = sizeof(scalar_t) < sizeof(float);
+        if (coarse || best < 1e-30) return best == best ? -1.0 : std::numeric_limits<double>::quiet_NaN();
+        return static_cast<double>(best) * (1 - 4 * static_cast<double>(std::numeric_limits<scalar_t>::epsilon()));
+    }
+
+    GeneratorStream stream_;
+    int64_t vocab_size_;
+};
+
+template <typename scalar_t>
+class DrawnNoise {
+  public:
+    // ATen's draws depend on the size of the tensor: `rows_per_draw` samples share one.
+    DrawnNoise(const std::optional<at::Generator>& generator, int64_t vocab_size, int64_t rows_per_draw)
+        : generator_(generator),
+          noise_(at::empty({rows_per_draw, vocab_size}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value))),
+          vocab_size_(vocab_size),
+          next_row_(rows_per_draw) {}
+
+    int64_t sample(const scalar_t* probs) {
+        if (next_row_ == noise_.size(0)) {
+            noise_.exponential_(1, generator_);
+            next_row_ = 0;
+        }
+        const scalar_t* noise = noise_.template const_data_ptr<scalar_t>() + next_row_++ * vocab_size_;
+        BestRatio<scalar_t> winner;
+        for (int64_t j = 0; j < vocab_size_; ++j) winner.offer(j, probs[j], noise[j]);
+        return winner.token();
+    }
+
+  private:
+    std::optional<at::Generator> generator_;
+    at::Tensor noise_;
+    int64_t vocab_size_;
+    int64_t next_row_;
+};
+
+// Whether this build of ATen draws exponential noise as ReplayedNoise does: compared once a dtype, on a generator
+// of our own.
+template <typename scalar_t>
+bool replays_exponential() {
+    static const bool same = [] {
+        constexpr int64_t kSize = 1000, kCalls = 2;
+        at::Generator drawn = at::detail::createCPUGenerator(), replayed = at::detail::createCPUGenerator();
+        GeneratorStream stream(at::check_generator<at::CPUGeneratorImpl>(replayed));
+        for (int64_t call = 0; call < kCalls; ++call) {
+            const at::Tensor noise = at::empty({kSize}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value));
+            noise.exponential_(1, drawn);
+            const scalar_t* q = noise.const_data_ptr<scalar_t>();
+            for (int64_t j = 0; j < kSize; ++j) {
+                if (q[j] != static_cast<scalar_t>(-std::log1p(-stream.uniform()))) return false;
+            }
+        }
+        return true;
+    }();
+    return same;
+}
+
+// Calls draw(noise) with the kind of noise that makes this build of ATen's draws.
+template <typename scalar_t, typename Draw>
+void with_noise(const std::optional<at::Generator>& generator, int64_t vocab_size, int64_t rows_per_draw,
+                const Draw& draw) {
+    if (replays_exponential<scalar_t>()) {
+        ReplayedNoise<scalar_t> noise(cpu_generator(generator), vocab_size);
+        draw(noise);
+    } else {
+        DrawnNoise<scalar_t> noise(generator, vocab_size, rows_per_draw);
+        draw(noise);
+    }
+}
+
+}  // namespace bigramx

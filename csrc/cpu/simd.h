@@ -1,0 +1,188 @@
+// The few vector primitives that the CPU kernels share, for the capability that is being compiled
+// (for_each_capability.h includes this file once for each; hence no include guard).
+//
+// Vectors are the compilers' own vector types: arithmetic, comparison and selection are operators, and only
+// what they lack, the conversion of 16-bit floats, is an intrinsic. A lane holds the accumulator of a table's
+// dtype: float for float32, bfloat16 and float16, double for float64.
+
+namespace bigramx::BIGRAMX_CAPABILITY {
+
+template <typename T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(BIGRAMX_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int64_t kLanes = BIGRAMX_VECTOR_BYTES / sizeof(T);
+
+template <typename scalar_t>
+using Accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T>
+inline Vector<T> broadcast(T value) {
+    return value - Vector<T>{};
+}
+
+// ------------------------------------------------------------------------------------- load and store
+
+inline Vector<float> load(const float* from) {
+    Vector<float> to;
+    std::memcpy(&to, from, sizeof(to));
+    return to;
+}
+
+inline Vector<double> load(const double* from) {
+    Vector<double> to;
+    std::memcpy(&to, from, sizeof(to));
+    return to;
+}
+
+using Bits = Vector<uint32_t>;
+typedef uint16_t HalfBits __attribute__((vector_size(BIGRAMX_VECTOR_BYTES / 2)));
+
+inline Vector<float> load(const c10::BFloat16* from) {
+    HalfBits bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Bits) << 16);
+}
+
+inline void store(float* to, Vector<float> from) { std::memcpy(to, &from, sizeof(from)); }
+
+inline void store(double* to, Vector<double> from) { std::memcpy(to, &from, sizeof(from)); }
+
+// Rounds to nearest, ties to even; a NaN stays one.
+inline void store(c10::BFloat16* to, Vector<float> from) {
+    const Bits bits = reinterpret_cast<Bits>(from);
+    const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const Bits quiet_nan = Bits{} + 0x7FC0;
+    const HalfBits result = __builtin_convertvector(from == from ? rounded : quiet_nan, HalfBits);
+    std::memcpy(to, &result, sizeof(result));
+}
+
+inline Vector<float> load(const c10::Half* from) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<Vector<float>>(_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    Vector<float> to;
+    for (int64_t lane = 0; lane < kLanes<float>; ++lane) to[lane] = from[lane];
+    return to;
+#endif
+}
+
+inline void store(c10::Half* to, Vector<float> from) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_maskz_cvtps_ph(0xFFFF, reinterpret_cast<__m512>(from), _MM_FROUND_TO_NEAREST_INT));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(reinterpret_cast<__m256>(from), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int64_t lane = 0; lane < kLanes<float>; ++lane) to[lane] = from[lane];
+#endif
+}
+
+// The last `count` < kLanes elements of a row; the lanes beyond them hold `fill`.
+template <typename scalar_t, typename T = Accumulator<scalar_t>>
+inline Vector<T> load_tail(const scalar_t* from, int64_t count, T fill) {
+    alignas(BIGRAMX_VECTOR_BYTES) T lanes[kLanes<T>];
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        lanes[lane] = lane < count ? static_cast<T>(from[lane]) : fill;
+    }
+    return load(lanes);
+}
+
+template <typename scalar_t, typename T = Accumulator<scalar_t>>
+inline void store_tail(scalar_t* to, Vector<T> from, int64_t count) {
+    scalar_t lanes[kLanes<T>];
+    store(lanes, from);
+    std::copy(lanes, lanes + count, to);
+}
+
+// The part of a row that one vector holds: `count` elements from `begin` on.
+template <typename T>
+struct Lanes {
+    int64_t begin;
+    int64_t count;
+
+    template <typename scalar_t>
+    Vector<T> load(const scalar_t* row, T fill) const {
+        return count == kLanes<T> ? BIGRAMX_CAPABILITY::load(row + begin) : load_tail(row + begin, count, fill);
+    }
+
+    template <typename scalar_t>
+    void store(scalar_t* row, Vector<T> vector) const {
+        if (count == kLanes<T>) {
+            BIGRAMX_CAPABILITY::store(row + begin, vector);
+        } else {
+            store_tail(row + begin, vector, count);
+        }
+    }
+};
+
+// Calls visit(lanes) for each part of a row of `size` elements.
+template <typename T, typename Visit>
+inline __attribute__((always_inline)) void for_each_vector(int64_t size, const Visit& visit) {
+    int64_t begin = 0;
+    for (; begin + kLanes<T> <= size; begin += kLanes<T>) visit(Lanes<T>{begin, kLanes<T>});
+    if (begin < size) visit(Lanes<T>{begin, size - begin});
+}
+
+// ------------------------------------------------------------------------------------------ arithmetic
+
+template <typename V>
+inline V max(V a, V b) {
+    return a > b ? a : b;
+}
+
+template <typename T, typename V>
+inline T horizontal_max(V vector) {
+    T result = vector[0];
+    for (int64_t lane = 1; lane < kLanes<T>; ++lane) result = result > vector[lane] ? result : vector[lane];
+    return result;
+}
+
+template <typename T, typename V>
+inline T horizontal_sum(V vector) {
+    T result = 0;
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) result += vector[lane];
+    return result;
+}
+
+// e^x to 2 ulp over all of float32, infinities, NaN and subnormal results included.
+//
+// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); 2^n in two factors, since n alone may
+// reach beyond the exponents of normal numbers.
+inline Vector<float> exp(Vector<float> x) {
+    const Vector<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
+    x = x < lowest ? lowest : x;
+    x = x > highest ? highest : x;
+
+    const float to_integer = 0x1.8p23f;  // adding it leaves no bits for a fraction
+    const Vector<float> n = (x * 0x1.715476p0f + to_integer) - to_integer;
+    const Vector<float> r = (x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
+
+    Vector<float> series = broadcast(1.9875691500e-4f);
+    series = series * r + 1.3981999507e-3f;
+    series = series * r + 8.3334519073e-3f;
+    series = series * r + 4.1665795894e-2f;
+    series = series * r + 1.6666665459e-1f;
+    series = series * r + 5.0000001201e-1f;
+    const Vector<float> e_r = series * (r * r) + r + 1.0f;
+
+    using Integers = Vector<int32_t>;
+    const Integers exponent = __builtin_convertvector(n, Integers);
+    const Integers half = exponent >> 1;
+    const auto power_of_two = [](Integers e) { return reinterpret_cast<Vector<float>>((e + 127) << 23); };
+    return e_r * power_of_two(half) * power_of_two(exponent - half);
+}
+
+inline Vector<double> exp(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+    return x;
+}
+
+}  // namespace bigramx::BIGRAMX_CAPABILITY

@@ -1,0 +1,46 @@
+// Embedding lookup and cross entropy in one: loss_n = lse[idx_n] - weight[idx_n, targets_n].
+//
+// Only R distinct rows of logits exist, so the work is O(min(N, R) * C + N), not O(N * C), and no (N, C) tensor
+// is made. The gradient row is written while its logits are in cache, in the forward pass.
+#pragma once
+
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace bigramx {
+
+constexpr int64_t kNoPadding = -1;
+
+struct LossOptions {
+    int64_t ignore_index;
+    int64_t reduction;  // at::Reduction
+    double label_smoothing;
+    double z_loss;
+    int64_t padding_idx;  // kNoPadding: none
+    bool sparse;          // the gradient: only the rows that occur
+};
+
+struct LossInputs {
+    at::Tensor idx;           // (N) int64, contiguous
+    at::Tensor weight;        // (R, C), unit stride along a row
+    at::Tensor targets;       // (N) int64, contiguous
+    at::Tensor class_weight;  // (C) float64, contiguous; undefined: all ones
+};
+
+// The gradient of `weight`: dense (R, C) with `rows` empty, or the rows that occur, (K, C), and their numbers (K).
+struct WeightGradient {
+    at::Tensor rows;
+    at::Tensor values;
+};
+
+// The loss, () or for no reduction (N), in weight's dtype; into `gradient`, where given, the gradient of the loss.
+at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
+                                       WeightGradient* gradient);
+
+// The gradient of `weight` for the gradient of the loss, () or (N).
+WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss, const LossInputs& inputs,
+                                                    const LossOptions& options);
+
+}  // namespace bigramx
