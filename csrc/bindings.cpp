@@ -9,18 +9,20 @@
 #include <string>
 
 TORCH_LIBRARY(bigramx, m) {
-    // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none.
+    // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none. logits: (N, C), or (0) where
+    // return_logits is False.
     m.def(
         "embedding_cross_entropy(Tensor idx, Tensor weight, Tensor targets, Tensor? class_weight=None, "
         "int ignore_index=-100, int reduction=1, float label_smoothing=0.0, float z_loss=0.0, "
-        "int padding_idx=-1, bool sparse=False) -> Tensor");
+        "int padding_idx=-1, bool sparse=False, bool return_logits=False) -> (Tensor loss, Tensor logits)");
 
     // Its two kernels. The gradient of weight is dense, (R, C), with grad_rows empty; or sparse, the rows that
     // occur, (K, C), and their numbers, (K); or empty where compute_grad is False.
     m.def(
         "embedding_cross_entropy_forward(Tensor idx, Tensor weight, Tensor targets, Tensor? class_weight, "
         "int ignore_index, int reduction, float label_smoothing, float z_loss, int padding_idx, bool sparse, "
-        "bool compute_grad) -> (Tensor loss, Tensor grad_rows, Tensor grad_values)");
+        "bool return_logits, bool compute_grad) "
+        "-> (Tensor loss, Tensor logits, Tensor grad_rows, Tensor grad_values)");
     m.def(
         "embedding_cross_entropy_backward(Tensor grad_loss, Tensor idx, Tensor weight, Tensor targets, "
         "Tensor? class_weight, int ignore_index, int reduction, float label_smoothing, float z_loss, "

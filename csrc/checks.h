@@ -42,9 +42,9 @@ inline void check_square(const char* op, const char* name, const at::Tensor& ten
                 "' must be square, one row of V logits for each of V tokens; got shape ", tensor.sizes());
 }
 
-// (...) of the allowed integer dtypes -> contiguous (N) int64. Copies only where it must.
-inline at::Tensor flat_int64(const at::Tensor& tensor) {
-    return tensor.to(at::kLong).contiguous().view(-1);
+// Any shape of the allowed integer dtypes -> contiguous int64. Copies only where it must.
+inline at::Tensor contiguous_int64(const at::Tensor& tensor) {
+    return (tensor.scalar_type() == at::kLong ? tensor : tensor.to(at::kLong)).contiguous();
 }
 
 }  // namespace bigramx

@@ -1,10 +1,11 @@
 #include "embedding_cross_entropy.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_unsafe.h>
+#include <ATen/ops/embedding_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -62,22 +63,26 @@ LossInputs prepare(const at::Tensor& idx, const at::Tensor& weight, const at::Te
                    const std::optional<at::Tensor>& class_weight) {
     const bool unit_stride = weight.size(1) <= 1 || weight.stride(1) == 1;
     const at::ScalarType accumulator = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    return {flat_int64(idx), unit_stride ? weight : weight.contiguous(), flat_int64(targets),
+    return {contiguous_int64(idx), unit_stride ? weight : weight.contiguous(), contiguous_int64(targets),
             class_weight.has_value() ? class_weight->to(accumulator).contiguous() : at::Tensor()};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_op_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op_cpu(
     const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
     const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool compute_grad) {
+    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits,
+    bool compute_grad) {
     const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
     check_tensors(idx, weight, targets, class_weight);
     check_options(options, weight.size(0));
-    WeightGradient gradient{at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
-    at::Tensor loss = embedding_cross_entropy_cpu(prepare(idx, weight, targets, class_weight), options,
-                                                  compute_grad ? &gradient : nullptr);
-    if (reduction == at::Reduction::None) loss = loss.view(targets.sizes());
-    return {loss, gradient.rows, gradient.values};
+    const LossInputs inputs = prepare(idx, weight, targets, class_weight);
+    at::Tensor logits;
+    WeightGradient gradient;
+    const at::Tensor loss = embedding_cross_entropy_cpu(
+        inputs, options, {compute_grad ? &gradient : nullptr, return_logits ? &logits : nullptr});
+    if (!return_logits) logits = at::empty({0}, weight.options());
+    if (!compute_grad) gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
+    return {loss, logits, gradient.rows, gradient.values};
 }
 
 std::tuple<at::Tensor, at::Tensor> backward_op_cpu(const at::Tensor& grad_loss, const at::Tensor& idx,
@@ -107,12 +112,14 @@ struct LossArguments {
     at::Tensor idx, weight, targets;
     std::optional<at::Tensor> class_weight;
     LossOptions options;
+    bool return_logits = false;
 
-    std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(bool compute_grad) const {
+    // loss, logits, grad_rows, grad_values
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(bool compute_grad) const {
         static const auto op = find_op("bigramx::embedding_cross_entropy_forward").typed<decltype(forward_op_cpu)>();
         return op.call(idx, weight, targets, class_weight, options.ignore_index, options.reduction,
                        options.label_smoothing, options.z_loss, options.padding_idx, options.sparse,
-                       compute_grad);
+                       return_logits, compute_grad);
     }
 
     std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss) const {
@@ -155,34 +162,41 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     }
 };
 
+// (weight, arguments) -> (loss, logits). The tensors among the arguments are hidden in their struct: none of them is
+// differentiable.
 struct LossFunction : torch::autograd::Function<LossFunction> {
-    static at::Tensor forward(AutogradContext* ctx, const at::Tensor& weight, const at::Tensor& idx,
-                              const at::Tensor& targets, const std::optional<at::Tensor>& class_weight,
-                              const LossOptions& options) {
+    static variable_list forward(AutogradContext* ctx, const at::Tensor& weight, const LossArguments& arguments) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        const LossArguments arguments{idx, weight, targets, class_weight, options};
+        const LossOptions& options = arguments.options;
         const bool compute_grad =
             options.reduction != at::Reduction::None && (may_scale(weight) || !is_traced(weight));
-        const auto [loss, grad_rows, grad_values] = arguments.forward(compute_grad);
+        const auto [loss, logits, grad_rows, grad_values] = arguments.forward(compute_grad);
         if (compute_grad) {
             ctx->saved_data["gradient"] = assemble({grad_rows, grad_values}, weight, options.sparse);
         }
         save_options(ctx, options);
-        ctx->save_for_backward({weight, idx, targets, class_weight.value_or(at::Tensor())});
-        return loss;
+        ctx->save_for_backward(
+            {weight, arguments.idx, arguments.targets, arguments.class_weight.value_or(at::Tensor())});
+        ctx->set_materialize_grads(false);
+        return {loss, logits};
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
         const at::Tensor& grad_loss = grad_outputs[0];
+        const at::Tensor& grad_logits = grad_outputs[1];
         at::Tensor gradient;
         if (grad_loss.defined()) {
-            at::NoGradGuard no_grad;
+            const at::NoGradGuard no_grad;
             gradient = grad_weight(ctx, grad_loss);
         }
         if (gradient.defined() && at::GradMode::is_enabled()) {
             gradient = OnceDifferentiable::apply(gradient, grad_loss, ctx->get_saved_variables()[0]);
         }
-        return {gradient, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+        if (grad_logits.defined()) {
+            const at::Tensor through_logits = embedding_gradient(ctx, grad_logits);
+            gradient = gradient.defined() ? gradient + through_logits : through_logits;
+        }
+        return {gradient, at::Tensor()};
     }
 
   private:
@@ -196,6 +210,13 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         }
         const LossArguments arguments = saved_arguments(ctx);
         return assemble(arguments.backward(grad_loss), arguments.weight, arguments.options.sparse);
+    }
+
+    static at::Tensor embedding_gradient(AutogradContext* ctx, const at::Tensor& grad_logits) {
+        const LossArguments arguments = saved_arguments(ctx);
+        return at::embedding_backward_symint(grad_logits, arguments.idx.reshape(-1), arguments.weight.sym_size(0),
+                                             arguments.options.padding_idx, /*scale_grad_by_freq=*/false,
+                                             arguments.options.sparse);
     }
 
     static at::Tensor take_gradient(AutogradContext* ctx) {
@@ -228,15 +249,18 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     }
 };
 
-at::Tensor embedding_cross_entropy(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-                                   const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
-                                   int64_t reduction, double label_smoothing, double z_loss,
-                                   int64_t padding_idx, bool sparse) {
+std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
+    const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
+    const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
+    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits) {
     const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
-    if (at::GradMode::is_enabled() && weight.requires_grad()) {
-        return LossFunction::apply(weight, idx, targets, class_weight, options);
+    const LossArguments arguments{idx, weight, targets, class_weight, options, return_logits};
+    if (!at::GradMode::is_enabled() || !weight.requires_grad()) {
+        const auto [loss, logits, grad_rows, grad_values] = arguments.forward(/*compute_grad=*/false);
+        return {loss, logits};
     }
-    return std::get<0>(LossArguments{idx, weight, targets, class_weight, options}.forward(false));
+    variable_list outputs = LossFunction::apply(weight, arguments);
+    return {std::move(outputs[0]), std::move(outputs[1])};
 }
 
 TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) {

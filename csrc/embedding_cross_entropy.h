@@ -23,21 +23,27 @@ struct LossOptions {
 };
 
 struct LossInputs {
-    at::Tensor idx;           // (N) int64, contiguous
+    at::Tensor idx;           // N elements, int64, contiguous
     at::Tensor weight;        // (R, C), unit stride along a row
-    at::Tensor targets;       // (N) int64, contiguous
-    at::Tensor class_weight;  // (C) float64, contiguous; undefined: all ones
+    at::Tensor targets;       // N elements, int64, contiguous
+    at::Tensor class_weight;  // (C) float32, or float64 as weight is, contiguous; undefined: all ones
 };
 
-// The gradient of `weight`: dense (R, C) with `rows` empty, or the rows that occur, (K, C), and their numbers (K).
+// The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their numbers (K).
 struct WeightGradient {
     at::Tensor rows;
     at::Tensor values;
 };
 
-// The loss, () or for no reduction (N), in weight's dtype; into `gradient`, where given, the gradient of the loss.
+// What the forward pass shall make besides the loss, each where it is not null.
+struct LossExtras {
+    WeightGradient* gradient;  // of the loss
+    at::Tensor* logits;        // (N, C): weight[idx]
+};
+
+// The loss, () or for no reduction of the shape of targets, in weight's dtype.
 at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
-                                       WeightGradient* gradient);
+                                       const LossExtras& extras);
 
 // The gradient of `weight` for the gradient of the loss, () or (N).
 WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss, const LossInputs& inputs,

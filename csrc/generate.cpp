@@ -63,7 +63,7 @@ void check_idx(const at::Tensor& idx, const at::Tensor& weight) {
     TORCH_CHECK(idx.dim() == 2, kName, ": expected idx to be 2-D, (B, T), got shape ", idx.sizes());
     TORCH_CHECK_INDEX(idx.size(1) > 0 || idx.size(0) == 0, kName,
                       ": expected idx to hold at least one token a sequence, got shape ", idx.sizes());
-    const at::Tensor tokens = flat_int64(idx);
+    const at::Tensor tokens = contiguous_int64(idx);
     const int64_t* token = tokens.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < tokens.numel(); ++n) {
         TORCH_CHECK_INDEX(token[n] >= 0 && token[n] < weight.size(0), kName, ": index out of range: idx holds ",
@@ -82,7 +82,7 @@ at::Tensor generate_op_cpu(const at::Tensor& idx, const at::Tensor& weight, int6
     check_idx(idx, weight);
     TORCH_CHECK_VALUE(max_new_tokens >= 0, kName, ": expected max_new_tokens >= 0, got ", max_new_tokens);
     const at::Tensor starts = idx.size(0) > 0 ? idx.select(1, -1) : idx.reshape({0});
-    return generate_cpu(flat_int64(starts), weight, max_new_tokens, options, generator);
+    return generate_cpu(contiguous_int64(starts), weight, max_new_tokens, options, generator);
 }
 
 TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl("generate", &generate_op_cpu); }

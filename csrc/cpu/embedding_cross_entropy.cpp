@@ -4,7 +4,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros.h>
+
+#include "buffer.h"
+#include "huge_pages.h"
 
 namespace bigramx {
 
@@ -26,14 +28,17 @@ struct LossJob {
     const int64_t* rows;  // (K), the row of each slot; null: slots are rows
     bool want_loss;
     void* losses;             // (N), or null: only their sum is wanted
+    void* logits;             // (N, C), or null: not wanted
     void* gradient;           // (slots, C), or null: not wanted
     const void* grad_losses;  // (N) of T, or null: all ones
     double loss_scale;        // that multiplies them
     double z_loss_scale;
 };
 
+constexpr int64_t kScratchPadding = 16;  // lanes of the widest vector
+
 struct LossScratch {
-    void* exponentials;      // (C) of T
+    void* exponentials;      // (C) of T, padded to a multiple of kScratchPadding
     int32_t* target_counts;  // (C), zero
 };
 
@@ -59,11 +64,11 @@ constexpr const char* kName = "embedding_cross_entropy";
 
 // The N pairs, grouped by row: a stable counting sort.
 struct Pairs {
-    at::Tensor row_begin;  // (R + 1) int64
-    at::Tensor order;      // (N) int64
-    int64_t num_targets;   // those that are not ignored
-    double target_weight;  // the sum of their class weights
-    int64_t num_rows;      // distinct rows, ignored pairs included
+    Buffer<int64_t> row_begin;  // (R + 1)
+    Buffer<int64_t> order;      // (N)
+    int64_t num_targets = 0;    // those that are not ignored
+    double target_weight = 0;   // the sum of their class weights
+    int64_t num_rows = 0;       // distinct rows, ignored pairs included
 };
 
 void check_pairs(const LossInputs& inputs, const LossOptions& options) {
@@ -97,9 +102,8 @@ Pairs group_pairs(const LossInputs& inputs, const LossOptions& options) {
     const int64_t* idx = inputs.idx.const_data_ptr<int64_t>();
     const int64_t* targets = inputs.targets.const_data_ptr<int64_t>();
 
-    Pairs pairs{at::zeros({num_rows + 1}, inputs.idx.options()),
-                at::empty({num_pairs}, inputs.idx.options()), 0, 0.0, 0};
-    int64_t* row_begin = pairs.row_begin.data_ptr<int64_t>();
+    Pairs pairs{Buffer<int64_t>::zeros(num_rows + 1), Buffer<int64_t>(num_pairs)};
+    int64_t* row_begin = pairs.row_begin.begin();
     for (int64_t n = 0; n < num_pairs; ++n) {
         ++row_begin[idx[n]];
         pairs.num_targets += targets[n] != options.ignore_index;
@@ -111,8 +115,7 @@ Pairs group_pairs(const LossInputs& inputs, const LossOptions& options) {
         end += row_begin[row];
         row_begin[row] = end;
     }
-    int64_t* order = pairs.order.data_ptr<int64_t>();
-    for (int64_t n = num_pairs - 1; n >= 0; --n) order[--row_begin[idx[n]]] = n;
+    for (int64_t n = num_pairs - 1; n >= 0; --n) pairs.order[--row_begin[idx[n]]] = n;
 
     pairs.target_weight = inputs.class_weight.defined() ? total_class_weight(inputs, options.ignore_index)
                                                         : static_cast<double>(pairs.num_targets);
@@ -121,12 +124,11 @@ Pairs group_pairs(const LossInputs& inputs, const LossOptions& options) {
 
 // The distinct rows, ascending, but the padding row last, where the gradient can do without it.
 at::Tensor occurring_rows(const Pairs& pairs, int64_t padding_idx) {
-    at::Tensor rows = at::empty({pairs.num_rows}, pairs.row_begin.options());
-    const int64_t* row_begin = pairs.row_begin.const_data_ptr<int64_t>();
+    at::Tensor rows = at::empty({pairs.num_rows}, at::dtype(at::kLong));
     int64_t* begin = rows.data_ptr<int64_t>();
     int64_t* end = begin;
-    for (int64_t row = 0; row + 1 < pairs.row_begin.numel(); ++row) {
-        if (row_begin[row] < row_begin[row + 1]) *end++ = row;
+    for (int64_t row = 0; row + 1 < pairs.row_begin.size(); ++row) {
+        if (pairs.row_begin[row] < pairs.row_begin[row + 1]) *end++ = row;
     }
     int64_t* padding = std::find(begin, end, padding_idx);
     if (padding != end) std::rotate(padding, padding + 1, end);
@@ -140,8 +142,8 @@ LossJob make_job(const LossInputs& inputs, const LossOptions& options, const Pai
     job.weight = inputs.weight.const_data_ptr();
     job.row_stride = inputs.weight.stride(0);
     job.num_classes = inputs.weight.size(1);
-    job.row_begin = pairs.row_begin.const_data_ptr<int64_t>();
-    job.order = pairs.order.const_data_ptr<int64_t>();
+    job.row_begin = pairs.row_begin.begin();
+    job.order = pairs.order.begin();
     job.targets = inputs.targets.const_data_ptr<int64_t>();
     job.class_weight_sum = static_cast<double>(job.num_classes);
     if (inputs.class_weight.defined()) {
@@ -165,25 +167,25 @@ LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) 
     const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, job.num_classes));
     const int64_t num_blocks = (num_slots + block - 1) / block;
     const int64_t num_threads = num_blocks == 1 ? 1 : at::get_num_threads();
-    const at::Tensor exponentials = at::empty({num_threads, job.num_classes}, at::dtype(accumulator_of(dtype)));
-    const at::Tensor target_counts = at::zeros({num_threads, job.num_classes}, at::dtype(at::kInt));
-    const at::Tensor block_sums = at::empty({num_blocks, 2}, at::dtype(at::kDouble));
-    auto* sums_of_block = reinterpret_cast<LossSums*>(block_sums.data_ptr<double>());
+    const Buffer<int32_t> target_counts = Buffer<int32_t>::zeros(num_threads * job.num_classes);
+    const Buffer<LossSums> sums_of_block(num_blocks);
 
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kName, [&] {
         using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
         const auto kernel = BIGRAMX_DISPATCH(process_rows<scalar_t>);
+        const int64_t padded = (job.num_classes + kScratchPadding - 1) / kScratchPadding * kScratchPadding;
+        const Buffer<T> exponentials(num_threads * padded);
         at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
             const int64_t thread = num_threads == 1 ? 0 : at::get_thread_num();
-            const LossScratch scratch{exponentials.data_ptr<T>() + thread * job.num_classes,
-                                      target_counts.data_ptr<int32_t>() + thread * job.num_classes};
+            const LossScratch scratch{exponentials.begin() + thread * padded,
+                                      target_counts.begin() + thread * job.num_classes};
             for (int64_t k = first; k < last; ++k) {
                 sums_of_block[k] = kernel(job, scratch, k * block, std::min(num_slots, (k + 1) * block));
             }
         });
     });
     LossSums total;
-    for (int64_t k = 0; k < num_blocks; ++k) total += sums_of_block[k];
+    for (const LossSums& sums : sums_of_block) total += sums;
     return total;
 }
 
@@ -191,12 +193,13 @@ LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) 
 LossSums run(LossJob& job, const LossInputs& inputs, const LossOptions& options, const Pairs& pairs,
              WeightGradient* gradient) {
     const bool all_rows = gradient != nullptr && !options.sparse;
-    const at::Tensor rows =
-        all_rows ? at::empty({0}, inputs.idx.options()) : occurring_rows(pairs, options.padding_idx);
+    const at::Tensor rows = all_rows ? at::empty({0}, at::dtype(at::kLong))
+                                     : occurring_rows(pairs, options.padding_idx);
     const int64_t num_slots = all_rows ? inputs.weight.size(0) : rows.numel();
     job.rows = all_rows ? nullptr : rows.const_data_ptr<int64_t>();
     if (gradient != nullptr) {
         *gradient = {rows, at::empty({num_slots, job.num_classes}, inputs.weight.options())};
+        advise_huge_pages(gradient->values);
         job.gradient = gradient->values.data_ptr();
     }
     const LossSums sums = run_slots(job, num_slots, inputs.weight.scalar_type());
@@ -210,16 +213,20 @@ LossSums run(LossJob& job, const LossInputs& inputs, const LossOptions& options,
 }  // namespace
 
 at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
-                                       WeightGradient* gradient) {
+                                       const LossExtras& extras) {
     const Pairs pairs = group_pairs(inputs, options);
     LossJob job = make_job(inputs, options, pairs);
     job.want_loss = true;
     at::Tensor losses;
     if (options.reduction == at::Reduction::None) {
-        losses = at::empty({inputs.idx.numel()}, inputs.weight.options());
+        losses = at::empty(inputs.targets.sizes(), inputs.weight.options());
         job.losses = losses.data_ptr();
     }
-    const LossSums sums = run(job, inputs, options, pairs, gradient);
+    if (extras.logits != nullptr) {
+        *extras.logits = at::empty({inputs.idx.numel(), job.num_classes}, inputs.weight.options());
+        job.logits = extras.logits->data_ptr();
+    }
+    const LossSums sums = run(job, inputs, options, pairs, extras.gradient);
     if (losses.defined()) return losses;
     return at::scalar_tensor(sums.cross_entropy * job.loss_scale + sums.z_loss * job.z_loss_scale,
                              inputs.weight.options());

@@ -26,7 +26,8 @@ class RowKernel {
         LossSums sums;
         if (begin_ < end_) {
             exponentiate();
-            sums = job_.want_loss ? losses() : LossSums();
+            if (job_.want_loss) sums = losses();
+            if (job_.logits != nullptr) copy_logits();
         }
         if (gradient != nullptr) write_gradient(row, gradient);
         return sums;
@@ -45,8 +46,8 @@ class RowKernel {
         Vector<T> sums = broadcast(T(0));
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
             const Vector<T> e = exp(lanes.load(weight_, lowest) - broadcast(row_max));
-            lanes.store(exponentials_, e);
-            sums += lanes.count == kLanes<T> ? e : lanes.load(exponentials_, T(0));
+            store(exponentials_ + lanes.begin, e);
+            sums += e;  // beyond the tail: e^(-inf) = 0
         });
         sum_ = horizontal_sum<T>(sums);
         lse_ = row_max + std::log(static_cast<double>(sum_));
@@ -85,6 +86,13 @@ class RowKernel {
             if (job_.losses != nullptr) static_cast<scalar_t*>(job_.losses)[n] = static_cast<scalar_t>(static_cast<T>(loss + z_loss));
         }
         return sums;
+    }
+
+    void copy_logits() const {
+        for (int64_t k = begin_; k < end_; ++k) {
+            std::copy(weight_, weight_ + job_.num_classes,
+                      static_cast<scalar_t*>(job_.logits) + job_.order[k] * job_.num_classes);
+        }
     }
 
     // The sums over the pairs of this row of the gradients that reach them.
@@ -126,18 +134,22 @@ class RowKernel {
         T* row_gradient = exponentials_;
         if constexpr (std::is_same_v<scalar_t, T>) row_gradient = gradient;
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-            Vector<T> result = lanes.load(exponentials_, T(0)) * scale;
+            Vector<T> result = load(exponentials_ + lanes.begin) * scale;
             if (smooth != 0) {
                 const Vector<T> class_weight =
                     class_weight_ != nullptr ? lanes.load(class_weight_, T(0)) : broadcast(T(1));
                 result -= class_weight * broadcast(static_cast<T>(smooth));
             }
-            lanes.store(row_gradient, result);
+            if constexpr (std::is_same_v<scalar_t, T>) {
+                lanes.store(gradient, result);
+            } else {
+                store(exponentials_ + lanes.begin, result);
+            }
         });
         subtract_targets(row_gradient);
         if constexpr (!std::is_same_v<scalar_t, T>) {
             for_each_vector<T>(job_.num_classes,
-                               [&](Lanes<T> lanes) { lanes.store(gradient, lanes.load(row_gradient, T(0))); });
+                               [&](Lanes<T> lanes) { lanes.store(gradient, load(exponentials_ + lanes.begin)); });
         }
     }
 
@@ -170,7 +182,7 @@ class RowKernel {
     const LossJob& job_;
     const T* class_weight_;
     const T* grad_losses_;
-    T* exponentials_;         // (C)
+    T* exponentials_;         // (C), padded to whole vectors: a partial store could not be forwarded to the next load
     int32_t* target_counts_;  // (C), all zero between rows
 
     const scalar_t* weight_ = nullptr;  // the row

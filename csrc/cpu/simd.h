@@ -88,6 +88,13 @@ inline void store(c10::Half* to, Vector<float> from) {
 // The last `count` < kLanes elements of a row; the lanes beyond them hold `fill`.
 template <typename scalar_t, typename T = Accumulator<scalar_t>>
 inline Vector<T> load_tail(const scalar_t* from, int64_t count, T fill) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<scalar_t, float>) {
+        const Vector<float> fills = broadcast(fill);
+        return reinterpret_cast<Vector<float>>(_mm512_mask_loadu_ps(
+            reinterpret_cast<__m512>(fills), static_cast<__mmask16>((1u << count) - 1), from));
+    }
+#endif
     alignas(BIGRAMX_VECTOR_BYTES) T lanes[kLanes<T>];
     for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
         lanes[lane] = lane < count ? static_cast<T>(from[lane]) : fill;
@@ -97,6 +104,12 @@ inline Vector<T> load_tail(const scalar_t* from, int64_t count, T fill) {
 
 template <typename scalar_t, typename T = Accumulator<scalar_t>>
 inline void store_tail(scalar_t* to, Vector<T> from, int64_t count) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<scalar_t, float>) {
+        _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(from));
+        return;
+    }
+#endif
     scalar_t lanes[kLanes<T>];
     store(lanes, from);
     std::copy(lanes, lanes + count, to);
@@ -138,27 +151,45 @@ inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
-template <typename T, typename V>
-inline T horizontal_max(V vector) {
-    T result = vector[0];
-    for (int64_t lane = 1; lane < kLanes<T>; ++lane) result = result > vector[lane] ? result : vector[lane];
-    return result;
+template <int64_t distance, typename T, size_t... lane>
+inline Vector<T> swap_lanes(Vector<T> vector, std::index_sequence<lane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(vector, vector, (lane ^ distance)...);
+#else
+    using Order = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+    return __builtin_shuffle(vector, Order{(lane ^ distance)...});
+#endif
 }
 
-template <typename T, typename V>
-inline T horizontal_sum(V vector) {
-    T result = 0;
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) result += vector[lane];
-    return result;
+// Combines each lane with the one at a distance of 1, 2, 4, ...: log2(lanes) steps, all in registers.
+template <typename T, int64_t distance = 1, typename Combine>
+inline T reduce(Vector<T> vector, const Combine& combine) {
+    if constexpr (distance == kLanes<T>) {
+        return vector[0];
+    } else {
+        const Vector<T> swapped = swap_lanes<distance, T>(vector, std::make_index_sequence<kLanes<T>>());
+        return reduce<T, 2 * distance>(combine(vector, swapped), combine);
+    }
+}
+
+template <typename T>
+inline T horizontal_max(Vector<T> vector) {
+    return reduce<T>(vector, [](Vector<T> a, Vector<T> b) { return max(a, b); });
+}
+
+template <typename T>
+inline T horizontal_sum(Vector<T> vector) {
+    return reduce<T>(vector, [](Vector<T> a, Vector<T> b) { return a + b; });
 }
 
 // e^x to 2 ulp over all of float32, infinities, NaN and subnormal results included.
 //
 // x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); 2^n in two factors, since n alone may
 // reach beyond the exponents of normal numbers.
-inline Vector<float> exp(Vector<float> x) {
-    const Vector<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
-    x = x < lowest ? lowest : x;
+inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
+    const Vector<float> zero = broadcast(0.0f), lowest = broadcast(-104.0f), highest = broadcast(89.0f);
+    const auto vanishes = x < lowest;  // set aside: an underflow costs the processor a hundred cycles
+    x = vanishes ? zero : x;
     x = x > highest ? highest : x;
 
     const float to_integer = 0x1.8p23f;  // adding it leaves no bits for a fraction
@@ -177,7 +208,8 @@ inline Vector<float> exp(Vector<float> x) {
     const Integers exponent = __builtin_convertvector(n, Integers);
     const Integers half = exponent >> 1;
     const auto power_of_two = [](Integers e) { return reinterpret_cast<Vector<float>>((e + 127) << 23); };
-    return e_r * power_of_two(half) * power_of_two(exponent - half);
+    const Vector<float> result = e_r * power_of_two(half) * power_of_two(exponent - half);
+    return vanishes ? zero : result;
 }
 
 inline Vector<double> exp(Vector<double> x) {
