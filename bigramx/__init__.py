@@ -1,0 +1,22 @@
+"""The bigram language model for PyTorch, as fused C++ kernels."""
+
+from bigramx import data, functional, optim, reference
+from bigramx.model import BigramLanguageModel
+from bigramx.ops import build_info
+from bigramx.tokenizer import CharTokenizer
+from bigramx.training import History, fit, optimal_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BigramLanguageModel",
+    "CharTokenizer",
+    "History",
+    "build_info",
+    "data",
+    "fit",
+    "functional",
+    "optim",
+    "optimal_loss",
+    "reference",
+]

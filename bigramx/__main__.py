@@ -1,0 +1,18 @@
+"""`python -m bigramx`, and the `bigramx` command."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line, or says in one line what it needs."""
+    try:
+        from bigramx.cli import run
+    except ModuleNotFoundError as error:
+        if error.name not in {"typer", "rich"}:
+            raise
+        sys.exit(f"bigramx: the command line needs {error.name}; type: pip install typer rich matplotlib")
+    run()
+
+
+if __name__ == "__main__":
+    main()

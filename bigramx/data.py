@@ -1,0 +1,85 @@
+"""Texts and tokens from files, and the batches that the lecture's script draws."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from bigramx.storage import map_uint16
+
+
+def default_text() -> str:
+    """The text that ships inside CPython: the topics of the language reference, about half a million characters."""
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Reads a UTF-8 text; a byte order mark is dropped, line ends are kept.
+
+    Raises:
+        ValueError: The file is not UTF-8; names the byte and its position.
+        OSError: It cannot be read.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{os.fspath(path)}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
+                f"at position {error.start}"
+            ) from None
+
+
+def read_bin(path: str | os.PathLike[str]) -> Tensor:
+    """nanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
+
+    Raises:
+        ValueError: The file is empty or of an odd size.
+        OSError: It cannot be read.
+    """
+    return map_uint16(path)
+
+
+def split(tokens: Tensor, train_fraction: float = 0.9) -> tuple[Tensor, Tensor]:
+    """The first part of the tokens for training and the rest for validation; views, as in the lecture.
+
+    Raises:
+        ValueError: ``train_fraction`` is not between 0 and 1.
+    """
+    if not 0 <= train_fraction <= 1:
+        raise ValueError(f"expected 0 <= train_fraction <= 1, got {train_fraction}")
+    n = int(train_fraction * len(tokens))
+    return tokens[:n], tokens[n:]
+
+
+def get_batch(
+    tokens: Tensor, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random blocks and what follows each of their tokens: the draws of the lecture's get_batch.
+
+    Args:
+        tokens: (N) uint8, uint16, int32 or int64, N > block_size.
+        batch_size: B.
+        block_size: T.
+        generator: Where the randomness comes from; None: PyTorch's default generator.
+
+    Returns:
+        idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` moved on by one token.
+
+    Raises:
+        RuntimeError: ``tokens`` is not 1-D.
+        ValueError: A size is not positive, or there are too few tokens for one block.
+    """
+    if tokens.dim() != 1:
+        raise RuntimeError(f"expected tokens to be 1-D, got shape {tuple(tokens.shape)}")
+    if batch_size < 1 or block_size < 1:
+        raise ValueError(f"expected batch_size and block_size >= 1, got {batch_size} and {block_size}")
+    if len(tokens) <= block_size:
+        raise ValueError(f"expected more than block_size = {block_size} tokens, got {len(tokens)}")
+    starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator).to(tokens.device)
+    positions = starts[:, None] + torch.arange(block_size, device=tokens.device)
+    return tokens[positions].long(), tokens[positions + 1].long()

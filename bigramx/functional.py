@@ -1,0 +1,277 @@
+"""The kernels as stateless functions, each with a plain-PyTorch twin of the same signature in bigramx.reference."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from bigramx import ops
+
+Reduction = Literal["none", "mean", "sum"]
+Sampler = Literal["torch", "philox"]
+
+
+def normalize_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
+    """As F.embedding reads it: counted from the end where it is negative; ops.NO_PADDING for None."""
+    if padding_idx is None:
+        return ops.NO_PADDING
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise AssertionError(
+            f"Padding_idx must be within num_embeddings: expected -{num_embeddings} <= padding_idx < "
+            f"{num_embeddings}, got {padding_idx}"
+        )
+    return padding_idx % num_embeddings
+
+
+@overload
+def embedding_cross_entropy(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    return_logits: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def embedding_cross_entropy(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    return_logits: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def embedding_cross_entropy(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    return_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""``F.cross_entropy(F.embedding(idx, weight), targets)`` without the logits, and its gradient for ``weight``.
+
+    With :math:`l_i = \mathrm{logsumexp}(W_i)` the loss of pair n is :math:`l_{x_n} - W_{x_n, y_n}`: one logsumexp for
+    each distinct row, so the work is O(min(N, R) C + N), not O(N C).
+
+    Args:
+        idx: Row of each pair. int64 or int32, any shape, N elements.
+        weight: (R, C), float64, float32, bfloat16 or float16 (accumulated in float32). The gradient is written in
+            the forward pass; it cannot be differentiated a second time.
+        targets: Class of each pair. int64, int32 or uint8, the shape of ``idx``.
+        class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class.
+        ignore_index: Pairs with this target count for nothing.
+        reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``.
+        label_smoothing: The share, 0 to 1, of the target that is spread evenly over all classes.
+        z_loss: Adds ``z_loss * logsumexp**2`` to the loss of each pair (PaLM, section 5); not class-weighted, and
+            under ``"mean"`` divided by the number of pairs that count.
+        padding_idx: This row gets no gradient. Negative: counted from the end.
+        sparse: The gradient is a coalesced sparse tensor with the rows that occur in ``idx``.
+        return_logits: Returns ``(loss, logits)``, the logits being ``weight[idx]``, (N, C), differentiable too.
+
+    Returns:
+        The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``. The mean over no pairs is NaN.
+
+    Raises:
+        IndexError: An index or a target is out of range.
+        ValueError: ``targets`` has another shape than ``idx``, or ``reduction`` is not one of the three.
+        RuntimeError: A dtype, a device, the shape of ``weight`` or ``class_weight``, or ``label_smoothing`` is off.
+        NotImplementedError: ``weight`` is no floating-point tensor.
+        AssertionError: ``padding_idx`` is out of range.
+        TypeError: An argument is of the wrong type.
+    """
+    if reduction not in ops.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction; expected 'none', 'mean' or 'sum'")
+    try:
+        loss, logits = ops.embedding_cross_entropy(
+            idx,
+            weight,
+            targets,
+            class_weight,
+            ignore_index,
+            ops.REDUCTIONS[reduction],
+            label_smoothing,
+            z_loss,
+            ops.NO_PADDING if padding_idx is None else normalize_padding_idx(padding_idx, weight.size(0)),
+            sparse,
+            return_logits,
+        )
+    except RuntimeError as error:
+        raise ops.as_type_error(error) from None
+    return (loss, logits) if return_logits else loss
+
+
+def multinomial(
+    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """``torch.multinomial``: the same samples for the same generator state (CPU), and any number of categories.
+
+    Args:
+        probs: (V) or (B, V) weights, finite and not negative, floating point; they need not sum to one.
+        num_samples: How many tokens to draw from each row.
+        replacement: Whether a token may be drawn twice.
+        generator: Where the randomness comes from; None: PyTorch's default generator.
+
+    Returns:
+        (num_samples) or (B, num_samples) int64.
+
+    Raises:
+        RuntimeError: ``probs`` holds a NaN, an infinity or a negative number, or a row of zeros; has not 1 or 2
+            dimensions; is not floating point; or ``num_samples`` is out of range.
+        TypeError: An argument is of the wrong type.
+    """
+    try:
+        samples: Tensor = ops.multinomial(probs, num_samples, replacement, generator=generator)
+    except RuntimeError as error:
+        raise ops.as_type_error(error) from None
+    return samples
+
+
+def generate(
+    idx: Tensor,
+    weight: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | None = None,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continues each sequence token by token, the next drawn from ``softmax(weight[last])``.
+
+    The filters act in the order of the arguments, each on what the ones before have left. They depend on the last
+    token alone, and are applied once to each row of the table that a chain meets.
+
+    Args:
+        idx: (B, T) tokens, int64 or int32, T >= 1.
+        weight: (V, V) logits, row i those of the token that follows i.
+        max_new_tokens: How many tokens to add, >= 0.
+        temperature: Divides the logits; 0 takes the likeliest token and draws nothing.
+        top_k: Keeps the k likeliest tokens, and those equal to the k-th.
+        top_p: Keeps the fewest likeliest tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1.
+        min_p: Keeps the tokens with at least ``min_p`` times the largest probability, 0 <= min_p <= 1.
+        stop: A sequence ends with this token.
+        sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,
+            equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU.
+            ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on (seed, b, t) alone.
+        generator: Where the randomness comes from; None: PyTorch's default generator.
+
+    Returns:
+        (B, T + max_new_tokens) int64, ``idx`` first. With ``stop``: shorter where every sequence ends earlier; sequences
+        that end before the longest are filled up with ``stop``.
+
+    Raises:
+        IndexError: A token is out of range, or T = 0.
+        ValueError: An option is out of range.
+        RuntimeError: ``weight`` is not square, a dtype or device is off, or a chain meets a row that is no distribution.
+        TypeError: An argument is of the wrong type.
+    """
+    if sampler is None:
+        sampler = "torch" if weight.device.type == "cpu" else "philox"
+    try:
+        tokens: Tensor = ops.generate(
+            idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, stop, sampler, generator=generator
+        )
+    except RuntimeError as error:
+        raise ops.as_type_error(error) from None
+    if stop is not None:
+        tokens = tokens[:, : _length_to_last_stop(tokens, stop)]
+    return torch.cat((idx.to(torch.int64), tokens), dim=1)
+
+
+def _length_to_last_stop(tokens: Tensor, stop: int) -> int:
+    """How many of the (B, T) tokens to keep: up to where the last sequence meets ``stop``, that token included."""
+    if tokens.numel() == 0:
+        return tokens.size(1)
+    stopped = (tokens == stop).int().cummax(dim=1).values.amin(dim=0)  # (T): whether all have
+    return min(int((1 - stopped).sum()) + 1, tokens.size(1))
+
+
+def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
+    """How often each token follows each other.
+
+    Args:
+        tokens: (N) uint8, uint16, int32 or int64.
+        vocab_size: V, greater than every token.
+
+    Returns:
+        counts (V, V) int64: ``counts[i, j]`` is how often j follows i.
+
+    Raises:
+        IndexError: A token is out of range.
+        ValueError: ``vocab_size`` is not positive.
+        RuntimeError: ``tokens`` is not 1-D or of another dtype.
+        TypeError: An argument is of the wrong type.
+    """
+    try:
+        counts: Tensor = ops.count_bigrams(tokens, vocab_size)
+    except RuntimeError as error:
+        raise ops.as_type_error(error) from None
+    return counts
+
+
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """One step of AdamW (Loshchilov, Hutter: "Decoupled Weight Decay Regularization"), in place.
+
+    Args:
+        param: Any shape, contiguous, float32 or float64; the other tensors are alike.
+        grad: The gradient of ``param``.
+        exp_avg: The running mean of the gradients; updated.
+        exp_avg_sq: The running mean of their squares; updated.
+        max_exp_avg_sq: The largest ``exp_avg_sq`` so far, for AMSGrad; updated.
+        step: The number of this step, from 1.
+        lr: Learning rate.
+        beta1: Decay of ``exp_avg``.
+        beta2: Decay of ``exp_avg_sq``.
+        eps: Added to the denominator.
+        weight_decay: Shrinks ``param`` by ``lr * weight_decay`` first.
+        maximize: Ascends.
+
+    Raises:
+        RuntimeError: A shape, dtype or device differs from that of ``param``, or a tensor is not contiguous.
+        ValueError: ``step`` is less than 1.
+    """
+    ops.adamw_(
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize
+    )

@@ -1,0 +1,178 @@
+"""The bigram language model as a module."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from bigramx import functional
+from bigramx.functional import Sampler
+from bigramx.storage import read_tensors, write_tensors
+from bigramx.tokenizer import CharTokenizer
+
+_KIND = "model"
+_WEIGHT = "token_embedding_table.weight"
+
+
+class BigramLanguageModel(nn.Module):
+    """The lecture's model: a table (V, V) whose row i holds the logits of the token that follows token i.
+
+    Args:
+        vocab_size: V.
+        sparse: The gradient of the table is sparse: only the rows that occur in the batch.
+        device: Where the table lies.
+        dtype: float64, float32, bfloat16 or float16.
+
+    Attributes:
+        token_embedding_table: nn.Embedding(V, V), initialised as in the lecture: N(0, 1).
+        tokenizer: Saved and loaded with the model, where there is one.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        sparse: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.token_embedding_table = nn.Embedding(vocab_size, vocab_size, sparse=sparse, device=device, dtype=dtype)
+        self.tokenizer: CharTokenizer | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.token_embedding_table.num_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table lies."""
+        return self.token_embedding_table.weight.device
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The logits that follow ``idx`` and, given targets, the loss.
+
+        Args:
+            idx: (B, T) tokens, int64 or int32; any shape will do.
+            targets: The token that follows each, of the shape of ``idx``.
+            return_logits: False, with targets: the logits are None, and no (N, V) tensor ever exists.
+
+        Returns:
+            Without targets: logits (B, T, V) and None. With targets: logits (B*T, V), differentiable, and the mean
+            cross-entropy (), in nats.
+
+        Raises:
+            IndexError: A token is out of range.
+            ValueError: ``targets`` has another shape than ``idx``.
+        """
+        table = self.token_embedding_table
+        if targets is None:
+            return table(idx), None
+        if not return_logits:
+            return None, functional.embedding_cross_entropy(idx, table.weight, targets, sparse=table.sparse)
+        loss, logits = functional.embedding_cross_entropy(
+            idx, table.weight, targets, sparse=table.sparse, return_logits=True
+        )
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        stop: int | None = None,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues each sequence of ``idx``, (B, T), by ``max_new_tokens``: (B, T + max_new_tokens) int64.
+
+        The options are those of ``functional.generate``. With none of them, on the CPU, the tokens equal those of the
+        lecture's loop for the same seed.
+        """
+        return functional.generate(
+            idx,
+            self.token_embedding_table.weight,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            stop=stop,
+            sampler=sampler,
+            generator=generator,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor) -> float:
+        """The exact mean cross-entropy of each token of ``tokens``, (N), given the one before it, in nats.
+
+        Every pair counts, at the cost of its distinct rows: no batches are drawn. NaN for fewer than two tokens.
+        """
+        tokens = tokens.to(self.device, torch.int64)
+        _logits, loss = self(tokens[:-1], tokens[1:], return_logits=False)
+        return float(loss)
+
+    @classmethod
+    @torch.no_grad()
+    def from_counts(cls, counts: Tensor, smoothing: float = 1.0) -> BigramLanguageModel:
+        """The closed-form optimum: row i is log((counts[i] + smoothing) / its sum), float32.
+
+        Args:
+            counts: (V, V), as ``functional.count_bigrams`` gives them.
+            smoothing: Added to each count. With 0 the loss on the counted tokens is the least there is, and a pair that
+                was never seen has probability 0; a row without any pair is uniform.
+
+        Raises:
+            RuntimeError: ``counts`` is not square.
+            ValueError: ``smoothing`` or a count is negative.
+        """
+        if counts.dim() != 2 or counts.size(0) != counts.size(1):
+            raise RuntimeError(f"expected counts to be square, (V, V), got shape {tuple(counts.shape)}")
+        if not 0 <= smoothing < float("inf"):
+            raise ValueError(f"expected smoothing to be finite and >= 0, got {smoothing}")
+        if counts.numel() > 0 and counts.min() < 0:
+            raise ValueError(f"expected counts >= 0, got {counts.min().item()}")
+        smoothed = counts.double() + smoothing
+        smoothed[smoothed.sum(dim=1) == 0] = 1
+        model = cls(counts.size(0), device=counts.device)
+        model.token_embedding_table.weight.copy_((smoothed / smoothed.sum(dim=1, keepdim=True)).log())
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table, and the tokenizer where there is one, to one safetensors file, whole or not at all."""
+        metadata = {} if self.tokenizer is None else {"tokenizer": self.tokenizer.to_json()}
+        write_tensors(path, _KIND, {_WEIGHT: self.token_embedding_table.weight}, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BigramLanguageModel:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: The file is damaged, cut short, or holds something else.
+            OSError: It cannot be read.
+        """
+        tensors, metadata = read_tensors(path, _KIND)
+        weight = tensors.get(_WEIGHT)
+        if weight is None or weight.dim() != 2 or weight.size(0) != weight.size(1) or not weight.is_floating_point():
+            raise ValueError(f"{os.fspath(path)}: expected a square table named {_WEIGHT}")
+        model = cls(weight.size(0), device="meta", dtype=weight.dtype)
+        model.token_embedding_table.weight = nn.Parameter(weight)
+        if "tokenizer" in metadata:
+            model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
+            if model.tokenizer.vocab_size != model.vocab_size:
+                raise ValueError(
+                    f"{os.fspath(path)}: the tokenizer has {model.tokenizer.vocab_size} characters, the table "
+                    f"{model.vocab_size} rows"
+                )
+        return model

@@ -1,0 +1,134 @@
+"""Loads the compiled kernels into torch.ops.bigramx, and tells torch.compile the shapes of what they return."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from bigramx import _C
+except ImportError as error:
+    raise ImportError(
+        f"bigramx: the compiled kernels cannot be loaded ({error}). They are built for one version of Python and "
+        f"of torch (here: torch {torch.__version__}); in a checkout type: pip install --no-build-isolation ."
+    ) from error
+
+NO_PADDING = -1
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+embedding_cross_entropy = torch.ops.bigramx.embedding_cross_entropy.default
+multinomial = torch.ops.bigramx.multinomial.default
+generate = torch.ops.bigramx.generate.default
+count_bigrams = torch.ops.bigramx.count_bigrams.default
+adamw_ = torch.ops.bigramx.adamw_.default
+
+
+def build_info() -> dict[str, str]:
+    """How the kernels were built, and what they run on.
+
+    Returns:
+        The keys ``compiler``, ``cpu_capability`` (the one in use: it follows ATEN_CPU_CAPABILITY),
+        ``cuda_architectures`` (empty: no CUDA kernels) and ``torch_version`` (compiled against).
+    """
+    return _C.build_info()
+
+
+def as_type_error(error: RuntimeError) -> Exception:
+    """The TypeError that PyTorch raises for an argument of the wrong type, which the dispatcher calls RuntimeError."""
+    message = str(error)
+    if "Expected a value of type" not in message and "expected at most" not in message:
+        return error
+    return TypeError(message.partition("\nPosition")[0])
+
+
+def _empty_gradient(weight: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
+    if not sparse:
+        return weight.new_empty(0, dtype=torch.int64), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(num_rows, dtype=torch.int64), weight.new_empty(num_rows, weight.shape[1])
+
+
+@torch.library.register_fake("bigramx::embedding_cross_entropy_forward")
+def _(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    padding_idx: int,
+    sparse: bool,
+    return_logits: bool,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else ())
+    logits = weight.new_empty((idx.numel(), weight.shape[1]) if return_logits else 0)
+    if not compute_grad:
+        return loss, logits, weight.new_empty(0, dtype=torch.int64), weight.new_empty(0)
+    return loss, logits, *_empty_gradient(weight, sparse)
+
+
+@torch.library.register_fake("bigramx::embedding_cross_entropy_backward")
+def _(
+    grad_loss: Tensor,
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    padding_idx: int,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _empty_gradient(weight, sparse)
+
+
+@torch.library.register_fake("bigramx::multinomial")
+def _(
+    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    return probs.new_empty((*probs.shape[:-1], num_samples), dtype=torch.int64)
+
+
+@torch.library.register_fake("bigramx::generate")
+def _(
+    idx: Tensor,
+    weight: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | None = None,
+    sampler: str = "torch",
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    return idx.new_empty((idx.shape[0], max_new_tokens), dtype=torch.int64)
+
+
+@torch.library.register_fake("bigramx::count_bigrams")
+def _(tokens: Tensor, vocab_size: int) -> Tensor:
+    return tokens.new_empty((vocab_size, vocab_size), dtype=torch.int64)
+
+
+@torch.library.register_fake("bigramx::adamw_")
+def _(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    return None

@@ -1,0 +1,216 @@
+"""The functions of bigramx.functional, and the lecture's model, in plain PyTorch: what the kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigramx.functional import Reduction, Sampler
+
+
+class BigramLanguageModel(nn.Module):
+    """The lecture's model: a table whose row i holds the logits of the token that follows token i."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.token_embedding_table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx, targets (B, T) -> logits (B, T, C) and None, or logits (B*T, C) and the loss ()."""
+        logits = self.token_embedding_table(idx)
+        if targets is None:
+            return logits, None
+        B, T, C = logits.shape
+        logits = logits.view(B * T, C)
+        return logits, F.cross_entropy(logits, targets.view(B * T))
+
+    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+        """idx (B, T) -> (B, T + max_new_tokens)."""
+        for _ in range(max_new_tokens):
+            logits, _loss = self(idx)
+            probs = F.softmax(logits[:, -1, :], dim=-1)
+            idx = torch.cat((idx, torch.multinomial(probs, num_samples=1)), dim=1)
+        return idx
+
+
+def embedding_cross_entropy(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    return_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See functional.embedding_cross_entropy; makes the (N, C) logits."""
+    logits = F.embedding(idx, weight, padding_idx=padding_idx, sparse=sparse).reshape(-1, weight.size(1))
+    flat_targets = targets.reshape(-1).long()
+    loss = F.cross_entropy(
+        logits,
+        flat_targets,
+        class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if z_loss != 0:
+        counts = flat_targets != ignore_index
+        penalties = (z_loss * logits.logsumexp(-1) ** 2).masked_fill(~counts, 0)
+        if reduction == "none":
+            loss = loss + penalties
+        else:
+            loss = loss + penalties.sum() / (counts.sum() if reduction == "mean" else 1)
+    if reduction == "none":
+        loss = loss.view(targets.shape)
+    return (loss, logits) if return_logits else loss
+
+
+def multinomial(
+    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """See functional.multinomial."""
+    return torch.multinomial(probs, num_samples, replacement, generator=generator)
+
+
+def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
+    """See functional.count_bigrams."""
+    tokens = tokens.long()
+    pairs = tokens[:-1] * vocab_size + tokens[1:]
+    return torch.bincount(pairs, minlength=vocab_size * vocab_size).view(vocab_size, vocab_size)
+
+
+def filter_logits(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """logits (..., V) -> logits divided by the temperature, -inf for the tokens that the filters remove."""
+    vocab_size = logits.size(-1)
+    if temperature == 0:
+        likeliest = F.one_hot(logits.argmax(-1), vocab_size).bool()
+        return logits.masked_fill(~likeliest, float("-inf"))
+    logits = logits / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, vocab_size)).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p is not None:
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        removed = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), float("-inf"))
+    if min_p is not None:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
+    return logits
+
+
+def philox(seed: int, sequence: Tensor, position: int) -> Tensor:
+    """The first word of Philox4x32-10 (Salmon et al., SC 2011) with the counter (position, sequence), low words first.
+
+    sequence: int64 of any shape -> int64 of that shape, each 0 to 2^32 - 1.
+    """
+    mask = 0xFFFFFFFF
+    counter = [
+        torch.full_like(sequence, position & mask),
+        torch.full_like(sequence, position >> 32),
+        sequence & mask,
+        sequence >> 32,
+    ]
+    key = [seed & mask, seed >> 32 & mask]
+    for _ in range(10):
+        low0, high0 = _multiply(0xD2511F53, counter[0])
+        low1, high1 = _multiply(0xCD9E8D57, counter[2])
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return counter[0]
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and high words of the product of two 32-bit numbers, without leaving int64."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    product_high = (high + (low >> 16)) >> 16
+    product_low = (low + ((high & 0xFFFF) << 16)) & 0xFFFFFFFF
+    return product_low, product_high
+
+
+def thresholds(logits: Tensor) -> Tensor:
+    """logits (..., V) -> (..., V) int64: token j is drawn by the r, 0 <= r < 2^31, below its threshold and no earlier."""
+    weights = (torch.exp(logits.double() - logits.double().amax(-1, keepdim=True)) * 2**31 + 0.5).long()
+    sums = weights.cumsum(-1)
+    return (sums.double() * 2**31 / sums[..., -1:].double()).long()
+
+
+def generate(
+    idx: Tensor,
+    weight: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | None = None,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """See functional.generate."""
+    seed = 0
+    if sampler == "philox" and temperature > 0:
+        full_range = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        seed = int(full_range) % 2**64
+    stopped = torch.zeros(idx.size(0), dtype=torch.bool)
+    for t in range(max_new_tokens):
+        if stop is not None and bool(stopped.all()):
+            break
+        logits = filter_logits(
+            F.embedding(idx[:, -1], weight), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        if temperature == 0:
+            idx_next = logits.argmax(-1, keepdim=True)
+        elif sampler == "philox":
+            r = philox(seed, torch.arange(idx.size(0)), t) >> 1
+            idx_next = torch.searchsorted(thresholds(logits), r[:, None], right=True)
+        else:
+            idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        if stop is not None:
+            idx_next = torch.where(stopped[:, None], stop, idx_next)
+            stopped |= idx_next[:, 0] == stop
+        idx = torch.cat((idx, idx_next), dim=1)
+    return idx
+
+
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """See functional.adamw_."""
+    if maximize:
+        grad = -grad
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    largest = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        largest = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    denominator = largest.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

@@ -1,0 +1,120 @@
+"""Files that are written whole or not at all, and tensors in them that are known to be what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+_FORMAT = "bigramx"
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary name beside ``path``; what was written there is synced and takes its place at the end.
+
+    A kill at any moment leaves the old file or the new one, whole: a rename is atomic, and comes after the sync.
+    """
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    try:
+        yield temporary
+        _give_usual_mode(temporary)
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        _sync(target.parent)
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _give_usual_mode(path: str) -> None:
+    """mkstemp's files are for their owner alone; give this one the mode that open() would."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text, whole or not at all."""
+    with _replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def write_with(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Lets ``write`` make the file under a temporary name, then puts it in place."""
+    with _replacing(path) as temporary:
+        write(temporary)
+
+
+def write_tensors(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes one safetensors file: the tensors, their checksums, ``kind`` and the metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checksums = {f"crc32.{name}": str(_checksum(tensor)) for name, tensor in tensors.items()}
+    header = {**metadata, **checksums, "format": _FORMAT, "kind": kind}
+    write_with(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=header))
+
+
+def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads what ``write_tensors`` wrote: the tensors and the metadata.
+
+    Raises:
+        ValueError: The file is damaged, cut short, or of another kind.
+        OSError: It cannot be read.
+    """
+    name = os.fspath(path)
+    with open(path, "rb"):
+        pass  # a missing file raises its usual error
+    try:
+        with safetensors.safe_open(name, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT or header.get("kind") != kind:
+                raise ValueError(f"{name}: not a {kind} that bigramx saved")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{name}: damaged, cut short, or no safetensors file ({error})") from None
+    for key, tensor in tensors.items():
+        if header.get(f"crc32.{key}") != str(_checksum(tensor)):
+            raise ValueError(f"{name}: damaged: the checksum of {key} does not match")
+    return tensors, header
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a contiguous CPU tensor, read in place."""
+    if tensor.numel() == 0:
+        return 0
+    raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return zlib.crc32(raw)
+
+
+def map_uint16(path: str | os.PathLike[str]) -> Tensor:
+    """A file of little-endian uint16 as a (N) tensor, mapped: read where it is touched, never written.
+
+    Raises:
+        ValueError: The file is empty or of an odd size.
+        OSError: It cannot be read.
+    """
+    num_bytes = os.stat(path).st_size
+    if num_bytes == 0 or num_bytes % 2:
+        raise ValueError(f"{os.fspath(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
+    return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16)
