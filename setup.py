@@ -26,7 +26,7 @@ bigramx: torch is not importable here, and the extension is compiled against it.
 
 
 def torch_build_ext() -> type[build_ext]:
-    """torch's builder, which compiles with ninja only what has changed; or one that says what is missing."""
+    """Torch's builder, which compiles with ninja only what has changed; or one that says what is missing."""
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ModuleNotFoundError as error:
@@ -39,10 +39,11 @@ def torch_build_ext() -> type[build_ext]:
 
         return MissingTorch
 
-    return BuildExtension  # type: ignore[no-any-return]
+    return BuildExtension
 
 
 def extension() -> Extension:
+    """bigramx._C, with torch's include paths and libraries where torch is there."""
     arguments: dict[str, Any] = {
         "name": "bigramx._C",
         "sources": SOURCES,
@@ -54,7 +55,7 @@ def extension() -> Extension:
         return Extension(**arguments)
     from torch.utils.cpp_extension import CppExtension
 
-    return CppExtension(**arguments)  # type: ignore[no-any-return]
+    return CppExtension(**arguments)
 
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

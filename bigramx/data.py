@@ -35,7 +35,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_bin(path: str | os.PathLike[str]) -> Tensor:
-    """nanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
+    """NanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
 
     Raises:
         ValueError: The file is empty or of an odd size.

@@ -184,13 +184,14 @@ def generate(
         generator: Where the randomness comes from; None: PyTorch's default generator.
 
     Returns:
-        (B, T + max_new_tokens) int64, ``idx`` first. With ``stop``: shorter where every sequence ends earlier; sequences
-        that end before the longest are filled up with ``stop``.
+        (B, T + max_new_tokens) int64, ``idx`` first. With ``stop``: shorter where every sequence ends earlier;
+        sequences that end before the longest are filled up with ``stop``.
 
     Raises:
         IndexError: A token is out of range, or T = 0.
         ValueError: An option is out of range.
-        RuntimeError: ``weight`` is not square, a dtype or device is off, or a chain meets a row that is no distribution.
+        RuntimeError: ``weight`` is not square, a dtype or device is off, or a chain meets a row that is no
+            distribution.
         TypeError: An argument is of the wrong type.
     """
     if sampler is None:
@@ -272,6 +273,4 @@ def adamw_(
         RuntimeError: A shape, dtype or device differs from that of ``param``, or a tensor is not contiguous.
         ValueError: ``step`` is less than 1.
     """
-    ops.adamw_(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize
-    )
+    ops.adamw_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -41,6 +44,19 @@ def as_type_error(error: RuntimeError) -> Exception:
     return TypeError(message.partition("\nPosition")[0])
 
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    """Registers what an op returns in shape and dtype alone."""
+
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"bigramx::{name}", function)
+        return function
+
+    return register
+
+
 def _empty_gradient(weight: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
     if not sparse:
         return weight.new_empty(0, dtype=torch.int64), torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -48,7 +64,7 @@ def _empty_gradient(weight: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
     return weight.new_empty(num_rows, dtype=torch.int64), weight.new_empty(num_rows, weight.shape[1])
 
 
-@torch.library.register_fake("bigramx::embedding_cross_entropy_forward")
+@_fake("embedding_cross_entropy_forward")
 def _(
     idx: Tensor,
     weight: Tensor,
@@ -70,7 +86,7 @@ def _(
     return loss, logits, *_empty_gradient(weight, sparse)
 
 
-@torch.library.register_fake("bigramx::embedding_cross_entropy_backward")
+@_fake("embedding_cross_entropy_backward")
 def _(
     grad_loss: Tensor,
     idx: Tensor,
@@ -87,14 +103,14 @@ def _(
     return _empty_gradient(weight, sparse)
 
 
-@torch.library.register_fake("bigramx::multinomial")
+@_fake("multinomial")
 def _(
     probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
 ) -> Tensor:
     return probs.new_empty((*probs.shape[:-1], num_samples), dtype=torch.int64)
 
 
-@torch.library.register_fake("bigramx::generate")
+@_fake("generate")
 def _(
     idx: Tensor,
     weight: Tensor,
@@ -111,12 +127,12 @@ def _(
     return idx.new_empty((idx.shape[0], max_new_tokens), dtype=torch.int64)
 
 
-@torch.library.register_fake("bigramx::count_bigrams")
+@_fake("count_bigrams")
 def _(tokens: Tensor, vocab_size: int) -> Tensor:
     return tokens.new_empty((vocab_size, vocab_size), dtype=torch.int64)
 
 
-@torch.library.register_fake("bigramx::adamw_")
+@_fake("adamw_")
 def _(
     param: Tensor,
     grad: Tensor,

@@ -33,7 +33,8 @@ class AdamW(torch.optim.AdamW):
             What ``closure`` returned.
         """
         if not all(_has_kernel(group) for group in self.param_groups):
-            return super().step(closure)  # type: ignore[arg-type, no-any-return, func-returns-value]
+            torch_loss: float | None = super().step(closure)
+            return torch_loss
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The functions of bigramx.functional, and the lecture's model, in plain PyTorch: what the kernels are tested against."""
+"""The functions of bigramx.functional and the lecture's model in plain PyTorch: what the kernels are tested against."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BigramLanguageModel(nn.Module):
         return logits, F.cross_entropy(logits, targets.view(B * T))
 
     def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
-        """idx (B, T) -> (B, T + max_new_tokens)."""
+        """Idx (B, T) -> (B, T + max_new_tokens)."""
         for _ in range(max_new_tokens):
             logits, _loss = self(idx)
             probs = F.softmax(logits[:, -1, :], dim=-1)
@@ -94,7 +94,7 @@ def filter_logits(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """logits (..., V) -> logits divided by the temperature, -inf for the tokens that the filters remove."""
+    """Logits (..., V) -> logits divided by the temperature, -inf for the tokens that the filters remove."""
     vocab_size = logits.size(-1)
     if temperature == 0:
         likeliest = F.one_hot(logits.argmax(-1), vocab_size).bool()
@@ -121,9 +121,9 @@ def philox(seed: int, sequence: Tensor, position: int) -> Tensor:
     mask = 0xFFFFFFFF
     counter = [
         torch.full_like(sequence, position & mask),
-        torch.full_like(sequence, position >> 32),
+        torch.full_like(sequence, position >> 32 & mask),
         sequence & mask,
-        sequence >> 32,
+        sequence >> 32 & mask,
     ]
     key = [seed & mask, seed >> 32 & mask]
     for _ in range(10):
@@ -143,7 +143,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def thresholds(logits: Tensor) -> Tensor:
-    """logits (..., V) -> (..., V) int64: token j is drawn by the r, 0 <= r < 2^31, below its threshold and no earlier."""
+    """Logits (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose threshold lies above it."""
     weights = (torch.exp(logits.double() - logits.double().amax(-1, keepdim=True)) * 2**31 + 0.5).long()
     sums = weights.cumsum(-1)
     return (sums.double() * 2**31 / sums[..., -1:].double()).long()
@@ -164,7 +164,7 @@ def generate(
 ) -> Tensor:
     """See functional.generate."""
     seed = 0
-    if sampler == "philox" and temperature > 0:
+    if sampler == "philox" and temperature > 0 and idx.size(0) > 0 and max_new_tokens > 0:
         full_range = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)
         seed = int(full_range) % 2**64
     stopped = torch.zeros(idx.size(0), dtype=torch.bool)

@@ -49,7 +49,7 @@ def _sync(path: str | os.PathLike[str]) -> None:
 
 
 def _give_usual_mode(path: str) -> None:
-    """mkstemp's files are for their owner alone; give this one the mode that open() would."""
+    """Mkstemp's files are for their owner alone; give this one the mode that open() would."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
@@ -67,7 +67,9 @@ def write_with(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         write(temporary)
 
 
-def write_tensors(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
     """Writes one safetensors file: the tensors, their checksums, ``kind`` and the metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksums = {f"crc32.{name}": str(_checksum(tensor)) for name, tensor in tensors.items()}

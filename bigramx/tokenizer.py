@@ -47,7 +47,7 @@ class CharTokenizer:
         return len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """text -> (N) int64 tokens.
+        """Text -> (N) int64 tokens.
 
         Raises:
             ValueError: A character is not among the tokenizer's; names it and its position.
@@ -132,7 +132,7 @@ class CharTokenizer:
 
 
 def _code_points(text: str) -> Tensor:
-    """text -> (N) int64 code points. Lone surrogates, which a str may hold, pass."""
+    """Text -> (N) int64 code points. Lone surrogates, which a str may hold, pass."""
     raw = bytearray(text.encode("utf-32-le", errors="surrogatepass"))
     if not raw:
         return torch.empty(0, dtype=torch.int64)

@@ -28,10 +28,18 @@ def optimal_loss(tokens: Tensor) -> float:
     if len(tokens) < 2:
         return float("nan")
     last, following = tokens[:-1], tokens[1:]
-    pair_counts = (last * (int(tokens.max()) + 1) + following).unique(return_counts=True)[1].double()
-    last_counts = last.unique(return_counts=True)[1].double()
+    pair_counts = _occurrences(last * (int(tokens.max()) + 1) + following)
+    last_counts = _occurrences(last)
     pairs = len(tokens) - 1
-    return float((torch.special.xlogy(last_counts, last_counts).sum() - (pair_counts * pair_counts.log()).sum()) / pairs)
+    return float(
+        (torch.special.xlogy(last_counts, last_counts).sum() - (pair_counts * pair_counts.log()).sum()) / pairs
+    )
+
+
+def _occurrences(values: Tensor) -> Tensor:
+    """How often each distinct value occurs, float64."""
+    counts: Tensor = torch.unique(values, return_counts=True)[1]
+    return counts.double()
 
 
 @dataclass
@@ -137,8 +145,8 @@ def fit(
         lr: Learning rate.
         eval_interval: Steps between evaluations; the first is before the first step, the last after the last.
         generator: Draws the batches; None: PyTorch's default generator.
-        resume: The history of an earlier run of this model. Its steps count, its optimizer goes on, and the generator is
-            set to where it ended: the result equals that of one run.
+        resume: The history of an earlier run of this model. Its steps count, its optimizer goes on, and the generator
+            is set to where it ended: the result equals that of one run.
         on_step: Called with the history after each step.
         on_evaluation: Called with the history after each evaluation.
 

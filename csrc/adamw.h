@@ -1,4 +1,5 @@
-// One step of AdamW (Loshchilov, Hutter: "Decoupled Weight Decay Regularization"), as torch.optim.AdamW takes it.
+// One step of AdamW (Loshchilov, Hutter: "Decoupled Weight Decay Regularization"), as torch.optim.AdamW takes
+// it.
 #pragma once
 
 #include <ATen/core/Tensor.h>

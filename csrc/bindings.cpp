@@ -9,15 +9,15 @@
 #include <string>
 
 TORCH_LIBRARY(bigramx, m) {
-    // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none. logits: (N, C), or (0) where
-    // return_logits is False.
+    // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none. logits: (N, C), or (0)
+    // where return_logits is False.
     m.def(
         "embedding_cross_entropy(Tensor idx, Tensor weight, Tensor targets, Tensor? class_weight=None, "
         "int ignore_index=-100, int reduction=1, float label_smoothing=0.0, float z_loss=0.0, "
         "int padding_idx=-1, bool sparse=False, bool return_logits=False) -> (Tensor loss, Tensor logits)");
 
-    // Its two kernels. The gradient of weight is dense, (R, C), with grad_rows empty; or sparse, the rows that
-    // occur, (K, C), and their numbers, (K); or empty where compute_grad is False.
+    // Its two kernels. The gradient of weight is dense, (R, C), with grad_rows empty; or sparse, the rows
+    // that occur, (K, C), and their numbers, (K); or empty where compute_grad is False.
     m.def(
         "embedding_cross_entropy_forward(Tensor idx, Tensor weight, Tensor targets, Tensor? class_weight, "
         "int ignore_index, int reduction, float label_smoothing, float z_loss, int padding_idx, bool sparse, "
@@ -34,8 +34,8 @@ TORCH_LIBRARY(bigramx, m) {
         "-> Tensor",
         {at::Tag::nondeterministic_seeded});
 
-    // The chains that follow idx[:, -1]: (B, T) -> (B, max_new_tokens) int64. temperature 0: the likeliest token.
-    // Once all chains have met `stop`, the rest is filled with it.
+    // The chains that follow idx[:, -1]: (B, T) -> (B, max_new_tokens) int64. temperature 0: the likeliest
+    // token. Once all chains have met `stop`, the rest is filled with it.
     m.def(
         "generate(Tensor idx, Tensor weight, int max_new_tokens, float temperature=1.0, int? top_k=None, "
         "float? top_p=None, float? min_p=None, int? stop=None, str sampler=\"torch\", *, "
@@ -76,12 +76,12 @@ void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::j
 }  // namespace
 
 // Devices without a kernel say so, each by its name.
-#define BIGRAMX_NO_KERNELS(key)                                                                      \
-    TORCH_LIBRARY_IMPL(bigramx, key, m) {                                                            \
+#define BIGRAMX_NO_KERNELS(key)                                                                       \
+    TORCH_LIBRARY_IMPL(bigramx, key, m) {                                                             \
         for (const char* op : {"embedding_cross_entropy_forward", "embedding_cross_entropy_backward", \
-                               "multinomial", "generate", "count_bigrams", "adamw_"}) {              \
-            m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_kernel>());                     \
-        }                                                                                            \
+                               "multinomial", "generate", "count_bigrams", "adamw_"}) {               \
+            m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_kernel>());                      \
+        }                                                                                             \
     }
 BIGRAMX_NO_KERNELS(CUDA)
 BIGRAMX_NO_KERNELS(MPS)

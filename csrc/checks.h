@@ -28,8 +28,9 @@ inline void check_floating(const char* op, const char* name, const at::Tensor& t
 
 inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor,
                               const char* other_name, const at::Tensor& other) {
-    TORCH_CHECK(tensor.device() == other.device(), op, ": expected all tensors to be on the same device, got ",
-                name, " on ", tensor.device(), " and ", other_name, " on ", other.device());
+    TORCH_CHECK(tensor.device() == other.device(), op,
+                ": expected all tensors to be on the same device, got ", name, " on ", tensor.device(),
+                " and ", other_name, " on ", other.device());
 }
 
 inline void check_matrix(const char* op, const char* name, const at::Tensor& tensor) {

@@ -33,8 +33,14 @@ void check_options(const LossOptions& options, int64_t num_rows) {
                       options.padding_idx);
 }
 
+void check_devices(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
+                   const std::optional<at::Tensor>& class_weight) {
+    check_same_device(kName, "idx", idx, "weight", weight);
+    check_same_device(kName, "targets", targets, "weight", weight);
+    if (class_weight.has_value()) check_same_device(kName, "class_weight", *class_weight, "weight", weight);
+}
+
 void check_class_weight(const at::Tensor& class_weight, const at::Tensor& weight) {
-    check_same_device(kName, "class_weight", class_weight, "weight", weight);
     check_dtype(kName, "class_weight", class_weight, {weight.scalar_type()});
     TORCH_CHECK(class_weight.dim() == 1 && class_weight.size(0) == weight.size(1), kName,
                 ": class_weight should be defined either for all ", weight.size(1),
@@ -49,8 +55,7 @@ void check_tensors(const at::Tensor& idx, const at::Tensor& weight, const at::Te
     check_floating(kName, "weight", weight);
     check_dtype(kName, "idx", idx, {at::kLong, at::kInt});
     check_dtype(kName, "targets", targets, {at::kLong, at::kInt, at::kByte});
-    check_same_device(kName, "idx", idx, "weight", weight);
-    check_same_device(kName, "targets", targets, "weight", weight);
+    check_devices(idx, weight, targets, class_weight);
     TORCH_CHECK_VALUE(idx.sym_sizes() == targets.sym_sizes(), kName,
                       ": expected targets to have the shape of idx, ", idx.sym_sizes(), ", got ",
                       targets.sym_sizes());
@@ -81,7 +86,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op_cpu(
     const at::Tensor loss = embedding_cross_entropy_cpu(
         inputs, options, {compute_grad ? &gradient : nullptr, return_logits ? &logits : nullptr});
     if (!return_logits) logits = at::empty({0}, weight.options());
-    if (!compute_grad) gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
+    if (!compute_grad)
+        gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
     return {loss, logits, gradient.rows, gradient.values};
 }
 
@@ -97,8 +103,8 @@ std::tuple<at::Tensor, at::Tensor> backward_op_cpu(const at::Tensor& grad_loss, 
     const int64_t num_gradients = reduction == at::Reduction::None ? targets.numel() : 1;
     TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
                 " elements, got shape ", grad_loss.sizes());
-    WeightGradient gradient = embedding_cross_entropy_backward_cpu(
-        grad_loss, prepare(idx, weight, targets, class_weight), options);
+    WeightGradient gradient =
+        embedding_cross_entropy_backward_cpu(grad_loss, prepare(idx, weight, targets, class_weight), options);
     return {gradient.rows, gradient.values};
 }
 
@@ -116,7 +122,8 @@ struct LossArguments {
 
     // loss, logits, grad_rows, grad_values
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(bool compute_grad) const {
-        static const auto op = find_op("bigramx::embedding_cross_entropy_forward").typed<decltype(forward_op_cpu)>();
+        static const auto op =
+            find_op("bigramx::embedding_cross_entropy_forward").typed<decltype(forward_op_cpu)>();
         return op.call(idx, weight, targets, class_weight, options.ignore_index, options.reduction,
                        options.label_smoothing, options.z_loss, options.padding_idx, options.sparse,
                        return_logits, compute_grad);
@@ -131,7 +138,8 @@ struct LossArguments {
 };
 
 // One sparse dimension, over the rows, as nn.Embedding(sparse=True) gives it; the rows are distinct.
-at::Tensor assemble(const std::tuple<at::Tensor, at::Tensor>& gradient, const at::Tensor& weight, bool sparse) {
+at::Tensor assemble(const std::tuple<at::Tensor, at::Tensor>& gradient, const at::Tensor& weight,
+                    bool sparse) {
     const auto& [rows, values] = gradient;
     if (!sparse) return values;
     return at::_sparse_coo_tensor_unsafe_symint(rows.unsqueeze(0), values, weight.sym_sizes(),
@@ -150,7 +158,8 @@ bool may_scale(const at::Tensor& tensor) {
     return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
 }
 
-// Gives a gradient that was made under create_graph=True a history, so that only a second differentiation raises.
+// Gives a gradient that was made under create_graph=True a history, so that only a second differentiation
+// raises.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     static at::Tensor forward(AutogradContext*, const at::Tensor& gradient, const at::Tensor& /*grad_loss*/,
                               const at::Tensor& /*weight*/) {
@@ -162,10 +171,11 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     }
 };
 
-// (weight, arguments) -> (loss, logits). The tensors among the arguments are hidden in their struct: none of them is
-// differentiable.
+// (weight, arguments) -> (loss, logits). The tensors among the arguments are hidden in their struct: none of
+// them is differentiable.
 struct LossFunction : torch::autograd::Function<LossFunction> {
-    static variable_list forward(AutogradContext* ctx, const at::Tensor& weight, const LossArguments& arguments) {
+    static variable_list forward(AutogradContext* ctx, const at::Tensor& weight,
+                                 const LossArguments& arguments) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         const LossOptions& options = arguments.options;
         const bool compute_grad =
@@ -200,8 +210,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     }
 
   private:
-    // The forward pass made the gradient for grad_loss = 1. The first backward pass takes it away, and so owns it
-    // and may scale it in place; whoever comes later finds it gone and computes it anew.
+    // The forward pass made the gradient for grad_loss = 1. The first backward pass takes it away, and so
+    // owns it and may scale it in place; whoever comes later finds it gone and computes it anew.
     static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss) {
         at::Tensor gradient = take_gradient(ctx);
         if (gradient.defined() && is_one(grad_loss)) return gradient;
@@ -214,9 +224,9 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
     static at::Tensor embedding_gradient(AutogradContext* ctx, const at::Tensor& grad_logits) {
         const LossArguments arguments = saved_arguments(ctx);
-        return at::embedding_backward_symint(grad_logits, arguments.idx.reshape(-1), arguments.weight.sym_size(0),
-                                             arguments.options.padding_idx, /*scale_grad_by_freq=*/false,
-                                             arguments.options.sparse);
+        return at::embedding_backward_symint(grad_logits, arguments.idx.reshape(-1),
+                                             arguments.weight.sym_size(0), arguments.options.padding_idx,
+                                             /*scale_grad_by_freq=*/false, arguments.options.sparse);
     }
 
     static at::Tensor take_gradient(AutogradContext* ctx) {
@@ -229,8 +239,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
     static LossArguments saved_arguments(AutogradContext* ctx) {
         const variable_list saved = ctx->get_saved_variables();
-        return {saved[1], saved[0], saved[2], saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt,
-                saved_options(ctx)};
+        return {saved[1], saved[0], saved[2],
+                saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt, saved_options(ctx)};
     }
 
     static void save_options(AutogradContext* ctx, const LossOptions& options) {
@@ -255,6 +265,7 @@ std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
     double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits) {
     const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
     const LossArguments arguments{idx, weight, targets, class_weight, options, return_logits};
+    check_devices(idx, weight, targets, class_weight);  // before a tensor on another device picks the kernel
     if (!at::GradMode::is_enabled() || !weight.requires_grad()) {
         const auto [loss, logits, grad_rows, grad_values] = arguments.forward(/*compute_grad=*/false);
         return {loss, logits};

@@ -1,7 +1,7 @@
 // Embedding lookup and cross entropy in one: loss_n = lse[idx_n] - weight[idx_n, targets_n].
 //
-// Only R distinct rows of logits exist, so the work is O(min(N, R) * C + N), not O(N * C), and no (N, C) tensor
-// is made. The gradient row is written while its logits are in cache, in the forward pass.
+// Only R distinct rows of logits exist, so the work is O(min(N, R) * C + N), not O(N * C), and no (N, C)
+// tensor is made. The gradient row is written while its logits are in cache, in the forward pass.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -29,7 +29,8 @@ struct LossInputs {
     at::Tensor class_weight;  // (C) float32, or float64 as weight is, contiguous; undefined: all ones
 };
 
-// The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their numbers (K).
+// The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their numbers
+// (K).
 struct WeightGradient {
     at::Tensor rows;
     at::Tensor values;

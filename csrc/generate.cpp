@@ -25,7 +25,8 @@ at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options) {
         logits = logits.masked_fill(logits < smallest_kept, kRemoved);
     }
     if (options.top_p.has_value()) {
-        const auto [sorted, order] = logits.softmax(-1).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
+        const auto [sorted, order] =
+            logits.softmax(-1).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
         const at::Tensor removed = sorted.cumsum(-1) - sorted >= *options.top_p;
         logits = logits.masked_fill(at::zeros_like(removed).scatter(-1, order, removed), kRemoved);
     }
@@ -41,16 +42,18 @@ namespace {
 constexpr const char* kName = "generate";
 
 Sampler sampler_of(c10::string_view name) {
-    TORCH_CHECK_VALUE(name == "torch" || name == "philox", kName, ": expected sampler to be 'torch' or 'philox', got '",
-                      name, "'");
+    TORCH_CHECK_VALUE(name == "torch" || name == "philox", kName,
+                      ": expected sampler to be 'torch' or 'philox', got '", name, "'");
     return name == "torch" ? Sampler::torch : Sampler::philox;
 }
 
 void check_options(const SamplingOptions& options, int64_t vocab_size) {
     TORCH_CHECK_VALUE(options.temperature >= 0 && std::isfinite(options.temperature), kName,
                       ": expected temperature to be finite and >= 0, got ", options.temperature);
-    TORCH_CHECK_VALUE(options.top_k.value_or(1) >= 1, kName, ": expected top_k >= 1, got ", options.top_k.value_or(1));
-    const double top_p = options.top_p.value_or(1), min_p = options.min_p.value_or(0), stop = options.stop.value_or(0);
+    TORCH_CHECK_VALUE(options.top_k.value_or(1) >= 1, kName, ": expected top_k >= 1, got ",
+                      options.top_k.value_or(1));
+    const double top_p = options.top_p.value_or(1), min_p = options.min_p.value_or(0),
+                 stop = options.stop.value_or(0);
     TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, kName, ": expected 0 < top_p <= 1, got ", top_p);
     TORCH_CHECK_VALUE(min_p >= 0 && min_p <= 1, kName, ": expected 0 <= min_p <= 1, got ", min_p);
     TORCH_CHECK_VALUE(stop >= 0 && stop < static_cast<double>(std::max<int64_t>(vocab_size, 1)), kName,
@@ -66,14 +69,15 @@ void check_idx(const at::Tensor& idx, const at::Tensor& weight) {
     const at::Tensor tokens = contiguous_int64(idx);
     const int64_t* token = tokens.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < tokens.numel(); ++n) {
-        TORCH_CHECK_INDEX(token[n] >= 0 && token[n] < weight.size(0), kName, ": index out of range: idx holds ",
-                          token[n], " at position ", n, ", expected 0 <= idx < ", weight.size(0));
+        TORCH_CHECK_INDEX(token[n] >= 0 && token[n] < weight.size(0), kName,
+                          ": index out of range: idx holds ", token[n], " at position ", n,
+                          ", expected 0 <= idx < ", weight.size(0));
     }
 }
 
-at::Tensor generate_op_cpu(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens, double temperature,
-                           std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,
-                           std::optional<int64_t> stop, c10::string_view sampler,
+at::Tensor generate_op_cpu(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,
+                           double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                           std::optional<double> min_p, std::optional<int64_t> stop, c10::string_view sampler,
                            const std::optional<at::Generator>& generator) {
     const SamplingOptions options{temperature, top_k, top_p, min_p, stop, sampler_of(sampler)};
     check_square(kName, "weight", weight);

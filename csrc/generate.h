@@ -19,8 +19,9 @@ struct SamplingOptions {
     Sampler sampler;
 };
 
-// (..., V) logits -> logits with the temperature applied and -inf for the tokens that the filters remove. The filters
-// depend on the previous token alone, so that this is done once for each row of the table, not for each step.
+// (..., V) logits -> logits with the temperature applied and -inf for the tokens that the filters remove. The
+// filters depend on the previous token alone, so that this is done once for each row of the table, not for
+// each step.
 at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options);
 
 // starts (B) int64, weight (V, V) -> (B, max_new_tokens) int64.

@@ -8,7 +8,7 @@
 
 namespace bigramx {
 
-// probs (B, V), contiguous, num_samples in range -> (B, num_samples) int64.
+// probs (B, V), num_samples in range -> (B, num_samples) int64.
 at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement,
                            const std::optional<at::Generator>& generator);
 

@@ -1,6 +1,6 @@
 // A row of logits as integer thresholds: token j is drawn by the uniform 31-bit r with
-// thresholds[j - 1] <= r < thresholds[j]. On host and device the same, bit for bit: the sums are integers, and the
-// exponential is made of correctly rounded operations alone.
+// thresholds[j - 1] <= r < thresholds[j]. On host and device the same, bit for bit: the sums are integers,
+// and the exponential is made of correctly rounded operations alone.
 #pragma once
 
 #include <cmath>

@@ -37,7 +37,8 @@ AdamWJob<scalar_t> make_job(const AdamWTensors& tensors, const AdamWOptions& opt
     job.grad = tensors.grad.const_data_ptr<scalar_t>();
     job.exp_avg = tensors.exp_avg.data_ptr<scalar_t>();
     job.exp_avg_sq = tensors.exp_avg_sq.data_ptr<scalar_t>();
-    job.max_exp_avg_sq = tensors.max_exp_avg_sq.defined() ? tensors.max_exp_avg_sq.data_ptr<scalar_t>() : nullptr;
+    job.max_exp_avg_sq =
+        tensors.max_exp_avg_sq.defined() ? tensors.max_exp_avg_sq.data_ptr<scalar_t>() : nullptr;
     job.grad_sign = options.maximize ? -1 : 1;
     job.decay = static_cast<scalar_t>(1 - options.lr * options.weight_decay);
     job.one_minus_beta1 = static_cast<scalar_t>(1 - options.beta1);

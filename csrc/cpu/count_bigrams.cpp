@@ -11,8 +11,8 @@ void count_bigrams_kernel(const token_t* tokens, int64_t num_tokens, int64_t voc
     int64_t previous = 0;
     for (int64_t n = 0; n < num_tokens; ++n) {
         const auto token = static_cast<int64_t>(tokens[n]);
-        TORCH_CHECK_INDEX(token >= 0 && token < vocab_size, "count_bigrams: tokens holds ", token, " at position ",
-                          n, ", expected 0 <= token < ", vocab_size);
+        TORCH_CHECK_INDEX(token >= 0 && token < vocab_size, "count_bigrams: tokens holds ", token,
+                          " at position ", n, ", expected 0 <= token < ", vocab_size);
         if (n > 0) ++counts[previous * vocab_size + token];
         previous = token;
     }

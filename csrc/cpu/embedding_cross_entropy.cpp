@@ -10,14 +10,16 @@
 
 namespace bigramx {
 
-// What one call does to every row; plain pointers, all offsets in elements. T is float, or double for float64.
+// What one call does to every row; plain pointers, all offsets in elements. T is float, or double for
+// float64.
 struct LossJob {
     const void* weight;  // (R, C)
     int64_t row_stride;
     int64_t num_classes;
-    const int64_t* row_begin;  // (R + 1): the pairs of row i are order[row_begin[i]] to order[row_begin[i + 1]]
-    const int64_t* order;      // (N)
-    const int64_t* targets;    // (N)
+    const int64_t*
+        row_begin;           // (R + 1): the pairs of row i are order[row_begin[i]] to order[row_begin[i + 1]]
+    const int64_t* order;    // (N)
+    const int64_t* targets;  // (N)
     const void* class_weight;  // (C) of T, or null: all ones
     double class_weight_sum;
     int64_t ignore_index;
@@ -80,8 +82,8 @@ void check_pairs(const LossInputs& inputs, const LossOptions& options) {
                           " at position ", n, ", expected 0 <= idx < ", num_rows);
         TORCH_CHECK_INDEX((targets[n] >= 0 && targets[n] < num_classes) || targets[n] == options.ignore_index,
                           kName, ": Target ", targets[n], " is out of bounds: at position ", n,
-                          ", expected 0 <= targets < ", num_classes, " or ignore_index = ",
-                          options.ignore_index);
+                          ", expected 0 <= targets < ", num_classes,
+                          " or ignore_index = ", options.ignore_index);
     }
 }
 
@@ -135,7 +137,9 @@ at::Tensor occurring_rows(const Pairs& pairs, int64_t padding_idx) {
     return rows;
 }
 
-at::ScalarType accumulator_of(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulator_of(at::ScalarType dtype) {
+    return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 LossJob make_job(const LossInputs& inputs, const LossOptions& options, const Pairs& pairs) {
     LossJob job{};
@@ -155,12 +159,13 @@ LossJob make_job(const LossInputs& inputs, const LossOptions& options, const Pai
     job.label_smoothing = options.label_smoothing;
     job.z_loss = options.z_loss;
     job.loss_scale = options.reduction == at::Reduction::Mean ? 1.0 / pairs.target_weight : 1.0;
-    job.z_loss_scale = options.reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(pairs.num_targets) : 1.0;
+    job.z_loss_scale =
+        options.reduction == at::Reduction::Mean ? 1.0 / static_cast<double>(pairs.num_targets) : 1.0;
     return job;
 }
 
-// Runs the job over its slots. The sums are taken over blocks of fixed size, then in order, so that the result does
-// not depend on the number of threads.
+// Runs the job over its slots. The sums are taken over blocks of fixed size, then in order, so that the
+// result does not depend on the number of threads.
 LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) {
     if (num_slots == 0) return {};
     constexpr int64_t kBlockElements = 1 << 15;  // enough work to be worth waking a thread
@@ -193,8 +198,8 @@ LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) 
 LossSums run(LossJob& job, const LossInputs& inputs, const LossOptions& options, const Pairs& pairs,
              WeightGradient* gradient) {
     const bool all_rows = gradient != nullptr && !options.sparse;
-    const at::Tensor rows = all_rows ? at::empty({0}, at::dtype(at::kLong))
-                                     : occurring_rows(pairs, options.padding_idx);
+    const at::Tensor rows =
+        all_rows ? at::empty({0}, at::dtype(at::kLong)) : occurring_rows(pairs, options.padding_idx);
     const int64_t num_slots = all_rows ? inputs.weight.size(0) : rows.numel();
     job.rows = all_rows ? nullptr : rows.const_data_ptr<int64_t>();
     if (gradient != nullptr) {

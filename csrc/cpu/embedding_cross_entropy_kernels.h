@@ -20,8 +20,9 @@ class RowKernel {
         weight_ = static_cast<const scalar_t*>(job_.weight) + row * job_.row_stride;
         begin_ = job_.row_begin[row];
         end_ = job_.row_begin[row + 1];
-        scalar_t* gradient =
-            job_.gradient != nullptr ? static_cast<scalar_t*>(job_.gradient) + slot * job_.num_classes : nullptr;
+        scalar_t* gradient = job_.gradient != nullptr
+                                 ? static_cast<scalar_t*>(job_.gradient) + slot * job_.num_classes
+                                 : nullptr;
 
         LossSums sums;
         if (begin_ < end_) {
@@ -38,9 +39,8 @@ class RowKernel {
     void exponentiate() {
         constexpr T lowest = -std::numeric_limits<T>::infinity();
         Vector<T> largest = broadcast(lowest);
-        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-            largest = max(largest, lanes.load(weight_, lowest));
-        });
+        for_each_vector<T>(job_.num_classes,
+                           [&](Lanes<T> lanes) { largest = max(largest, lanes.load(weight_, lowest)); });
         const T row_max = horizontal_max<T>(largest);
 
         Vector<T> sums = broadcast(T(0));
@@ -83,7 +83,8 @@ class RowKernel {
             if (epsilon < 1) loss += (1 - epsilon) * weight_of(target) * surprise;
             sums.cross_entropy += loss;
             sums.z_loss += z_loss;
-            if (job_.losses != nullptr) static_cast<scalar_t*>(job_.losses)[n] = static_cast<scalar_t>(static_cast<T>(loss + z_loss));
+            if (job_.losses != nullptr)
+                static_cast<scalar_t*>(job_.losses)[n] = static_cast<scalar_t>(static_cast<T>(loss + z_loss));
         }
         return sums;
     }
@@ -127,8 +128,8 @@ class RowKernel {
         }
         const double epsilon = job_.label_smoothing;
         const double smooth = epsilon / job_.num_classes * pairs.plain;
-        const double mass =
-            (1 - epsilon) * pairs.weighted + smooth * job_.class_weight_sum + 2 * job_.z_loss * lse_ * pairs.z_loss;
+        const double mass = (1 - epsilon) * pairs.weighted + smooth * job_.class_weight_sum +
+                            2 * job_.z_loss * lse_ * pairs.z_loss;
         const Vector<T> scale = broadcast(static_cast<T>(mass / sum_));
 
         T* row_gradient = exponentials_;
@@ -148,8 +149,9 @@ class RowKernel {
         });
         subtract_targets(row_gradient);
         if constexpr (!std::is_same_v<scalar_t, T>) {
-            for_each_vector<T>(job_.num_classes,
-                               [&](Lanes<T> lanes) { lanes.store(gradient, load(exponentials_ + lanes.begin)); });
+            for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+                lanes.store(gradient, load(exponentials_ + lanes.begin));
+            });
         }
     }
 
@@ -182,7 +184,8 @@ class RowKernel {
     const LossJob& job_;
     const T* class_weight_;
     const T* grad_losses_;
-    T* exponentials_;         // (C), padded to whole vectors: a partial store could not be forwarded to the next load
+    T* exponentials_;  // (C), padded to whole vectors: a partial store could not be forwarded to the next
+                       // load
     int32_t* target_counts_;  // (C), all zero between rows
 
     const scalar_t* weight_ = nullptr;  // the row

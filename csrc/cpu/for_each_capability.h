@@ -1,9 +1,10 @@
-// Compiles the file BIGRAMX_KERNELS once for each CPU capability, in a namespace of its own, so that one binary
-// serves every x86-64 machine. BIGRAMX_DISPATCH(kernel) is the one for this machine, as ATen chose: it follows
-// at::get_cpu_capability(), and so ATEN_CPU_CAPABILITY.
+// Compiles the file BIGRAMX_KERNELS once for each CPU capability, in a namespace of its own, so that one
+// binary serves every x86-64 machine. BIGRAMX_DISPATCH(kernel) is the one for this machine, as ATen chose: it
+// follows at::get_cpu_capability(), and so ATEN_CPU_CAPABILITY.
 //
-// The target is set for our kernels alone, by pragma: compiled with -mavx512f, a whole file would also emit the
-// inline functions of the standard library with AVX-512 in them, and the linker may keep those for everyone.
+// The target is set for our kernels alone, by pragma: compiled with -mavx512f, a whole file would also emit
+// the inline functions of the standard library with AVX-512 in them, and the linker may keep those for
+// everyone.
 
 #include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
@@ -86,7 +87,7 @@ inline Capability cpu_capability() {
 #pragma GCC pop_options
 #endif
 
-#define BIGRAMX_DISPATCH(kernel)                                                              \
+#define BIGRAMX_DISPATCH(kernel)                                                               \
     (::bigramx::cpu_capability() == ::bigramx::Capability::avx512 ? &::bigramx::avx512::kernel \
      : ::bigramx::cpu_capability() == ::bigramx::Capability::avx2 ? &::bigramx::avx2::kernel   \
                                                                   : &::bigramx::portable::kernel)

@@ -45,12 +45,14 @@ PreparedRows prepare_thresholds(const at::Tensor& logits) {
 template <typename entry_t>
 class RowCache {
   public:
-    RowCache(const at::Tensor& weight, const SamplingOptions& options, PreparedRows (*prepare)(const at::Tensor&))
+    RowCache(const at::Tensor& weight, const SamplingOptions& options,
+             PreparedRows (*prepare)(const at::Tensor&))
         : weight_(weight),
           options_(options),
           prepare_(prepare),
           vocab_size_(weight.size(0)),
-          rows_per_block_(std::clamp<int64_t>(kBlockElements / std::max<int64_t>(vocab_size_, 1), 1, vocab_size_)),
+          rows_per_block_(
+              std::clamp<int64_t>(kBlockElements / std::max<int64_t>(vocab_size_, 1), 1, vocab_size_)),
           blocks_((vocab_size_ + rows_per_block_ - 1) / rows_per_block_) {}
 
     const entry_t* row(int64_t token) {
@@ -90,10 +92,12 @@ class RowCache {
 // All chains take a step before any takes the next: the order in which the lecture's loop draws.
 // next(b, t, token): the token that follows `token` in chain b at step t.
 template <typename Next>
-void run_chains(const at::Tensor& starts, const SamplingOptions& options, const Next& next, at::Tensor& chains) {
+void run_chains(const at::Tensor& starts, const SamplingOptions& options, const Next& next,
+                at::Tensor& chains) {
     const int64_t num_chains = chains.size(0), num_steps = chains.size(1);
     int64_t* tokens = chains.data_ptr<int64_t>();
-    std::vector<int64_t> last(starts.const_data_ptr<int64_t>(), starts.const_data_ptr<int64_t>() + num_chains);
+    std::vector<int64_t> last(starts.const_data_ptr<int64_t>(),
+                              starts.const_data_ptr<int64_t>() + num_chains);
     std::vector<char> stopped(num_chains, false);
     int64_t num_running = num_chains;
     for (int64_t t = 0; t < num_steps; ++t) {
@@ -119,8 +123,9 @@ uint64_t draw_seed(const std::optional<at::Generator>& generator) {
     return impl->random64();
 }
 
-void generate_by_thresholds(const at::Tensor& starts, const at::Tensor& weight, const SamplingOptions& options,
-                            const std::optional<at::Generator>& generator, at::Tensor& chains) {
+void generate_by_thresholds(const at::Tensor& starts, const at::Tensor& weight,
+                            const SamplingOptions& options, const std::optional<at::Generator>& generator,
+                            at::Tensor& chains) {
     const bool greedy = options.temperature == 0;
     const uint64_t seed = greedy ? 0 : draw_seed(generator);
     RowCache<uint32_t> rows(weight, options, &prepare_thresholds);

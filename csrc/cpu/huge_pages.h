@@ -1,5 +1,5 @@
-// Fresh memory costs a page fault each 4 KiB, several times what writing to it does. The gradient of a large table is
-// fresh at each step; huge pages, where the system lends them, make that one fault each 2 MiB.
+// Fresh memory costs a page fault each 4 KiB, several times what writing to it does. The gradient of a large
+// table is fresh at each step; huge pages, where the system lends them, make that one fault each 2 MiB.
 #pragma once
 
 #include <ATen/core/Tensor.h>

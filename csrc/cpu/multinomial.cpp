@@ -20,13 +20,14 @@ void check_probs(const scalar_t* probs, int64_t num_rows, int64_t vocab_size) {
         bool any_positive = false;
         for (int64_t j = 0; j < vocab_size; ++j) {
             const double prob = static_cast<double>(probs[b * vocab_size + j]);
-            TORCH_CHECK(prob >= 0 && prob < std::numeric_limits<double>::infinity(),
-                        "multinomial: probability tensor contains either `inf`, `nan` or element < 0: probs holds ",
-                        prob, " in row ", b, " at position ", j);
+            TORCH_CHECK(
+                prob >= 0 && prob < std::numeric_limits<double>::infinity(),
+                "multinomial: probability tensor contains either `inf`, `nan` or element < 0: probs holds ",
+                prob, " in row ", b, " at position ", j);
             any_positive |= prob > 0;
         }
-        TORCH_CHECK(any_positive, "multinomial: invalid multinomial distribution (sum of probabilities <= 0) in row ",
-                    b);
+        TORCH_CHECK(any_positive,
+                    "multinomial: invalid multinomial distribution (sum of probabilities <= 0) in row ", b);
     }
 }
 
@@ -40,16 +41,14 @@ void sample_one(const at::Tensor& probs, const std::optional<at::Generator>& gen
     });
 }
 
-// The largest of the ratios probs / q, in order.
-at::Tensor sample_without_replacement(const at::Tensor& probs, int64_t num_samples,
-                                      const std::optional<at::Generator>& generator) {
+// What torch.multinomial compares. The noise lies in memory, and is drawn, in the order in which probs lies.
+at::Tensor draw_ratios(const at::Tensor& probs, const std::optional<at::Generator>& generator) {
     at::Tensor ratios = at::empty_like(probs).exponential_(1, generator);
-    at::div_out(ratios, probs, ratios);
-    return std::get<1>(at::topk(ratios, num_samples));
+    return at::div_out(ratios, probs, ratios);
 }
 
-// Searches the cumulative sums, which are kept in `sum_t`: float32 for 16-bit floats, else the dtype itself, as ATen
-// keeps them; float64 where there are more categories than float32 can count, which ATen refuses.
+// Searches the cumulative sums, which are kept in `sum_t`: float32 for 16-bit floats, else the dtype itself,
+// as ATen keeps them; float64 where there are more categories than float32 can count, which ATen refuses.
 template <typename scalar_t, typename sum_t>
 void sample_with_replacement(const at::Tensor& probs, const std::optional<at::Generator>& generator,
                              at::Tensor& samples) {
@@ -78,17 +77,20 @@ at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool re
                            const std::optional<at::Generator>& generator) {
     constexpr int64_t kFloatCounts = 1 << 24;
     at::Tensor samples = at::empty({probs.size(0), num_samples}, probs.options().dtype(at::kLong));
+    const at::Tensor rows = probs.contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), "multinomial", [&] {
         using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-        check_probs(probs.const_data_ptr<scalar_t>(), probs.size(0), probs.size(1));
-        if (num_samples == 1) {
-            sample_one<scalar_t>(probs, generator, samples);
+        check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));
+        if (num_samples == 1 && at::empty_like(probs).is_contiguous()) {
+            sample_one<scalar_t>(rows, generator, samples);
+        } else if (num_samples == 1) {
+            samples = draw_ratios(probs, generator).argmax(-1, /*keepdim=*/true);
         } else if (!replacement) {
-            samples = sample_without_replacement(probs, num_samples, generator);
-        } else if (probs.size(1) <= kFloatCounts) {
-            sample_with_replacement<scalar_t, sum_t>(probs, generator, samples);
+            samples = std::get<1>(at::topk(draw_ratios(probs, generator), num_samples));
+        } else if (rows.size(1) <= kFloatCounts) {
+            sample_with_replacement<scalar_t, sum_t>(rows, generator, samples);
         } else {
-            sample_with_replacement<scalar_t, double>(probs, generator, samples);
+            sample_with_replacement<scalar_t, double>(rows, generator, samples);
         }
     });
     return samples;

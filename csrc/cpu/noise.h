@@ -1,8 +1,9 @@
 // The noise that torch.multinomial draws: token = argmax_j probs[j] / q[j], q exponentially distributed.
 //
-// ATen's serial kernel makes q[j] = -log1p(-u) in float64, rounded to the dtype, from one 64-bit draw an element.
-// ReplayedNoise makes the same draws, but takes the logarithm only where probs[j] can still win: q >= u, so
-// probs / q <= probs / u. Other builds of ATen fill q by a library; DrawnNoise then asks ATen for it.
+// ATen's serial kernel makes q[j] = -log1p(-u) in float64, rounded to the dtype, from one 64-bit draw an
+// element. ReplayedNoise makes the same draws, but takes the logarithm only where probs[j] can still win: q
+// >= u, so probs / q <= probs / u. Other builds of ATen fill q by a library; DrawnNoise then asks ATen for
+// it.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -17,7 +18,8 @@
 namespace bigramx {
 
 inline at::CPUGeneratorImpl* cpu_generator(const std::optional<at::Generator>& generator) {
-    return at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+    return at::get_generator_or_default<at::CPUGeneratorImpl>(generator,
+                                                              at::detail::getDefaultCPUGenerator());
 }
 
 // Holds the generator while it lives, and leaves it advanced by what was drawn.
@@ -82,12 +84,13 @@ class ReplayedNoise {
     }
 
   private:
-    // prob / u must reach this bound to win: the best so far, less what rounding of q and of the ratio may hide.
-    // Coarse types and subnormal ratios round by more, and are always computed.
+    // prob / u must reach this bound to win: the best so far, less what rounding of q and of the ratio may
+    // hide. Coarse types and subnormal ratios round by more, and are always computed.
     static double bound_of(scalar_t best) {
         constexpr bool coarse = sizeof(scalar_t) < sizeof(float);
         if (coarse || best < 1e-30) return best == best ? -1.0 : std::numeric_limits<double>::quiet_NaN();
-        return static_cast<double>(best) * (1 - 4 * static_cast<double>(std::numeric_limits<scalar_t>::epsilon()));
+        return static_cast<double>(best) *
+               (1 - 4 * static_cast<double>(std::numeric_limits<scalar_t>::epsilon()));
     }
 
     GeneratorStream stream_;
@@ -100,7 +103,8 @@ class DrawnNoise {
     // ATen's draws depend on the size of the tensor: `rows_per_draw` samples share one.
     DrawnNoise(const std::optional<at::Generator>& generator, int64_t vocab_size, int64_t rows_per_draw)
         : generator_(generator),
-          noise_(at::empty({rows_per_draw, vocab_size}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value))),
+          noise_(
+              at::empty({rows_per_draw, vocab_size}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value))),
           vocab_size_(vocab_size),
           next_row_(rows_per_draw) {}
 
@@ -122,8 +126,8 @@ class DrawnNoise {
     int64_t next_row_;
 };
 
-// Whether this build of ATen draws exponential noise as ReplayedNoise does: compared once a dtype, on a generator
-// of our own.
+// Whether this build of ATen draws exponential noise as ReplayedNoise does: compared once a dtype, on a
+// generator of our own.
 template <typename scalar_t>
 bool replays_exponential() {
     static const bool same = [] {

@@ -63,9 +63,11 @@ inline void store(c10::BFloat16* to, Vector<float> from) {
 
 inline Vector<float> load(const c10::Half* from) {
 #if BIGRAMX_VECTOR_BYTES == 64
-    return reinterpret_cast<Vector<float>>(_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    return reinterpret_cast<Vector<float>>(
+        _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif BIGRAMX_VECTOR_BYTES == 32
-    return reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    return reinterpret_cast<Vector<float>>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
     Vector<float> to;
     for (int64_t lane = 0; lane < kLanes<float>; ++lane) to[lane] = from[lane];
@@ -75,8 +77,9 @@ inline Vector<float> load(const c10::Half* from) {
 
 inline void store(c10::Half* to, Vector<float> from) {
 #if BIGRAMX_VECTOR_BYTES == 64
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_maskz_cvtps_ph(0xFFFF, reinterpret_cast<__m512>(from), _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(to),
+        _mm512_maskz_cvtps_ph(0xFFFF, reinterpret_cast<__m512>(from), _MM_FROUND_TO_NEAREST_INT));
 #elif BIGRAMX_VECTOR_BYTES == 32
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm256_cvtps_ph(reinterpret_cast<__m256>(from), _MM_FROUND_TO_NEAREST_INT));
@@ -123,7 +126,8 @@ struct Lanes {
 
     template <typename scalar_t>
     Vector<T> load(const scalar_t* row, T fill) const {
-        return count == kLanes<T> ? BIGRAMX_CAPABILITY::load(row + begin) : load_tail(row + begin, count, fill);
+        return count == kLanes<T> ? BIGRAMX_CAPABILITY::load(row + begin)
+                                  : load_tail(row + begin, count, fill);
     }
 
     template <typename scalar_t>
@@ -184,8 +188,8 @@ inline T horizontal_sum(Vector<T> vector) {
 
 // e^x to 2 ulp over all of float32, infinities, NaN and subnormal results included.
 //
-// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); 2^n in two factors, since n alone may
-// reach beyond the exponents of normal numbers.
+// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); 2^n in two factors, since n alone
+// may reach beyond the exponents of normal numbers.
 inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     const Vector<float> zero = broadcast(0.0f), lowest = broadcast(-104.0f), highest = broadcast(89.0f);
     const auto vanishes = x < lowest;  // set aside: an underflow costs the processor a hundred cycles

@@ -1,0 +1,274 @@
+"""The command line: `bigramx train|generate|evaluate|plot|info`. Needs typer and rich."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+import bigramx
+from bigramx import data
+from bigramx.model import BigramLanguageModel
+from bigramx.tokenizer import CharTokenizer
+from bigramx.training import History, fit, optimal_loss
+
+app = typer.Typer(
+    help="The bigram language model: train it on a text, let it write, measure it exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+
+_MODEL, _HISTORY, _LOSSES, _TABLE = "model.safetensors", "history.safetensors", "loss.png", "table.png"
+_STREAM_TOKENS = 256  # generated in one call before they are printed
+
+ModelPath = Annotated[Path, typer.Argument(help="A model that `bigramx train` saved.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+class SamplerName(enum.Enum):
+    """functional.Sampler, as typer reads choices."""
+
+    torch = "torch"
+    philox = "philox"
+
+
+class CommandError(Exception):
+    """What the user is told in one line."""
+
+
+def _need_tokenizer(model: BigramLanguageModel, path: Path) -> CharTokenizer:
+    if model.tokenizer is None:
+        raise CommandError(f"{path}: this model was saved without a tokenizer, and works on .bin tokens alone")
+    return model.tokenizer
+
+
+def _read_tokens(path: Path, model: BigramLanguageModel, model_path: Path) -> Tensor:
+    if path.suffix == ".bin":
+        return data.read_bin(path)
+    return _need_tokenizer(model, model_path).encode(data.read_text(path))
+
+
+def _new_model(text: Path | None, vocab_size: int | None) -> tuple[BigramLanguageModel, Tensor]:
+    if text is not None and text.suffix == ".bin":
+        tokens = data.read_bin(text)
+        return BigramLanguageModel(vocab_size or int(tokens.int().max()) + 1), tokens
+    content = data.default_text() if text is None else data.read_text(text)
+    if not content:
+        raise CommandError(f"{text}: the text is empty")
+    tokenizer = CharTokenizer.from_text(content)
+    model = BigramLanguageModel(tokenizer.vocab_size)
+    model.tokenizer = tokenizer
+    return model, tokenizer.encode(content)
+
+
+@app.command()
+def train(
+    text: Annotated[
+        Path | None,
+        typer.Argument(help="UTF-8 text, or nanoGPT's .bin tokens. Default: the Python language reference."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Steps in all.")] = 3000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks a step.")] = 32,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 8,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-2,
+    eval_interval: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 300,
+    seed: Seed = 1337,
+    out: Annotated[Path, typer.Option(help="Folder for the model, its history and the pictures.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Of .bin tokens. Default: the largest + 1.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Characters to write at the end.")] = 300,
+) -> None:
+    """Trains a model; saves it, its history and two pictures."""
+    torch.manual_seed(seed)
+    model, tokens = _new_model(text, vocab_size)
+    history = None
+    if resume:
+        fresh, model, history = model, BigramLanguageModel.load(out / _MODEL), History.load(out / _HISTORY)
+        if (model.vocab_size, model.tokenizer) != (fresh.vocab_size, fresh.tokenizer):
+            raise CommandError(f"{out / _MODEL}: this model was trained on another vocabulary than the text has")
+    train_tokens, val_tokens = data.split(tokens)
+    if min(len(train_tokens), len(val_tokens)) <= block_size:
+        raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")
+    console.print(f"{len(tokens):,} tokens, {model.vocab_size:,} distinct; the first {len(train_tokens):,} to train on")
+    out.mkdir(parents=True, exist_ok=True)
+    with _Progress(steps) as progress:
+        history = fit(
+            model,
+            train_tokens,
+            val_tokens,
+            batch_size=batch_size,
+            block_size=block_size,
+            max_steps=steps,
+            lr=lr,
+            eval_interval=eval_interval,
+            resume=history,
+            on_step=progress.on_step,
+            on_evaluation=progress.on_evaluation,
+        )
+    model.save(out / _MODEL)
+    history.save(out / _HISTORY)
+    if history.interrupted:
+        raise CommandError(f"interrupted after {history.step} steps; saved in {out}; go on with --resume")
+    if model.tokenizer is not None and sample > 0:
+        console.print("\n[bold]A sample[/bold]")
+        _stream(model, model.tokenizer, torch.zeros((1, 1), dtype=torch.long), sample, {})
+    _draw(model, history, out)
+    for name in (_MODEL, _HISTORY, _LOSSES, _TABLE):
+        if (out / name).exists():
+            console.print(f"wrote {out / name}")
+
+
+class _Progress:
+    """A progress bar over the steps, and a line for each evaluation above it."""
+
+    def __init__(self, steps: int) -> None:
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("training", total=steps)
+        self._width = len(str(steps))
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, history: History) -> None:
+        self._bar.update(self._task, completed=history.step)
+
+    def on_evaluation(self, history: History) -> None:
+        console.print(
+            f"step {history.step:>{self._width}}: train loss {history.train_losses[-1]:.4f}, "
+            f"val loss {history.val_losses[-1]:.4f}; optimum {history.optimum:.4f}"
+        )
+
+
+def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> None:
+    try:
+        from bigramx import plots
+
+        if history is not None:
+            plots.plot_losses(history, out / _LOSSES)
+        plots.plot_table(model, out / _TABLE)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        console.print("no pictures: matplotlib is not installed; type: pip install matplotlib")
+
+
+@app.command()
+def generate(
+    model_path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `bigramx train` saved.")] = Path(
+        "runs"
+    )
+    / _MODEL,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=0, help="How many characters to write.")] = 500,
+    prompt: Annotated[str, typer.Option(help="The text to go on with.")] = "",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest character always.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep the k likeliest.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep the likeliest of this probability in all.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep those with this share of the largest probability.")
+    ] = None,
+    stop: Annotated[str | None, typer.Option(help="End with this character.")] = None,
+    sampler: Annotated[SamplerName, typer.Option(help="How to draw.")] = SamplerName.torch,
+    seed: Annotated[int | None, typer.Option(help="Seed. Default: a new one each time.")] = None,
+) -> None:
+    """Writes text, as it comes."""
+    model = BigramLanguageModel.load(model_path)
+    tokenizer = _need_tokenizer(model, model_path)
+    start = tokenizer.encode(prompt)[None] if prompt else torch.zeros((1, 1), dtype=torch.long)
+    if stop is not None and len(stop) != 1:
+        raise CommandError(f"expected --stop to be one character, got {stop!r}")
+    torch.seed() if seed is None else torch.manual_seed(seed)
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop": None if stop is None else int(tokenizer.encode(stop)),
+        "sampler": sampler.value,
+    }
+    sys.stdout.write(prompt)
+    _stream(model, tokenizer, start, tokens, options)
+
+
+def _stream(
+    model: BigramLanguageModel, tokenizer: CharTokenizer, idx: Tensor, num_tokens: int, options: Mapping[str, object]
+) -> None:
+    stop = options.get("stop")
+    while num_tokens > 0:
+        step = min(num_tokens, _STREAM_TOKENS)
+        following = model.generate(idx, step, **options)[0, idx.size(1) :]  # type: ignore[arg-type]
+        sys.stdout.write(tokenizer.decode(following))
+        sys.stdout.flush()
+        if stop is not None and int(following[-1]) == stop:
+            break
+        idx, num_tokens = following[None, -1:], num_tokens - step
+    sys.stdout.write("\n")
+
+
+@app.command()
+def evaluate(
+    model_path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `bigramx train` saved.")],
+    text: Annotated[
+        Path | None, typer.Argument(help="UTF-8 text or .bin tokens. Default: the Python language reference.")
+    ] = None,
+) -> None:
+    """Prints the exact loss on a text, and the least that any bigram table can have."""
+    model = BigramLanguageModel.load(model_path)
+    if text is None:
+        tokens = _need_tokenizer(model, model_path).encode(data.default_text())
+    else:
+        tokens = _read_tokens(text, model, model_path)
+    if len(tokens) < 2:
+        raise CommandError(f"the text is too short: {len(tokens)} tokens, no pair")
+    loss = model.evaluate(tokens)
+    console.print(f"{len(tokens) - 1:,} pairs: loss {loss:.4f} nats a token, perplexity {torch.tensor(loss).exp():.3f}")
+    console.print(f"the optimum on this text: {optimal_loss(tokens):.4f}")
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A folder that `bigramx train` left.")] = Path("runs"),
+) -> None:
+    """Draws the pictures of a run again."""
+    model = BigramLanguageModel.load(run / _MODEL)
+    history = History.load(run / _HISTORY) if (run / _HISTORY).exists() else None
+    _draw(model, history, run)
+    for name in (_LOSSES, _TABLE):
+        if (run / name).exists():
+            console.print(f"wrote {run / name}")
+
+
+@app.command()
+def info() -> None:
+    """Prints how bigramx was built, and what it runs on."""
+    table = Table(show_header=False, box=None)
+    rows = {"bigramx": bigramx.__version__, **bigramx.build_info(), "threads": str(torch.get_num_threads())}
+    for name, value in rows.items():
+        table.add_row(name, value or "none")
+    console.print(table)
+
+
+def run() -> None:
+    """Runs the command line: errors are one line, without a traceback."""
+    try:
+        app()
+    except (CommandError, OSError, ValueError, IndexError, RuntimeError) as error:
+        sys.exit(f"bigramx: {' '.join(str(error).split())}")

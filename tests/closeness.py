@@ -1,0 +1,27 @@
+"""Tolerances that are anchored to the error that eager PyTorch itself makes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_close_as_eager(actual: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0) -> None:
+    """Fails where `actual` is further from the float64 result than twice eager's own error, and a rounding.
+
+    Where eager itself overflows, as float16 sums do, the rounding of the result alone is the yardstick. `terms`: the
+    largest of what is added up to a result, where it may cancel.
+    """
+    assert actual.dtype == eager.dtype
+    assert actual.shape == eager.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    exact = exact.double()
+    finite = exact.isfinite()
+    torch.testing.assert_close(actual.double()[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+    if not finite.any():
+        return
+    error = (actual.double() - exact)[finite].abs().max()
+    eager_error = (eager.double() - exact)[finite].abs().nan_to_num(0, 0, 0).max()
+    rounding = 4 * torch.finfo(actual.dtype).eps * max(float(exact[finite].abs().max()), terms)
+    assert error <= 2 * eager_error + rounding, f"error {error:.3g}, eager's {eager_error:.3g}, rounding {rounding:.3g}"

@@ -1,0 +1,344 @@
+"""functional.embedding_cross_entropy against its float64 reference, and against the semantics of F.cross_entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor
+
+from bigramx import functional, reference
+from tests.closeness import assert_as_close_as_eager
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Less than a vector, a vector and a tail of one, whole vectors but one element, more than one block of rows.
+SIZES = [(1, 1), (2, 3), (65, 256), (67, 1), (127, 333), (1000, 77), (65, 0)]
+
+
+@dataclass
+class Case:
+    """The arguments of one call, and what comes of it in three ways."""
+
+    idx: Tensor
+    weight: Tensor
+    targets: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, function: Callable[..., Any], dtype: torch.dtype, grad_loss: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The loss and the dense gradient of the weight."""
+        weight = self.weight.detach().to(dtype).requires_grad_()
+        options = dict(self.options)
+        if options.get("class_weight") is not None:
+            options["class_weight"] = options["class_weight"].to(dtype)
+        loss = function(self.idx, weight, self.targets, **options)
+        loss.backward(torch.full_like(loss, grad_loss))
+        assert weight.grad is not None
+        return loss.detach(), weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+
+    def check(self, grad_loss: float = 1.0) -> None:
+        """The kernel is as close to float64 as eager is."""
+        dtype = self.weight.dtype
+        actual = self.run(functional.embedding_cross_entropy, dtype, grad_loss)
+        eager = self.run(reference.embedding_cross_entropy, dtype, grad_loss)
+        exact = self.run(reference.embedding_cross_entropy, torch.float64, grad_loss)
+        assert_as_close_as_eager(actual[0], eager[0], exact[0])
+        assert_as_close_as_eager(actual[1], eager[1], exact[1], self.largest_term(grad_loss))
+
+    def largest_term(self, grad_loss: float) -> float:
+        """What the pairs of one row add to and take from an entry of the gradient, at most."""
+        counts = self.targets.flatten() != self.options.get("ignore_index", -100)
+        pair_weights = torch.ones(len(counts))[counts]
+        if self.options.get("class_weight") is not None:
+            pair_weights = self.options["class_weight"].float()[self.targets.flatten()[counts].long()]
+        if len(pair_weights) == 0:
+            return 0.0
+        total = pair_weights.sum() if self.options.get("reduction", "mean") == "mean" else 1.0
+        row_weights = torch.bincount(self.idx.flatten()[counts].long(), weights=pair_weights)
+        return abs(grad_loss) * float(row_weights.max() / total)
+
+
+def make_case(vocab_size: int, num_pairs: int, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
+    return Case(
+        torch.randint(vocab_size, (num_pairs,)),
+        torch.randn(vocab_size, vocab_size).to(dtype),
+        torch.randint(vocab_size, (num_pairs,)),
+        options,
+    )
+
+
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_equals_reference(vocab_size: int, num_pairs: int, dtype: torch.dtype, reduction: str) -> None:
+    make_case(vocab_size, num_pairs, dtype, reduction=reduction).check()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Tables square and not, all dtypes and options, several memory layouts."""
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    num_rows, num_classes = draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    shape = draw(st.sampled_from([(0,), (1,), (7,), (4, 5), (2, 3, 4), ()]))
+    dtype = draw(st.sampled_from(DTYPES))
+    weight = torch.randn(num_rows, num_classes) * draw(st.sampled_from([0.1, 1.0, 8.0]))
+    layout = draw(st.sampled_from(["contiguous", "transposed", "wide", "every second"]))
+    if layout == "transposed":
+        weight = weight.t().contiguous().t()
+    elif layout == "wide":
+        weight = torch.randn(num_rows, num_classes + 3).narrow(1, 1, num_classes)
+    elif layout == "every second":
+        weight = torch.randn(2 * num_rows, 2 * num_classes)[::2, ::2]
+    idx = torch.randint(num_rows, shape).to(draw(st.sampled_from([torch.int64, torch.int32])))
+    targets = torch.randint(num_classes, shape).to(draw(st.sampled_from([torch.int64, torch.int32])))
+    ignore_index = draw(st.sampled_from([-100, 0, num_classes + 5]))
+    if draw(st.booleans()):
+        targets = torch.where(torch.rand(shape) < 0.3, torch.tensor(ignore_index, dtype=targets.dtype), targets)
+    if len(shape) == 2 and draw(st.booleans()):
+        idx, targets = idx.t().contiguous().t(), targets.t()
+        idx = idx.t()
+    options = {
+        "class_weight": draw(st.sampled_from([None, torch.rand(num_classes) + 0.1])),
+        "ignore_index": ignore_index,
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "z_loss": draw(st.sampled_from([0.0, 1e-2])),
+        "padding_idx": draw(st.sampled_from([None, 0, -1])),
+        "sparse": draw(st.booleans()),
+    }
+    return Case(idx, weight.to(dtype), targets, options)
+
+
+@given(case=cases(), grad_loss=st.sampled_from([1.0, -2.5]))
+def test_equals_reference_for_any_options(case: Case, grad_loss: float) -> None:
+    case.check(grad_loss)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.2}, {"z_loss": 0.1}, {"class_weight": torch.rand(5).double()}, {"ignore_index": 2}],
+    ids=str,
+)
+def test_gradcheck(reduction: str, options: dict[str, Any]) -> None:
+    idx, targets = torch.tensor([0, 3, 3, 4, 0]), torch.tensor([1, 2, 0, 4, 1])
+    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda weight: functional.embedding_cross_entropy(idx, weight, targets, reduction=reduction, **options),  # type: ignore[call-overload]
+        (weight,),
+    )
+
+
+def test_gradcheck_through_logits() -> None:
+    idx, targets = torch.tensor([0, 3, 3]), torch.tensor([1, 2, 0])
+    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda weight: functional.embedding_cross_entropy(idx, weight, targets, return_logits=True), (weight,)
+    )
+
+
+class TestEdges:
+    """What F.cross_entropy does where there is little or nothing to do."""
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_no_pairs(self, reduction: str) -> None:
+        case = make_case(5, 0, reduction=reduction)
+        for actual, eager in zip(
+            case.run(functional.embedding_cross_entropy, torch.float32),
+            case.run(reference.embedding_cross_entropy, torch.float32),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, eager, equal_nan=True)
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_all_ignored(self, reduction: str) -> None:
+        case = make_case(5, 4, reduction=reduction)
+        case.targets.fill_(-100)
+        loss, grad = case.run(functional.embedding_cross_entropy, torch.float32)
+        eager, _grad = case.run(reference.embedding_cross_entropy, torch.float32)
+        torch.testing.assert_close(loss, eager, equal_nan=True)
+        assert not grad.any()
+
+    def test_no_rows(self) -> None:
+        empty = torch.empty(0, dtype=torch.int64)
+        assert functional.embedding_cross_entropy(empty, torch.empty(0, 0), empty).isnan()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_special_logits(self, value: float, dtype: torch.dtype) -> None:
+        case = make_case(67, 100, dtype, reduction="none")
+        case.weight[3, 5] = value
+        case.weight[7] = value
+        case.idx[:2], case.targets[:2] = 3, torch.tensor([5, 6])
+        actual, _grad = case.run(functional.embedding_cross_entropy, dtype)
+        eager, _grad = case.run(reference.embedding_cross_entropy, dtype)
+        assert torch.equal(actual.isnan(), eager.isnan())
+        assert torch.equal(actual.isinf(), eager.isinf())
+
+    def test_large_logits(self) -> None:
+        case = make_case(65, 256)
+        case.weight.mul_(1e4)
+        case.check()
+
+
+class TestAutograd:
+    """The gradient that the forward pass wrote is handed over once, and never changed after that."""
+
+    def test_hands_over_without_copy_and_accumulates(self) -> None:
+        case = make_case(65, 256)
+        weight = case.weight.requires_grad_()
+        functional.embedding_cross_entropy(case.idx, weight, case.targets).backward()
+        assert weight.grad is not None
+        once = weight.grad.clone()
+        functional.embedding_cross_entropy(case.idx, weight, case.targets).backward()
+        torch.testing.assert_close(weight.grad, 2 * once, rtol=0, atol=0)
+
+    def test_second_backward(self) -> None:
+        case = make_case(65, 256)
+        weight = case.weight.requires_grad_()
+        loss = functional.embedding_cross_entropy(case.idx, weight, case.targets)
+        (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        kept = first.clone()
+        (scaled,) = torch.autograd.grad(3 * loss, weight, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, weight)
+        assert torch.equal(first, kept)
+        assert torch.equal(again, kept)
+        torch.testing.assert_close(scaled, 3 * kept)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(loss, weight)
+
+    def test_scaled_first(self) -> None:
+        case = make_case(65, 256)
+        weight = case.weight.requires_grad_()
+        loss = functional.embedding_cross_entropy(case.idx, weight, case.targets)
+        (scaled,) = torch.autograd.grad(0.5 * loss, weight, retain_graph=True)
+        kept = scaled.clone()
+        (plain,) = torch.autograd.grad(loss, weight)
+        assert torch.equal(scaled, kept)
+        torch.testing.assert_close(plain, 2 * kept)
+
+    def test_weight_changed_before_backward(self) -> None:
+        """As in eager, whose softmax keeps its own output."""
+        case = make_case(65, 256)
+        weight = case.weight.requires_grad_()
+        (expected,) = torch.autograd.grad(reference.embedding_cross_entropy(case.idx, weight, case.targets), weight)  # type: ignore[arg-type]
+        loss = functional.embedding_cross_entropy(case.idx, weight, case.targets)
+        with torch.no_grad():
+            weight.zero_()
+        loss.backward()
+        torch.testing.assert_close(weight.grad, expected)
+
+    def test_loss_scale_keeps_small_float16_gradients(self) -> None:
+        case = make_case(65, 4096, torch.float16)
+        case.weight[0, 1] = -12.0  # a gradient below float16's least number, until it is scaled
+        case.check(grad_loss=2.0**14)
+
+    def test_logits_are_differentiable(self) -> None:
+        case = make_case(65, 256)
+        weights = [case.weight.clone().requires_grad_() for _ in range(2)]
+        for weight, function in zip(weights, (functional, reference), strict=True):
+            loss, logits = function.embedding_cross_entropy(case.idx, weight, case.targets, return_logits=True)
+            assert logits.shape == (256, 65)
+            (loss + logits.square().mean()).backward()
+        torch.testing.assert_close(weights[0].grad, weights[1].grad)
+
+    @pytest.mark.parametrize("grad_loss", [1.0, 2.0])
+    def test_create_graph_works_and_a_second_differentiation_raises(self, grad_loss: float) -> None:
+        case = make_case(5, 4)
+        weight = case.weight.requires_grad_()
+        loss = grad_loss * functional.embedding_cross_entropy(case.idx, weight, case.targets)
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+            grad.sum().backward()
+
+    def test_no_grad(self) -> None:
+        case = make_case(5, 4)
+        with torch.no_grad():
+            assert not functional.embedding_cross_entropy(
+                case.idx, case.weight.requires_grad_(), case.targets
+            ).requires_grad
+
+    def test_sparse_gradient_has_the_rows_that_nn_embedding_gives(self) -> None:
+        idx, targets = torch.tensor([4, 2, 4, 0, 3]), torch.tensor([1, 1, 0, 2, -100])
+        weight = torch.randn(6, 6, requires_grad=True)
+        loss = functional.embedding_cross_entropy(idx, weight, targets, sparse=True, padding_idx=2)
+        (grad,) = torch.autograd.grad(loss, weight)
+        eager = weight.detach().clone().requires_grad_()
+        F.cross_entropy(F.embedding(idx, eager, padding_idx=2, sparse=True), targets).backward()
+        assert eager.grad is not None
+        assert grad.is_sparse
+        assert grad.is_coalesced()
+        expected = eager.grad.coalesce()
+        assert torch.equal(grad.indices(), expected.indices())
+        torch.testing.assert_close(grad.values(), expected.values())
+
+    def test_sparse_gradients_accumulate(self) -> None:
+        case = make_case(65, 9)
+        weight = case.weight.requires_grad_()
+        for _ in range(2):
+            functional.embedding_cross_entropy(case.idx, weight, case.targets, sparse=True).backward()
+        (dense,) = torch.autograd.grad(functional.embedding_cross_entropy(case.idx, weight, case.targets), weight)
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad.to_dense(), 2 * dense)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 4096), (1000, 5000)])
+def test_same_bits_for_any_number_of_threads(
+    vocab_size: int, num_pairs: int, reduction: str, two_threads: None
+) -> None:
+    case = make_case(vocab_size, num_pairs, reduction=reduction, label_smoothing=0.1)
+    two = case.run(functional.embedding_cross_entropy, torch.float32)
+    torch.set_num_threads(1)
+    one = case.run(functional.embedding_cross_entropy, torch.float32)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+IDX, TARGETS, WEIGHT = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.randn(5, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"idx": torch.tensor([0, 5])}, IndexError, r"idx holds 5 at position 1, expected 0 <= idx < 5"),
+        ({"idx": torch.tensor([-1, 0])}, IndexError, r"idx holds -1 at position 0"),
+        ({"targets": torch.tensor([0, 5])}, IndexError, r"Target 5 is out of bounds: at position 1"),
+        ({"targets": torch.tensor([-1, 0])}, IndexError, r"Target -1 is out of bounds"),
+        ({"idx": torch.tensor([0.0, 1.0])}, RuntimeError, r"expected idx to have one of the dtypes .*, got Float"),
+        ({"idx": torch.tensor([True, False])}, RuntimeError, r"expected idx to have one of the dtypes"),
+        ({"targets": torch.tensor([0.0, 1.0])}, RuntimeError, r"expected targets to have one of the dtypes"),
+        ({"targets": torch.tensor([0, 1, 2])}, ValueError, r"shape of idx, \[2\], got \[3\]"),
+        ({"weight": torch.randn(5)}, RuntimeError, r"'weight' must be 2-D, got shape \[5\]"),
+        ({"weight": torch.randn(5, 5, 5)}, RuntimeError, r"'weight' must be 2-D"),
+        ({"weight": torch.ones(5, 5, dtype=torch.int64)}, NotImplementedError, r"weight of dtype Long"),
+        ({"weight": torch.ones(5, 5, dtype=torch.complex64)}, NotImplementedError, r"weight of dtype Complex"),
+        ({"class_weight": torch.ones(3)}, RuntimeError, r"all 5 classes or no classes .* shape: \[3\]"),
+        ({"class_weight": torch.ones(5).double()}, RuntimeError, r"class_weight .*Float.*got Double"),
+        ({"class_weight": torch.ones(5, requires_grad=True)}, RuntimeError, r"not differentiable .* class_weight"),
+        ({"reduction": "foo"}, ValueError, r"foo is not a valid value for reduction"),
+        ({"label_smoothing": 1.5}, RuntimeError, r"label_smoothing must be between 0.0 and 1.0. Got: 1.5"),
+        ({"label_smoothing": float("nan")}, RuntimeError, r"label_smoothing must be between"),
+        ({"z_loss": -1.0}, ValueError, r"z_loss must be finite and >= 0, got -1"),
+        ({"padding_idx": 5}, AssertionError, r"Padding_idx must be within num_embeddings.*got 5"),
+        ({"padding_idx": -6}, AssertionError, r"Padding_idx must be within num_embeddings"),
+        ({"idx": [0, 1]}, TypeError, r"'Tensor' for argument 'idx'"),
+        ({"ignore_index": 1.5}, TypeError, r"'int' for argument 'ignore_index'"),
+        ({"idx": IDX.to("meta")}, RuntimeError, r"same device, got idx on meta and weight on cpu"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = {"idx": IDX, "weight": WEIGHT, "targets": TARGETS, **arguments}
+    with pytest.raises(error, match=message):
+        functional.embedding_cross_entropy(**call)
+
+
+def test_integer_weight_cannot_require_grad() -> None:
+    with pytest.raises(RuntimeError, match="can require gradients"):
+        functional.embedding_cross_entropy(IDX, torch.ones(5, 5, dtype=torch.int64, requires_grad=True), TARGETS)

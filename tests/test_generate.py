@@ -1,0 +1,179 @@
+"""functional.generate against the loop over torch.multinomial, and against philox in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from bigramx import functional, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10**6},
+    {"top_p": 0.6},
+    {"top_p": 1.0},
+    {"min_p": 0.2},
+    {"min_p": 0.0},
+    {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@given(
+    seed=st.integers(0, 2**62),
+    vocab_size=st.sampled_from([1, 2, 65, 67, 127, 1000]),
+    num_chains=st.sampled_from([0, 1, 2, 5]),
+    length=st.sampled_from([1, 3]),
+    num_tokens=st.sampled_from([0, 1, 30]),
+    dtype=st.sampled_from(DTYPES),
+    filters=st.sampled_from(FILTERS),
+    sampler=st.sampled_from(["torch", "philox"]),
+    stop=st.sampled_from([None, 0]),
+)
+def test_equals_reference(
+    seed: int,
+    vocab_size: int,
+    num_chains: int,
+    length: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    filters: dict[str, Any],
+    sampler: Any,
+    stop: int | None,
+) -> None:
+    torch.manual_seed(seed)
+    weight = (torch.randn(vocab_size, vocab_size) * 2).to(dtype)
+    idx = torch.randint(vocab_size, (num_chains, length))
+    ours, loops = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    options = {**filters, "stop": stop, "sampler": sampler}
+    actual = functional.generate(idx, weight, num_tokens, generator=ours, **options)
+    expected = reference.generate(idx, weight, num_tokens, generator=loops, **options)
+    assert actual.dtype == torch.int64
+    if num_chains > 0:
+        assert torch.equal(actual, expected)
+        assert torch.equal(ours.get_state(), loops.get_state())
+    else:
+        assert actual.shape == (0, length + num_tokens)
+
+
+def test_equals_the_lectures_loop() -> None:
+    """Default generator, batches, and the generator's state afterwards."""
+    model = reference.BigramLanguageModel(65)
+    for batch in (1, 32):
+        idx = torch.zeros((batch, 1), dtype=torch.long)
+        torch.manual_seed(5)
+        expected, state = model.generate(idx, 500), torch.get_rng_state()
+        torch.manual_seed(5)
+        actual = functional.generate(idx, model.token_embedding_table.weight.detach(), 500)
+        assert torch.equal(actual, expected)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_philox_known_answers() -> None:
+    """Of Random123's kat_vectors: all zero, all ones, and the digits of pi."""
+    ones = 2**64 - 1
+    assert int(reference.philox(0, torch.tensor(0), 0)) == 0x6627E8D5
+    assert int(reference.philox(ones, torch.tensor(-1), ones)) == 0x408F276D
+    key, sequence, position = 0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88
+    assert int(reference.philox(key, torch.tensor(sequence), position)) == 0xD16CFE09
+
+
+def test_philox_follows_the_distribution() -> None:
+    weight = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(4, 4))
+    idx = torch.zeros((1000, 1), dtype=torch.long)
+    tokens = functional.generate(idx, weight, 100, sampler="philox")[:, 1:]
+    frequencies = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
+    torch.testing.assert_close(frequencies, weight[0].exp(), atol=0.01, rtol=0)
+    assert frequencies[1] == 0
+
+
+def test_philox_does_not_depend_on_the_other_chains() -> None:
+    weight, idx = torch.randn(65, 65), torch.randint(65, (8, 1))
+    whole = functional.generate(idx, weight, 50, sampler="philox", generator=torch.Generator().manual_seed(1))
+    part = functional.generate(idx[:3], weight, 50, sampler="philox", generator=torch.Generator().manual_seed(1))
+    assert torch.equal(whole[:3], part)
+
+
+def test_calls_in_sequence_equal_one() -> None:
+    weight, idx = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
+    generator = torch.Generator().manual_seed(2)
+    parts = functional.generate(
+        functional.generate(idx, weight, 20, generator=generator), weight, 30, generator=generator
+    )
+    assert torch.equal(parts, functional.generate(idx, weight, 50, generator=torch.Generator().manual_seed(2)))
+
+
+def test_stop_ends_early_and_fills_up() -> None:
+    cycle = torch.full((4, 4), float("-inf"))
+    cycle[torch.arange(4), (torch.arange(4) + 1) % 4] = 0  # 0 -> 1 -> 2 -> 3 -> 0
+    idx = torch.tensor([[0], [2]])
+    expected = torch.tensor([[0, 1, 2, 3], [2, 3, 3, 3]])
+    for sampler in ("torch", "philox"):
+        assert torch.equal(functional.generate(idx, cycle, 9, stop=3, sampler=sampler), expected)  # type: ignore[arg-type]
+    assert functional.generate(idx, cycle, 2, stop=0).tolist() == [[0, 1, 2], [2, 3, 0]]
+
+
+def test_layouts_and_int32() -> None:
+    weight, idx = torch.randn(65, 65), torch.randint(65, (3, 4))
+    expected = functional.generate(idx, weight, 20, generator=torch.Generator().manual_seed(1))
+    for other_idx, other_weight in [(idx.int(), weight), (idx.t().contiguous().t(), weight.t().contiguous().t())]:
+        actual = functional.generate(other_idx, other_weight, 20, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("sampler", ["torch", "philox"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_no_distribution_raises_when_it_is_met(sampler: Any, value: float) -> None:
+    weight = torch.zeros(3, 3)
+    weight[2, 1] = value
+    weight[:2, 2] = float("-inf")  # row 2 is never met from 0 or 1
+    idx = torch.zeros((1, 1), dtype=torch.long)
+    assert functional.generate(idx, weight, 20, sampler=sampler).max() < 2
+    with pytest.raises(RuntimeError, match=r"`inf`, `nan` or element < 0: row 2 of weight"):
+        functional.generate(idx + 2, weight, 1, sampler=sampler)
+    with pytest.raises(RuntimeError, match="row 0 of weight"):
+        functional.generate(idx, torch.full((3, 3), float("-inf")), 1, sampler=sampler)
+
+
+IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"idx": IDX + 5}, IndexError, r"idx holds 5 at position 0, expected 0 <= idx < 5"),
+        ({"idx": torch.tensor([[-1, 0]])}, IndexError, r"idx holds -1 at position 0"),
+        ({"idx": IDX.float()}, RuntimeError, r"idx .*got Float"),
+        ({"idx": IDX[0]}, RuntimeError, r"2-D, \(B, T\), got shape \[1\]"),
+        ({"idx": IDX[:, :0]}, IndexError, r"at least one token a sequence, got shape \[1, 0\]"),
+        ({"weight": torch.zeros(5, 4)}, RuntimeError, r"must be square.*got shape \[5, 4\]"),
+        ({"weight": torch.zeros(5)}, RuntimeError, r"must be 2-D"),
+        ({"weight": torch.zeros(5, 5).long()}, NotImplementedError, r"weight of dtype Long"),
+        ({"weight": torch.zeros(0, 0)}, IndexError, r"idx holds 0"),
+        ({"max_new_tokens": -1}, ValueError, r"max_new_tokens >= 0, got -1"),
+        ({"max_new_tokens": 1.5}, TypeError, r"max_new_tokens"),
+        ({"temperature": -1.0}, ValueError, r"temperature to be finite and >= 0, got -1"),
+        ({"temperature": float("nan")}, ValueError, r"temperature"),
+        ({"top_k": 0}, ValueError, r"top_k >= 1, got 0"),
+        ({"top_p": 0.0}, ValueError, r"0 < top_p <= 1, got 0"),
+        ({"top_p": 1.5}, ValueError, r"0 < top_p <= 1, got 1.5"),
+        ({"min_p": -0.5}, ValueError, r"0 <= min_p <= 1, got -0.5"),
+        ({"stop": 5}, ValueError, r"0 <= stop < 5, got 5"),
+        ({"sampler": "foo"}, ValueError, r"'torch' or 'philox', got 'foo'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = {"idx": IDX, "weight": WEIGHT, "max_new_tokens": 3, **arguments}
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        functional.generate(**call)
+    assert torch.equal(torch.get_rng_state(), state)
