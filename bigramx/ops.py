@@ -57,6 +57,13 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     return register
 
 
+def _check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """A fake kernel runs where any argument is on the meta device; the others must be there too."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise RuntimeError(f"{op}: expected all tensors to be on the same device, got {devices}")
+
+
 def _empty_gradient(weight: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
     if not sparse:
         return weight.new_empty(0, dtype=torch.int64), torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -124,6 +131,7 @@ def _(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    _check_same_device("generate", idx=idx, weight=weight)
     return idx.new_empty((idx.shape[0], max_new_tokens), dtype=torch.int64)
 
 
@@ -147,4 +155,6 @@ def _(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    return None
+    _check_same_device(
+        "adamw_", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq
+    )

@@ -188,6 +188,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         ctx->save_for_backward(
             {weight, arguments.idx, arguments.targets, arguments.class_weight.value_or(at::Tensor())});
         ctx->set_materialize_grads(false);
+        if (!arguments.return_logits) ctx->mark_non_differentiable({logits});
         return {loss, logits};
     }
 

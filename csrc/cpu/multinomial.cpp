@@ -81,7 +81,7 @@ at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool re
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), "multinomial", [&] {
         using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
         check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));
-        if (num_samples == 1 && at::empty_like(probs).is_contiguous()) {
+        if (num_samples == 1 && (probs.is_contiguous() || at::empty_like(probs).is_contiguous())) {
             sample_one<scalar_t>(rows, generator, samples);
         } else if (num_samples == 1) {
             samples = draw_ratios(probs, generator).argmax(-1, /*keepdim=*/true);

@@ -1,0 +1,137 @@
+"""functional.adamw_ and optim.AdamW against torch.optim.AdamW."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from bigramx import functional, optim, reference
+from tests.closeness import assert_as_close_as_eager
+
+HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([0, 1, 7, 16, 65 * 65, 100_003]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    step=st.sampled_from([1, 2, 1000]),
+    amsgrad=st.booleans(),
+    maximize=st.booleans(),
+)
+def test_equals_reference(seed: int, size: int, dtype: torch.dtype, step: int, amsgrad: bool, maximize: bool) -> None:
+    torch.manual_seed(seed)
+    tensors = [torch.randn(size), torch.randn(size), torch.randn(size), torch.rand(size), torch.rand(size)]
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        param, grad, exp_avg, exp_avg_sq, largest = (tensor.to(dtype, copy=True) for tensor in tensors)
+        largest_or_none = largest if amsgrad else None
+        function(param, grad, exp_avg, exp_avg_sq, largest_or_none, step=step, maximize=maximize, **HYPERPARAMETERS)
+        return [param, exp_avg, exp_avg_sq, largest]
+
+    for actual, eager, exact in zip(
+        run(functional.adamw_, dtype), run(reference.adamw_, dtype), run(reference.adamw_, torch.float64), strict=True
+    ):
+        assert_as_close_as_eager(actual, eager, exact)
+
+
+PARAM = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"param": PARAM.half()}, RuntimeError, r"param .*got Half"),
+        ({"grad": PARAM.double()}, RuntimeError, r"grad .*Float.*got Double"),
+        ({"grad": torch.ones(3)}, RuntimeError, r"grad to have the shape of param, \[4\], got \[3\]"),
+        ({"exp_avg": torch.ones(8)[::2]}, RuntimeError, r"exp_avg to be contiguous, got strides \[2\]"),
+        ({"exp_avg_sq": PARAM.to("meta")}, RuntimeError, r"same device, got .*'exp_avg_sq': device\(type='meta'\)"),
+        ({"step": 0}, ValueError, r"step >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    tensors = {name: PARAM.clone() for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    with pytest.raises(error, match=message):
+        functional.adamw_(**{**tensors, "step": 1, **HYPERPARAMETERS, **arguments})
+
+
+def train(optimizer_class: type[torch.optim.AdamW], steps: int = 20, **options: Any) -> tuple[Tensor, Any]:
+    torch.manual_seed(1)
+    param = torch.nn.Parameter(torch.randn(33, 7))
+    optimizer = optimizer_class([param], **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (param - 1).square().sum().backward()
+        optimizer.step()
+    return param.detach(), optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.5},
+        {"amsgrad": True, "maximize": True},
+        {"foreach": True},
+        {"fused": True},
+        {"capturable": False, "differentiable": False},
+        {"lr": torch.tensor(0.1)},
+    ],
+    ids=str,
+)
+def test_optimizer_equals_torchs(options: dict[str, Any]) -> None:
+    actual, optimizer = train(optim.AdamW, **options)
+    expected, torchs = train(torch.optim.AdamW, **options)
+    torch.testing.assert_close(actual, expected)
+    state, expected_state = optimizer.state_dict(), torchs.state_dict()
+    assert state.keys() == expected_state.keys()
+    assert state["param_groups"] == expected_state["param_groups"]
+    torch.testing.assert_close(state["state"], expected_state["state"])
+
+
+def test_state_dicts_are_interchangeable() -> None:
+    for first, second in [(optim.AdamW, torch.optim.AdamW), (torch.optim.AdamW, optim.AdamW)]:
+        param, optimizer = train(first)
+        ended = torch.nn.Parameter(param.clone())
+        other = second([ended])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        ended.grad = torch.ones_like(ended)
+        other.step()
+        assert other.state_dict()["state"][0]["step"] == 21
+
+
+def test_closure_and_missing_gradients() -> None:
+    param, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.AdamW([param, unused])
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 3.0
+    assert param.max() < 1
+    assert torch.equal(unused, torch.ones(3))
+
+
+def test_half_parameters_take_torchs_step() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    for param, optimizer_class in zip(params, (optim.AdamW, torch.optim.AdamW), strict=True):
+        param.grad = torch.full_like(param, 0.5)
+        optimizer_class([param]).step()
+    assert torch.equal(params[0], params[1])
+
+
+def test_sparse_gradients_raise_as_torchs() -> None:
+    param = torch.nn.Parameter(torch.ones(3, 3))
+    param.grad = torch.eye(3).to_sparse(1)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optim.AdamW([param]).step()

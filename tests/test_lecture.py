@@ -1,0 +1,35 @@
+"""The lecture's script prints the same with either model."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigramx import data
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lecture.py"
+
+
+def run(model: str, text: Path, seed: int) -> tuple[list[float], str]:
+    """The losses, and the text that follows them."""
+    command = [sys.executable, SCRIPT, "--model", model, "--data", text, "--seed", str(seed), "--steps", "301"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+    losses = re.findall(r"^step \d+: train loss (\S+), val loss (\S+)$", output, flags=re.MULTILINE)
+    written = output.split(f"val loss {losses[-1][1]}\n")[-1]
+    return [float(loss) for pair in losses for loss in pair], written
+
+
+@pytest.mark.parametrize("seed", [1, 1337])
+def test_same_losses_and_text(tmp_path: Path, seed: int) -> None:
+    text = tmp_path / "input.txt"
+    text.write_text(data.default_text(), encoding="utf-8")
+    losses, written = run("bigramx", text, seed)
+    expected_losses, expected = run("reference", text, seed)
+    assert len(losses) == 6
+    assert losses == pytest.approx(expected_losses, abs=1.0001e-4)
+    assert len(written) > 500
+    assert written == expected

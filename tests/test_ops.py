@@ -1,0 +1,151 @@
+"""The ops as PyTorch's compilers see them: schemas, fakes, autograd; and the loading of the kernels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bigramx
+from bigramx import BigramLanguageModel, functional
+
+IDX, TARGETS = torch.tensor([[0, 3, 3], [4, 0, 1]]), torch.tensor([[1, 2, 0], [4, 1, -100]])
+
+
+def weight(requires_grad: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(5, 5, dtype=dtype, requires_grad=requires_grad)
+
+
+LOSS_OPTIONS = [
+    (),
+    (torch.rand(5), -100, 2, 0.1, 0.01, 3),
+    (None, -100, 0, 0.1),
+    (None, -100, 1, 0.0, 0.0, -1, False, True),
+]
+OPS = torch.ops.bigramx
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=range(len(LOSS_OPTIONS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_embedding_cross_entropy(options: tuple[Any, ...], dtype: torch.dtype) -> None:
+    options = tuple(value.to(dtype) if isinstance(value, torch.Tensor) else value for value in options)
+    torch.library.opcheck(OPS.embedding_cross_entropy.default, (IDX, weight(dtype=dtype), TARGETS, *options))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_opcheck_embedding_cross_entropy_kernels(sparse: bool, reduction: int) -> None:
+    arguments = (IDX, weight(False), TARGETS, None, -100, reduction, 0.1, 0.01, -1, sparse)
+    torch.library.opcheck(OPS.embedding_cross_entropy_forward.default, (*arguments, True, True))
+    grad_loss = torch.ones(IDX.shape if reduction == 0 else ())
+    torch.library.opcheck(OPS.embedding_cross_entropy_backward.default, (grad_loss, *arguments))
+
+
+def test_opcheck_others() -> None:
+    certain = torch.eye(4)  # one possible result, whatever is drawn
+    torch.library.opcheck(OPS.multinomial.default, (certain, 1))
+    torch.library.opcheck(OPS.generate.default, (IDX, weight(False), 4, 0.0))
+    torch.library.opcheck(OPS.count_bigrams.default, (TARGETS[0], 5))
+    state = [torch.rand(3) for _ in range(4)]
+    torch.library.opcheck(OPS.adamw_.default, (*state, None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_compile_fullgraph(return_logits: bool) -> None:
+    model = BigramLanguageModel(5)
+    compiled = torch.compile(model, fullgraph=True)
+    for scale in (1.0, 3.0):
+        grads = []
+        for callable_model in (model, compiled):
+            model.zero_grad()
+            logits, loss = callable_model(IDX, TARGETS, return_logits=return_logits)
+            if logits is not None:
+                loss = loss + logits.square().mean()
+            (scale * loss).backward()
+            grads.append((loss.detach(), model.token_embedding_table.weight.grad))
+        torch.testing.assert_close(grads[0], grads[1])
+    assert torch.equal(compiled(IDX)[0], model(IDX)[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile_other_ops_and_reductions() -> None:
+    def losses(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = functional.embedding_cross_entropy(IDX, weight, TARGETS, reduction="none", label_smoothing=0.1)
+        return losses, functional.count_bigrams(IDX[0], 5)
+
+    table = weight()
+    compiled_losses, compiled_counts = torch.compile(losses, fullgraph=True)(table)
+    eager_losses, eager_counts = losses(table)
+    torch.testing.assert_close(compiled_losses, eager_losses)
+    assert torch.equal(compiled_counts, eager_counts)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled_losses.sum(), table), torch.autograd.grad(eager_losses.sum(), table)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export() -> None:
+    model = BigramLanguageModel(5)
+    exported = torch.export.export(model, (IDX, TARGETS))
+    expected_logits, expected_loss = model(IDX, TARGETS)
+    logits, loss = exported.module()(IDX, TARGETS)
+    torch.testing.assert_close((logits, loss), (expected_logits, expected_loss))
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
+    with FakeTensorMode() as mode:
+        fake_weight = mode.from_tensor(weight())
+        idx, targets = mode.from_tensor(IDX), mode.from_tensor(TARGETS)
+        losses = functional.embedding_cross_entropy(idx, fake_weight, targets, reduction="none")
+        assert losses.shape == IDX.shape
+        assert functional.generate(idx, fake_weight, 7, sampler="philox").shape == (2, 10)
+        assert functional.multinomial(fake_weight, 2).shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("count_bigrams", (TARGETS[0], 5)),
+        ("multinomial", (torch.ones(3), 1)),
+        ("generate", (IDX, torch.zeros(5, 5), 3)),
+        ("adamw_", (*(torch.ones(2) for _ in range(4)), None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False)),
+        (
+            "embedding_cross_entropy_forward",
+            (IDX, torch.zeros(5, 5), IDX, None, -100, 1, 0.0, 0.0, -1, False, False, True),
+        ),
+    ],
+)
+def test_a_device_without_kernels_is_named(name: str, arguments: tuple[Any, ...]) -> None:
+    op = getattr(OPS, name).default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CUDA") and bigramx.build_info()["cuda_architectures"]:
+        pytest.skip("this build has CUDA kernels")
+    with pytest.raises(RuntimeError, match=rf"{name}: no kernel is built for device cuda"):
+        op.redispatch(keys, *arguments)
+
+
+def test_build_info() -> None:
+    info = bigramx.build_info()
+    assert info.keys() == {"compiler", "cpu_capability", "cuda_architectures", "torch_version"}
+    assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert info["torch_version"] == torch.__version__.partition("+")[0]
+
+
+def test_missing_kernels_raise_a_clear_error() -> None:
+    script = "import sys; sys.modules['bigramx._C'] = None; import bigramx"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "ImportError: bigramx: the compiled kernels cannot be loaded" in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr
+
+
+def test_import_is_light() -> None:
+    """Neither the command line's packages nor matplotlib are needed, or imported."""
+    script = "import bigramx, sys; print([name for name in ('typer', 'rich', 'matplotlib') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
