@@ -18,8 +18,8 @@ SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(f
 HEADERS = sorted(str(path) for pattern in ("*.h", "cpu/*.h") for path in Path("csrc").glob(pattern))
 
 NO_TORCH = """
-bigramx: torch is not importable here, and the extension is compiled against it. Where torch is installed, type
-    pip install setuptools ninja pybind11
+bigramx: torch is not importable here, and the extension is compiled against it. Type
+    pip install torch setuptools ninja pybind11
     pip install --no-build-isolation .
 (without --no-build-isolation pip builds in an empty environment of its own, which has no torch).
 """
@@ -55,7 +55,8 @@ def extension() -> Extension:
         return Extension(**arguments)
     from torch.utils.cpp_extension import CppExtension
 
-    return CppExtension(**arguments)
+    built: Extension = CppExtension(**arguments)
+    return built
 
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class History:
     val_losses: list[float] = field(default_factory=list)
     optimum: float = float("nan")
     interrupted: bool = False
-    optimizer_state: dict[str, object] | None = field(default=None, repr=False)
+    optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
     generator_state: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -76,19 +77,18 @@ class History:
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         if self.generator_state is not None:
             tensors["generator_state"] = self.generator_state
-        groups: object = None
-        if self.optimizer_state is not None:
-            state, groups = self.optimizer_state["state"], self.optimizer_state["param_groups"]
-            assert isinstance(state, dict)
-            for index, entries in state.items():
-                tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+        numbers: dict[str, object] = {}  # SparseAdam counts its steps in an int
+        for index, entries in (self.optimizer_state or {}).get("state", {}).items():
+            for name, value in entries.items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{index}.{name}"] = value
         values = {
             "steps": self.steps,
             "train_losses": self.train_losses,
             "val_losses": self.val_losses,
             "optimum": self.optimum,
             "interrupted": self.interrupted,
-            "param_groups": groups,
+            "param_groups": self.optimizer_state and self.optimizer_state["param_groups"],
+            "numbers": numbers,
         }
         write_tensors(path, _KIND, tensors, {"history": json.dumps(values)})
 
@@ -103,11 +103,11 @@ class History:
         tensors, metadata = read_tensors(path, _KIND)
         values = json.loads(metadata["history"])
         groups = values.pop("param_groups")
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
+        state: dict[int, dict[str, object]] = {}
+        for key, value in {**tensors, **values.pop("numbers")}.items():
             if key.startswith("optimizer."):
                 _prefix, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = tensor
+                state.setdefault(int(index), {})[name] = value
         return cls(
             losses=tensors["losses"].tolist(),
             optimizer_state=None if groups is None else {"state": state, "param_groups": groups},

@@ -7,6 +7,7 @@
 #include <ATen/ops/embedding_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -171,6 +172,15 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     }
 };
 
+// What the forward pass leaves to the backward passes, besides its arguments.
+struct LossState : torch::CustomClassHolder {
+    LossState(const LossOptions& options, at::Tensor gradient)
+        : options(options), gradient(std::move(gradient)) {}
+
+    LossOptions options;
+    at::Tensor gradient;  // for grad_loss = 1; undefined once it is handed over
+};
+
 // (weight, arguments) -> (loss, logits). The tensors among the arguments are hidden in their struct: none of
 // them is differentiable.
 struct LossFunction : torch::autograd::Function<LossFunction> {
@@ -181,10 +191,10 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         const bool compute_grad =
             options.reduction != at::Reduction::None && (may_scale(weight) || !is_traced(weight));
         const auto [loss, logits, grad_rows, grad_values] = arguments.forward(compute_grad);
-        if (compute_grad) {
-            ctx->saved_data["gradient"] = assemble({grad_rows, grad_values}, weight, options.sparse);
-        }
-        save_options(ctx, options);
+        at::Tensor gradient =
+            compute_grad ? assemble({grad_rows, grad_values}, weight, options.sparse) : at::Tensor();
+        ctx->saved_data["state"] =
+            c10::IValue::make_capsule(c10::make_intrusive<LossState>(options, std::move(gradient)));
         ctx->save_for_backward(
             {weight, arguments.idx, arguments.targets, arguments.class_weight.value_or(at::Tensor())});
         ctx->set_materialize_grads(false);
@@ -211,10 +221,14 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     }
 
   private:
+    static LossState& state(AutogradContext* ctx) {
+        return static_cast<LossState&>(*ctx->saved_data.at("state").toCapsule());
+    }
+
     // The forward pass made the gradient for grad_loss = 1. The first backward pass takes it away, and so
     // owns it and may scale it in place; whoever comes later finds it gone and computes it anew.
     static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss) {
-        at::Tensor gradient = take_gradient(ctx);
+        at::Tensor gradient = std::move(state(ctx).gradient);
         if (gradient.defined() && is_one(grad_loss)) return gradient;
         if (gradient.defined() && may_scale(gradient)) {
             return is_traced(gradient) ? gradient.mul(grad_loss) : gradient.mul_(grad_loss);
@@ -230,33 +244,10 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
                                              /*scale_grad_by_freq=*/false, arguments.options.sparse);
     }
 
-    static at::Tensor take_gradient(AutogradContext* ctx) {
-        const auto entry = ctx->saved_data.find("gradient");
-        if (entry == ctx->saved_data.end()) return {};
-        at::Tensor gradient = entry->second.toTensor();
-        ctx->saved_data.erase(entry);
-        return gradient;
-    }
-
     static LossArguments saved_arguments(AutogradContext* ctx) {
         const variable_list saved = ctx->get_saved_variables();
         return {saved[1], saved[0], saved[2],
-                saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt, saved_options(ctx)};
-    }
-
-    static void save_options(AutogradContext* ctx, const LossOptions& options) {
-        ctx->saved_data["ignore_index"] = options.ignore_index;
-        ctx->saved_data["reduction"] = options.reduction;
-        ctx->saved_data["label_smoothing"] = options.label_smoothing;
-        ctx->saved_data["z_loss"] = options.z_loss;
-        ctx->saved_data["padding_idx"] = options.padding_idx;
-        ctx->saved_data["sparse"] = options.sparse;
-    }
-
-    static LossOptions saved_options(AutogradContext* ctx) {
-        return {ctx->saved_data["ignore_index"].toInt(),       ctx->saved_data["reduction"].toInt(),
-                ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["z_loss"].toDouble(),
-                ctx->saved_data["padding_idx"].toInt(),        ctx->saved_data["sparse"].toBool()};
+                saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt, state(ctx).options};
     }
 };
 

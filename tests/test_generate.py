@@ -117,7 +117,7 @@ def test_stop_ends_early_and_fills_up() -> None:
     idx = torch.tensor([[0], [2]])
     expected = torch.tensor([[0, 1, 2, 3], [2, 3, 3, 3]])
     for sampler in ("torch", "philox"):
-        assert torch.equal(functional.generate(idx, cycle, 9, stop=3, sampler=sampler), expected)  # type: ignore[arg-type]
+        assert torch.equal(functional.generate(idx, cycle, 9, stop=3, sampler=sampler), expected)
     assert functional.generate(idx, cycle, 2, stop=0).tolist() == [[0, 1, 2], [2, 3, 0]]
 
 

@@ -16,7 +16,18 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lecture.py"
 
 def run(model: str, text: Path, seed: int) -> tuple[list[float], str]:
     """The losses, and the text that follows them."""
-    command = [sys.executable, SCRIPT, "--model", model, "--data", text, "--seed", str(seed), "--steps", "301"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--model",
+        model,
+        "--data",
+        str(text),
+        "--seed",
+        str(seed),
+        "--steps",
+        "301",
+    ]
     output = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
     losses = re.findall(r"^step \d+: train loss (\S+), val loss (\S+)$", output, flags=re.MULTILINE)
     written = output.split(f"val loss {losses[-1][1]}\n")[-1]

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 
+#include <algorithm>
+
 #include "buffer.h"
 #include "huge_pages.h"
 
@@ -37,10 +39,22 @@ struct LossJob {
     double z_loss_scale;
 };
 
-constexpr int64_t kScratchPadding = 16;  // lanes of the widest vector
+// A row of scratch holds whole vectors: a partial store could not be forwarded to the load that follows it.
+inline int64_t padded(int64_t num_classes) {
+    constexpr int64_t kLongestVector = 16;
+    return (num_classes + kLongestVector - 1) / kLongestVector * kLongestVector;
+}
+
+constexpr int64_t kMaxRowsAtOnce = 16;
+
+// How many rows a kernel takes together: what fits into the first-level cache.
+inline int64_t rows_at_once(int64_t num_classes) {
+    constexpr int64_t kElements = 2048;
+    return std::clamp<int64_t>(kElements / std::max<int64_t>(num_classes, 1), 1, kMaxRowsAtOnce);
+}
 
 struct LossScratch {
-    void* exponentials;      // (C) of T, padded to a multiple of kScratchPadding
+    void* exponentials;      // (rows_at_once, padded C) of T
     int32_t* target_counts;  // (C), zero
 };
 
@@ -178,11 +192,11 @@ LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) 
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kName, [&] {
         using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
         const auto kernel = BIGRAMX_DISPATCH(process_rows<scalar_t>);
-        const int64_t padded = (job.num_classes + kScratchPadding - 1) / kScratchPadding * kScratchPadding;
-        const Buffer<T> exponentials(num_threads * padded);
+        const int64_t scratch_size = rows_at_once(job.num_classes) * padded(job.num_classes);
+        const Buffer<T> exponentials(num_threads * scratch_size);
         at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
             const int64_t thread = num_threads == 1 ? 0 : at::get_thread_num();
-            const LossScratch scratch{exponentials.begin() + thread * padded,
+            const LossScratch scratch{exponentials.begin() + thread * scratch_size,
                                       target_counts.begin() + thread * job.num_classes};
             for (int64_t k = first; k < last; ++k) {
                 sums_of_block[k] = kernel(job, scratch, k * block, std::min(num_slots, (k + 1) * block));

@@ -1,0 +1,179 @@
+"""The command line, as its users run it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bigramx import BigramLanguageModel, History
+from bigramx.__main__ import main
+
+pytest.importorskip("typer")
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
+COMMAND = [sys.executable, "-m", "bigramx"]
+
+
+def bigramx(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """Runs a command in this process, which spares the start of another; what it printed, stderr last."""
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.setattr(sys, "argv", ["bigramx", *arguments])
+        patch.chdir(cwd)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    message = f"{ended.value.code}\n" if isinstance(ended.value.code, str) else ""
+    printed = output.getvalue() + errors.getvalue() + message
+    assert (1 if message else ended.value.code or 0) == code, printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and a run on it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(TEXT)
+    output = bigramx("train", "text.txt", "--steps", "40", "--eval-interval", "20", "--seed", "1", cwd=folder)
+    assert "step  0: train loss" in output
+    assert "step 40: train loss" in output
+    assert "; optimum 0." in output
+    assert "A sample" in output
+    return folder
+
+
+def test_train_leaves_model_history_and_pictures(folder: Path) -> None:
+    runs = folder / "runs"
+    assert {path.name for path in runs.iterdir()} == {
+        "model.safetensors",
+        "history.safetensors",
+        "loss.png",
+        "table.png",
+    }
+    model = BigramLanguageModel.load(runs / "model.safetensors")
+    assert model.tokenizer is not None
+    assert model.tokenizer.decode(model.tokenizer.encode("fox")) == "fox"
+
+
+def test_resume(folder: Path) -> None:
+    bigramx("train", "text.txt", "--steps", "10", "--out", "again", cwd=folder)
+    bigramx("train", "text.txt", "--steps", "25", "--out", "again", "--resume", cwd=folder)
+    assert History.load(folder / "again" / "history.safetensors").step == 25
+    (folder / "other.txt").write_text(TEXT.upper())
+    output = bigramx("train", "other.txt", "--out", "again", "--resume", cwd=folder, code=1)
+    assert "another vocabulary" in output
+
+
+def test_generate(folder: Path) -> None:
+    first = bigramx("generate", "-n", "600", "--seed", "3", "--prompt", "the ", cwd=folder)
+    assert first.startswith("the ")
+    assert len(first) == 4 + 600 + 1
+    assert bigramx("generate", "-n", "600", "--seed", "3", "--prompt", "the ", cwd=folder) == first
+    stopped = bigramx("generate", "-n", "9999", "--stop", ".", "--top-k", "5", "--sampler", "philox", cwd=folder)
+    assert stopped.index(".") == len(stopped) - 2
+
+
+def test_evaluate(folder: Path) -> None:
+    output = bigramx("evaluate", "runs/model.safetensors", "text.txt", cwd=folder)
+    assert f"{len(TEXT) - 1:,} pairs: loss " in output
+    assert "the optimum on this text: 0." in output
+
+
+def test_plot_and_info(folder: Path) -> None:
+    (folder / "runs" / "table.png").unlink()
+    assert "wrote runs/table.png" in bigramx("plot", cwd=folder)
+    assert "cpu_capability" in bigramx("info", cwd=folder)
+
+
+def test_bin_tokens(folder: Path) -> None:
+    (folder / "tokens.bin").write_bytes(struct.pack("<300H", *(k % 7 for k in range(300))))
+    bigramx("train", "tokens.bin", "--steps", "5", "--out", "bin", cwd=folder)
+    assert BigramLanguageModel.load(folder / "bin" / "model.safetensors").vocab_size == 7
+    assert "299 pairs" in bigramx("evaluate", "bin/model.safetensors", "tokens.bin", cwd=folder)
+    assert "saved without a tokenizer" in bigramx("generate", "bin/model.safetensors", cwd=folder, code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "none.txt"], 1, "bigramx: [Errno 2] No such file or directory: 'none.txt'"),
+        (["train", "short.txt"], 1, "bigramx: the text is too short: 3 tokens"),
+        (["train", "empty.txt"], 1, "bigramx: empty.txt: the text is empty"),
+        (["train", "latin1.txt"], 1, "bigramx: latin1.txt: expected UTF-8 text, got byte 0xe9 at position 0"),
+        (["train", "--steps", "x"], 2, "Invalid value"),
+        (["generate", "text.txt"], 1, "bigramx: text.txt: damaged, cut short, or no safetensors file"),
+        (["generate", "--prompt", "X"], 1, "bigramx: unknown character 'X' at position 0"),
+        (["generate", "--stop", "ab"], 1, "bigramx: expected --stop to be one character, got 'ab'"),
+        (["generate", "--top-p", "0"], 1, "bigramx: generate: expected 0 < top_p <= 1, got 0"),
+        (["evaluate", "runs/model.safetensors", "empty.txt"], 1, "bigramx: the text is too short: 0 tokens"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_are_one_line(folder: Path, arguments: list[str], code: int, message: str) -> None:
+    (folder / "short.txt").write_text("abc")
+    (folder / "empty.txt").write_text("")
+    (folder / "latin1.txt").write_bytes(b"\xe9")
+    output = bigramx(*arguments, cwd=folder, code=code)
+    assert message in output
+    if code == 1:
+        assert output.count("\n") == 1
+
+
+def test_as_a_module() -> None:
+    result = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, encoding="utf-8", check=True)
+    assert "let it write" in result.stdout
+    result = subprocess.run([*COMMAND, "generate", "none"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "bigramx: [Errno 2] No such file or directory: 'none'\n")
+
+
+def test_help() -> None:
+    for command in ("train", "generate", "evaluate", "plot", "info"):
+        assert "Usage" in bigramx(command, "--help", cwd=Path.cwd())
+
+
+def test_interrupted_training_saves_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [*COMMAND, "train", "text.txt", "--steps", "100000000", "--eval-interval", "100000000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "step" not in process.stdout.readline():
+        pass
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("bigramx: interrupted after ")
+    assert "Traceback" not in errors
+    assert History.load(tmp_path / "runs" / "history.safetensors").interrupted
+    BigramLanguageModel.load(tmp_path / "runs" / "model.safetensors")
+
+
+def test_a_reader_that_goes_away(folder: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "-n", "10000000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(100)
+    process.stdout.close()
+    assert process.wait(timeout=60) in (0, 1)
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_without_typer(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['typer'] = None; from bigramx.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "bigramx: the command line needs typer; type: pip install typer rich matplotlib\n"
