@@ -7,7 +7,15 @@ import os
 import torch
 from torch import Tensor
 
-from bigramx.storage import map_uint16
+_INTEGERS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raises a RuntimeError where ``tokens`` is not 1-D, or not uint8, uint16, int32 or int64."""
+    if tokens.dim() != 1:
+        raise RuntimeError(f"expected tokens to be 1-D, got shape {tuple(tokens.shape)}")
+    if tokens.dtype not in _INTEGERS:
+        raise RuntimeError(f"expected tokens to be uint8, uint16, int32 or int64, got {tokens.dtype}")
 
 
 def default_text() -> str:
@@ -37,11 +45,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def read_bin(path: str | os.PathLike[str]) -> Tensor:
     """NanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
 
+    Read where it is touched, never written.
+
     Raises:
         ValueError: The file is empty or of an odd size.
         OSError: It cannot be read.
     """
-    return map_uint16(path)
+    num_bytes = os.stat(path).st_size
+    if num_bytes == 0 or num_bytes % 2:
+        raise ValueError(f"{os.fspath(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
+    return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16)
 
 
 def split(tokens: Tensor, train_fraction: float = 0.9) -> tuple[Tensor, Tensor]:
@@ -71,11 +84,10 @@ def get_batch(
         idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` moved on by one token.
 
     Raises:
-        RuntimeError: ``tokens`` is not 1-D.
+        RuntimeError: ``tokens`` is not 1-D, or of another dtype.
         ValueError: A size is not positive, or there are too few tokens for one block.
     """
-    if tokens.dim() != 1:
-        raise RuntimeError(f"expected tokens to be 1-D, got shape {tuple(tokens.shape)}")
+    check_tokens(tokens)
     if batch_size < 1 or block_size < 1:
         raise ValueError(f"expected batch_size and block_size >= 1, got {batch_size} and {block_size}")
     if len(tokens) <= block_size:

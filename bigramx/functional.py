@@ -85,7 +85,8 @@ def embedding_cross_entropy(
         targets: Class of each pair. int64, int32 or uint8, the shape of ``idx``.
         class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class.
         ignore_index: Pairs with this target count for nothing.
-        reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``. With
+            ``"none"`` the gradient is computed in the backward pass, and ``weight`` must not change before it.
         label_smoothing: The share, 0 to 1, of the target that is spread evenly over all classes.
         z_loss: Adds ``z_loss * logsumexp**2`` to the loss of each pair (PaLM, section 5); not class-weighted, and
             under ``"mean"`` divided by the number of pairs that count.
@@ -194,8 +195,6 @@ def generate(
             distribution.
         TypeError: An argument is of the wrong type.
     """
-    if sampler is None:
-        sampler = "torch" if weight.device.type == "cpu" else "philox"
     try:
         tokens: Tensor = ops.generate(
             idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, stop, sampler, generator=generator
@@ -209,8 +208,8 @@ def generate(
 
 def _length_to_last_stop(tokens: Tensor, stop: int) -> int:
     """How many of the (B, T) tokens to keep: up to where the last sequence meets ``stop``, that token included."""
-    if tokens.numel() == 0:
-        return tokens.size(1)
+    if tokens.size(0) == 0:
+        return 0
     stopped = (tokens == stop).int().cummax(dim=1).values.amin(dim=0)  # (T): whether all have
     return min(int((1 - stopped).sum()) + 1, tokens.size(1))
 

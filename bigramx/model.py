@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from bigramx import functional
+from bigramx.data import check_tokens
 from bigramx.functional import Sampler
 from bigramx.storage import read_tensors, write_tensors
 from bigramx.tokenizer import CharTokenizer
@@ -75,9 +77,11 @@ class BigramLanguageModel(nn.Module):
         if targets is None:
             return table(idx), None
         if not return_logits:
-            return None, functional.embedding_cross_entropy(idx, table.weight, targets, sparse=table.sparse)
+            return None, functional.embedding_cross_entropy(
+                idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse
+            )
         loss, logits = functional.embedding_cross_entropy(
-            idx, table.weight, targets, sparse=table.sparse, return_logits=True
+            idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse, return_logits=True
         )
         return logits, loss
 
@@ -117,11 +121,18 @@ class BigramLanguageModel(nn.Module):
     def evaluate(self, tokens: Tensor) -> float:
         """The exact mean cross-entropy of each token of ``tokens``, (N), given the one before it, in nats.
 
-        Every pair counts, at the cost of its distinct rows: no batches are drawn. NaN for fewer than two tokens.
+        Every pair counts, at the cost of its distinct rows: no batches are drawn. A table of 16-bit floats is read in
+        float32. NaN for fewer than two tokens.
+
+        Raises:
+            RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
+            IndexError: A token is out of range.
         """
+        check_tokens(tokens)
         tokens = tokens.to(self.device, torch.int64)
-        _logits, loss = self(tokens[:-1], tokens[1:], return_logits=False)
-        return float(loss)
+        weight = self.token_embedding_table.weight
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:]).item()
 
     @classmethod
     @torch.no_grad()
@@ -151,7 +162,9 @@ class BigramLanguageModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table, and the tokenizer where there is one, to one safetensors file, whole or not at all."""
-        metadata = {} if self.tokenizer is None else {"tokenizer": self.tokenizer.to_json()}
+        metadata = {"sparse": json.dumps(self.token_embedding_table.sparse)}
+        if self.tokenizer is not None:
+            metadata["tokenizer"] = self.tokenizer.to_json()
         write_tensors(path, _KIND, {_WEIGHT: self.token_embedding_table.weight}, metadata)
 
     @classmethod
@@ -166,7 +179,8 @@ class BigramLanguageModel(nn.Module):
         weight = tensors.get(_WEIGHT)
         if weight is None or weight.dim() != 2 or weight.size(0) != weight.size(1) or not weight.is_floating_point():
             raise ValueError(f"{os.fspath(path)}: expected a square table named {_WEIGHT}")
-        model = cls(weight.size(0), device="meta", dtype=weight.dtype)
+        sparse = metadata.get("sparse") == json.dumps(True)
+        model = cls(weight.size(0), sparse=sparse, device="meta", dtype=weight.dtype)
         model.token_embedding_table.weight = nn.Parameter(weight)
         if "tokenizer" in metadata:
             model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])

@@ -86,6 +86,7 @@ def _(
     return_logits: bool,
     compute_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_same_device("embedding_cross_entropy", idx=idx, weight=weight, targets=targets, class_weight=class_weight)
     loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else ())
     logits = weight.new_empty((idx.numel(), weight.shape[1]) if return_logits else 0)
     if not compute_grad:
@@ -107,6 +108,14 @@ def _(
     padding_idx: int,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_same_device(
+        "embedding_cross_entropy",
+        grad_loss=grad_loss,
+        idx=idx,
+        weight=weight,
+        targets=targets,
+        class_weight=class_weight,
+    )
     return _empty_gradient(weight, sparse)
 
 
@@ -127,7 +136,7 @@ def _(
     top_p: float | None = None,
     min_p: float | None = None,
     stop: int | None = None,
-    sampler: str = "torch",
+    sampler: str | None = None,
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:

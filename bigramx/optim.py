@@ -33,8 +33,7 @@ class AdamW(torch.optim.AdamW):
             What ``closure`` returned.
         """
         if not all(_has_kernel(group) for group in self.param_groups):
-            torch_loss: float | None = super().step(closure)
-            return torch_loss
+            return _torch_step(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -48,7 +47,7 @@ class AdamW(torch.optim.AdamW):
     def _step_param(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), dtype=_step_dtype())
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
             if group["amsgrad"]:
@@ -69,6 +68,19 @@ class AdamW(torch.optim.AdamW):
             group["weight_decay"],
             group["maximize"],
         )
+
+
+def _torch_step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:
+    step = torch.optim.AdamW.step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # the hooks run around our own step already
+    loss: float | None = step(optimizer, closure)
+    return loss
+
+
+def _step_dtype() -> torch.dtype:
+    """Wide enough to count: float32, or float64 where that is the default."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def _has_kernel(group: dict[str, Any]) -> bool:

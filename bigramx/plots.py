@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from bigramx.model import BigramLanguageModel
 from bigramx.storage import write_with
 from bigramx.training import History
@@ -13,6 +17,7 @@ from bigramx.training import History
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_CELLS = 1024  # along an axis
 _BLUE, _ORANGE, _GREY = "#2563a8", "#d9772b", "#9aa3ad"
 
 
@@ -45,12 +50,12 @@ def plot_table(model: BigramLanguageModel, path: str | os.PathLike[str]) -> None
         model: With a tokenizer its characters label the axes.
         path: Where to write; the ending gives the format.
     """
-    probs = model.token_embedding_table.weight.detach().float().softmax(dim=1).cpu()
+    probs = _pooled_probs(model)
     size = min(max(4.0, model.vocab_size * 0.14), 24.0)
     figure = _new_figure(size + 1.2, size)
     axes = figure.add_subplot()
     # The square root lets rare pairs be seen beside common ones.
-    image = axes.imshow(probs.sqrt().tolist(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(probs.sqrt().numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     if model.tokenizer is not None and model.vocab_size <= 200:
         labels = [_label(character) for character in model.tokenizer.characters]
         axes.set_xticks(range(len(labels)), labels, fontsize=6, family="DejaVu Sans Mono")
@@ -63,6 +68,15 @@ def plot_table(model: BigramLanguageModel, path: str | os.PathLike[str]) -> None
     ticks = [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
     bar.set_ticks([tick**0.5 for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
     _save(figure, path)
+
+
+def _pooled_probs(model: BigramLanguageModel) -> Tensor:
+    """P(next | last), (V, V); of a table larger than a picture the means over squares, and never the whole of it."""
+    weight = model.token_embedding_table.weight.detach()
+    square = -(-model.vocab_size // _MOST_CELLS)
+    rows = [rows.float().softmax(dim=1).mean(dim=0, keepdim=True).cpu() for rows in weight.split(square)]
+    means: Tensor = F.avg_pool1d(torch.cat(rows)[:, None], square, ceil_mode=True)
+    return means[:, 0]
 
 
 def _new_figure(width: float, height: float) -> Figure:

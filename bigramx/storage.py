@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,24 +14,25 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 _FORMAT = "bigramx"
+_HEADER_CHECKSUM = "crc32"
 
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """A temporary name beside ``path``; what was written there is synced and takes its place at the end.
 
-    A kill at any moment leaves the old file or the new one, whole: a rename is atomic, and comes after the sync.
+    A kill at any moment leaves the old file or the new one, whole: a rename is atomic, and comes after the sync. A link
+    stays one, and the file keeps its permissions.
     """
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    target = Path(os.path.realpath(path))
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
         yield temporary
-        _give_usual_mode(temporary)
+        os.chmod(temporary, _mode_of(target))
         _sync(temporary)
         os.replace(temporary, target)
     except BaseException:
@@ -48,11 +51,13 @@ def _sync(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def _give_usual_mode(path: str) -> None:
-    """Mkstemp's files are for their owner alone; give this one the mode that open() would."""
+def _mode_of(target: Path) -> int:
+    """The permissions of the file, or those that open() would give a new one."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    return 0o666 & ~umask
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -70,15 +75,16 @@ def write_with(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
 def write_tensors(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Writes one safetensors file: the tensors, their checksums, ``kind`` and the metadata."""
+    """Writes one safetensors file: the tensors, ``kind``, the metadata, and the checksums of all that."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {f"crc32.{name}": str(_checksum(tensor)) for name, tensor in tensors.items()}
-    header = {**metadata, **checksums, "format": _FORMAT, "kind": kind}
+    header = {**metadata, "format": _FORMAT, "kind": kind}
+    header |= {f"crc32.{name}": str(checksum(tensor)) for name, tensor in tensors.items()}
+    header[_HEADER_CHECKSUM] = _header_checksum(header)
     write_with(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=header))
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads what ``write_tensors`` wrote: the tensors and the metadata.
+    """Reads what ``write_tensors`` wrote: the tensors, in memory of their own, and the metadata.
 
     Raises:
         ValueError: The file is damaged, cut short, or of another kind.
@@ -92,31 +98,26 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
             header = file.metadata() or {}
             if header.get("format") != _FORMAT or header.get("kind") != kind:
                 raise ValueError(f"{name}: not a {kind} that bigramx saved")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+            # Cloned: what safetensors gives is the mapped file, which others may change or cut short.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, no mapping
     except safetensors.SafetensorError as error:
         raise ValueError(f"{name}: damaged, cut short, or no safetensors file ({error})") from None
+    if header.get(_HEADER_CHECKSUM) != _header_checksum(header):
+        raise ValueError(f"{name}: damaged: the checksum of the metadata does not match")
     for key, tensor in tensors.items():
-        if header.get(f"crc32.{key}") != str(_checksum(tensor)):
+        if header.get(f"crc32.{key}") != str(checksum(tensor)):
             raise ValueError(f"{name}: damaged: the checksum of {key} does not match")
     return tensors, header
 
 
-def _checksum(tensor: Tensor) -> int:
+def _header_checksum(header: dict[str, str]) -> str:
+    entries = sorted(item for item in header.items() if item[0] != _HEADER_CHECKSUM)
+    return str(zlib.crc32(json.dumps(entries).encode()))
+
+
+def checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous CPU tensor, read in place."""
     if tensor.numel() == 0:
         return 0
     raw = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return zlib.crc32(raw)
-
-
-def map_uint16(path: str | os.PathLike[str]) -> Tensor:
-    """A file of little-endian uint16 as a (N) tensor, mapped: read where it is touched, never written.
-
-    Raises:
-        ValueError: The file is empty or of an odd size.
-        OSError: It cannot be read.
-    """
-    num_bytes = os.stat(path).st_size
-    if num_bytes == 0 or num_bytes % 2:
-        raise ValueError(f"{os.fspath(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
-    return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16)

@@ -68,8 +68,12 @@ class CharTokenizer:
 
         Raises:
             IndexError: A token is out of range; names it and its position.
+            TypeError: The tokens are not integers.
         """
-        tokens = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1).cpu()
+        tokens = torch.as_tensor(tokens).reshape(-1).cpu()
+        if tokens.numel() > 0 and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+            raise TypeError(f"expected tokens to be integers, got {tokens.dtype}")
+        tokens = tokens.long()
         wrong = (tokens < 0) | (tokens >= self.vocab_size)
         if bool(wrong.any()):
             position = int(wrong.int().argmax())
@@ -83,7 +87,7 @@ class CharTokenizer:
 
     def to_json(self) -> str:
         """The tokenizer as one line of JSON."""
-        return json.dumps({"format": _FORMAT, "characters": self.characters})
+        return json.dumps({"format": _FORMAT, "code_points": [ord(character) for character in self.characters]})
 
     @classmethod
     def from_json(cls, text: str) -> CharTokenizer:
@@ -98,9 +102,10 @@ class CharTokenizer:
             raise ValueError(f"not a tokenizer: no valid JSON ({error})") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"not a tokenizer: expected the format {_FORMAT!r}")
-        characters = content.get("characters")
-        if not isinstance(characters, str):
-            raise ValueError("not a tokenizer: expected its characters as a string")
+        try:
+            characters = "".join(map(chr, content["code_points"]))
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError("not a tokenizer: expected the code points of its characters") from None
         return cls(characters)
 
     def save(self, path: str | os.PathLike[str]) -> None:

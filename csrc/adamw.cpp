@@ -1,5 +1,6 @@
 #include "adamw.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -32,6 +33,13 @@ void adamw_op_cpu(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg
     check_state("exp_avg_sq", exp_avg_sq, param);
     if (max_exp_avg_sq.has_value()) check_state("max_exp_avg_sq", *max_exp_avg_sq, param);
     TORCH_CHECK_VALUE(step >= 1, kName, ": expected step >= 1, got ", step);
+    TORCH_CHECK(
+        !at::GradMode::is_enabled() || !param.requires_grad(), kName,
+        ": a leaf Variable that requires grad is being used in an in-place operation: param requires grad");
+    // What autograd has saved of these is not what backward will find.
+    for (const at::Tensor& changed : {param, exp_avg, exp_avg_sq, max_exp_avg_sq.value_or(at::Tensor())}) {
+        if (changed.defined() && !changed.is_inference()) changed.unsafeGetTensorImpl()->bump_version();
+    }
     adamw_cpu({param, grad.contiguous(), exp_avg, exp_avg_sq, max_exp_avg_sq.value_or(at::Tensor())},
               {step, lr, beta1, beta2, eps, weight_decay, maximize});
 }

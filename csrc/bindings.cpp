@@ -38,7 +38,7 @@ TORCH_LIBRARY(bigramx, m) {
     // token. Once all chains have met `stop`, the rest is filled with it.
     m.def(
         "generate(Tensor idx, Tensor weight, int max_new_tokens, float temperature=1.0, int? top_k=None, "
-        "float? top_p=None, float? min_p=None, int? stop=None, str sampler=\"torch\", *, "
+        "float? top_p=None, float? min_p=None, int? stop=None, str? sampler=None, *, "
         "Generator? generator=None) -> Tensor",
         {at::Tag::nondeterministic_seeded});
 

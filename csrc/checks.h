@@ -9,6 +9,10 @@
 
 namespace bigramx {
 
+inline void check_defined(const char* op, const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK_TYPE(tensor.defined(), op, ": expected ", name, " to be a Tensor, got None");
+}
+
 inline void check_dtype(const char* op, const char* name, const at::Tensor& tensor,
                         std::initializer_list<at::ScalarType> allowed) {
     for (const at::ScalarType dtype : allowed) {

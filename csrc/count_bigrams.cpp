@@ -9,6 +9,7 @@ namespace {
 
 at::Tensor count_bigrams_op_cpu(const at::Tensor& tokens, int64_t vocab_size) {
     constexpr const char* op = "count_bigrams";
+    check_defined(op, "tokens", tokens);
     check_dtype(op, "tokens", tokens, {at::kByte, at::kUInt16, at::kInt, at::kLong});
     TORCH_CHECK(tokens.dim() == 1, op, ": expected tokens to be 1-D, got shape ", tokens.sizes());
     TORCH_CHECK_VALUE(vocab_size > 0, op, ": expected vocab_size > 0, got ", vocab_size);

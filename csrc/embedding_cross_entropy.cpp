@@ -7,7 +7,6 @@
 #include <ATen/ops/embedding_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -36,6 +35,9 @@ void check_options(const LossOptions& options, int64_t num_rows) {
 
 void check_devices(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
                    const std::optional<at::Tensor>& class_weight) {
+    check_defined(kName, "idx", idx);
+    check_defined(kName, "weight", weight);
+    check_defined(kName, "targets", targets);
     check_same_device(kName, "idx", idx, "weight", weight);
     check_same_device(kName, "targets", targets, "weight", weight);
     if (class_weight.has_value()) check_same_device(kName, "class_weight", *class_weight, "weight", weight);
@@ -68,9 +70,9 @@ void check_tensors(const at::Tensor& idx, const at::Tensor& weight, const at::Te
 LossInputs prepare(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
                    const std::optional<at::Tensor>& class_weight) {
     const bool unit_stride = weight.size(1) <= 1 || weight.stride(1) == 1;
-    const at::ScalarType accumulator = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     return {contiguous_int64(idx), unit_stride ? weight : weight.contiguous(), contiguous_int64(targets),
-            class_weight.has_value() ? class_weight->to(accumulator).contiguous() : at::Tensor()};
+            class_weight.has_value() ? class_weight->to(accumulator_of(weight.scalar_type())).contiguous()
+                                     : at::Tensor()};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op_cpu(
@@ -150,13 +152,9 @@ at::Tensor assemble(const std::tuple<at::Tensor, at::Tensor>& gradient, const at
 // Whether the tensor is a stand-in for tracing (torch.compile, torch.export), whose value cannot be read.
 bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
 
-bool is_one(const at::Tensor& grad_loss) {
-    return !is_traced(grad_loss) && grad_loss.is_cpu() && grad_loss.item<double>() == 1.0;
-}
-
 // A gradient in 16 bits has lost what a loss scale is there to save: it may be handed over, but not scaled.
-bool may_scale(const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+bool may_scale(const at::Tensor& gradient) {
+    return gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble;
 }
 
 // Gives a gradient that was made under create_graph=True a history, so that only a second differentiation
@@ -172,15 +170,6 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     }
 };
 
-// What the forward pass leaves to the backward passes, besides its arguments.
-struct LossState : torch::CustomClassHolder {
-    LossState(const LossOptions& options, at::Tensor gradient)
-        : options(options), gradient(std::move(gradient)) {}
-
-    LossOptions options;
-    at::Tensor gradient;  // for grad_loss = 1; undefined once it is handed over
-};
-
 // (weight, arguments) -> (loss, logits). The tensors among the arguments are hidden in their struct: none of
 // them is differentiable.
 struct LossFunction : torch::autograd::Function<LossFunction> {
@@ -191,10 +180,10 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         const bool compute_grad =
             options.reduction != at::Reduction::None && (may_scale(weight) || !is_traced(weight));
         const auto [loss, logits, grad_rows, grad_values] = arguments.forward(compute_grad);
-        at::Tensor gradient =
-            compute_grad ? assemble({grad_rows, grad_values}, weight, options.sparse) : at::Tensor();
-        ctx->saved_data["state"] =
-            c10::IValue::make_capsule(c10::make_intrusive<LossState>(options, std::move(gradient)));
+        if (compute_grad) {
+            ctx->saved_data["gradient"] = assemble({grad_rows, grad_values}, weight, options.sparse);
+        }
+        save_options(ctx, options);
         ctx->save_for_backward(
             {weight, arguments.idx, arguments.targets, arguments.class_weight.value_or(at::Tensor())});
         ctx->set_materialize_grads(false);
@@ -205,10 +194,12 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
         const at::Tensor& grad_loss = grad_outputs[0];
         const at::Tensor& grad_logits = grad_outputs[1];
-        at::Tensor gradient;
+        at::Tensor gradient = take_gradient(ctx);
         if (grad_loss.defined()) {
             const at::NoGradGuard no_grad;
-            gradient = grad_weight(ctx, grad_loss);
+            gradient = grad_weight(ctx, grad_loss, std::move(gradient));
+        } else {
+            gradient = at::Tensor();
         }
         if (gradient.defined() && at::GradMode::is_enabled()) {
             gradient = OnceDifferentiable::apply(gradient, grad_loss, ctx->get_saved_variables()[0]);
@@ -221,17 +212,23 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     }
 
   private:
-    static LossState& state(AutogradContext* ctx) {
-        return static_cast<LossState&>(*ctx->saved_data.at("state").toCapsule());
-    }
-
     // The forward pass made the gradient for grad_loss = 1. The first backward pass takes it away, and so
     // owns it and may scale it in place; whoever comes later finds it gone and computes it anew.
-    static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss) {
-        at::Tensor gradient = std::move(state(ctx).gradient);
-        if (gradient.defined() && is_one(grad_loss)) return gradient;
-        if (gradient.defined() && may_scale(gradient)) {
-            return is_traced(gradient) ? gradient.mul(grad_loss) : gradient.mul_(grad_loss);
+    static at::Tensor take_gradient(AutogradContext* ctx) {
+        const auto entry = ctx->saved_data.find("gradient");
+        if (entry == ctx->saved_data.end()) return {};
+        at::Tensor gradient = std::move(entry->second).toTensor();
+        ctx->saved_data.erase(entry);
+        return gradient;
+    }
+
+    static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss, at::Tensor gradient) {
+        if (gradient.defined()) {
+            if (is_traced(grad_loss)) return gradient.mul(grad_loss);
+            const double scale = grad_loss.item<double>();
+            if (scale == 1.0) return gradient;
+            // Not by an infinity: rows without pairs must stay zero.
+            if (may_scale(gradient) && std::isfinite(scale)) return gradient.mul_(scale);
         }
         const LossArguments arguments = saved_arguments(ctx);
         return assemble(arguments.backward(grad_loss), arguments.weight, arguments.options.sparse);
@@ -247,7 +244,22 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     static LossArguments saved_arguments(AutogradContext* ctx) {
         const variable_list saved = ctx->get_saved_variables();
         return {saved[1], saved[0], saved[2],
-                saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt, state(ctx).options};
+                saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt, saved_options(ctx)};
+    }
+
+    static void save_options(AutogradContext* ctx, const LossOptions& options) {
+        ctx->saved_data["ignore_index"] = options.ignore_index;
+        ctx->saved_data["reduction"] = options.reduction;
+        ctx->saved_data["label_smoothing"] = options.label_smoothing;
+        ctx->saved_data["z_loss"] = options.z_loss;
+        ctx->saved_data["padding_idx"] = options.padding_idx;
+        ctx->saved_data["sparse"] = options.sparse;
+    }
+
+    static LossOptions saved_options(AutogradContext* ctx) {
+        return {ctx->saved_data["ignore_index"].toInt(),       ctx->saved_data["reduction"].toInt(),
+                ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["z_loss"].toDouble(),
+                ctx->saved_data["padding_idx"].toInt(),        ctx->saved_data["sparse"].toBool()};
     }
 };
 
@@ -258,6 +270,8 @@ std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
     const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
     const LossArguments arguments{idx, weight, targets, class_weight, options, return_logits};
     check_devices(idx, weight, targets, class_weight);  // before a tensor on another device picks the kernel
+    TORCH_CHECK_NOT_IMPLEMENTED(!weight._fw_grad(/*level=*/0).defined(), kName,
+                                ": forward-mode differentiation is not implemented");
     if (!at::GradMode::is_enabled() || !weight.requires_grad()) {
         const auto [loss, logits, grad_rows, grad_values] = arguments.forward(/*compute_grad=*/false);
         return {loss, logits};

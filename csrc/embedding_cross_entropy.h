@@ -13,6 +13,11 @@ namespace bigramx {
 
 constexpr int64_t kNoPadding = -1;
 
+// In what the kernels compute for a table of this dtype.
+inline at::ScalarType accumulator_of(at::ScalarType dtype) {
+    return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 struct LossOptions {
     int64_t ignore_index;
     int64_t reduction;  // at::Reduction

@@ -1,7 +1,8 @@
 #include "generate.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/topk.h>
@@ -16,7 +17,7 @@ at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options) {
     constexpr double kRemoved = -std::numeric_limits<double>::infinity();
     if (options.temperature == 0) {
         const at::Tensor likeliest = logits.argmax(-1, /*keepdim=*/true);
-        return logits.masked_fill(at::arange(logits.size(-1), likeliest.options()) != likeliest, kRemoved);
+        return at::full_like(logits, kRemoved).scatter(-1, likeliest, 0.0);
     }
     if (options.temperature != 1) logits = logits / options.temperature;
     if (options.top_k.has_value()) {
@@ -41,7 +42,9 @@ namespace {
 
 constexpr const char* kName = "generate";
 
-Sampler sampler_of(c10::string_view name) {
+// On the CPU the default is the stream that the lecture's loop draws from.
+Sampler sampler_of(std::optional<c10::string_view> sampler) {
+    const c10::string_view name = sampler.value_or("torch");
     TORCH_CHECK_VALUE(name == "torch" || name == "philox", kName,
                       ": expected sampler to be 'torch' or 'philox', got '", name, "'");
     return name == "torch" ? Sampler::torch : Sampler::philox;
@@ -77,9 +80,12 @@ void check_idx(const at::Tensor& idx, const at::Tensor& weight) {
 
 at::Tensor generate_op_cpu(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,
                            double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
-                           std::optional<double> min_p, std::optional<int64_t> stop, c10::string_view sampler,
+                           std::optional<double> min_p, std::optional<int64_t> stop,
+                           std::optional<c10::string_view> sampler,
                            const std::optional<at::Generator>& generator) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
     const SamplingOptions options{temperature, top_k, top_p, min_p, stop, sampler_of(sampler)};
+    check_defined(kName, "weight", weight);
     check_square(kName, "weight", weight);
     check_floating(kName, "weight", weight);
     check_options(options, weight.size(0));

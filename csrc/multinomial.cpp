@@ -1,5 +1,6 @@
 #include "multinomial.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -10,6 +11,8 @@ namespace {
 at::Tensor multinomial_op_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement,
                               const std::optional<at::Generator>& generator) {
     constexpr const char* op = "multinomial";
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
+    check_defined(op, "probs", probs);
     TORCH_CHECK(probs.dim() == 1 || probs.dim() == 2, op, ": probs must be 1 or 2 dim, got shape ",
                 probs.sizes());
     TORCH_CHECK(at::isFloatingType(probs.scalar_type()), op,

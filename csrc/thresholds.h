@@ -14,7 +14,7 @@ namespace bigramx {
 
 constexpr int kThresholdBits = 31;
 
-// e^x for x <= 0, zero where it falls below 2^-33. To 1 ulp, as far as the weights below can tell.
+// e^x for x <= 0 to 1 ulp; zero below e^-23, where the weights made of it are zero too.
 BIGRAMX_HOST_DEVICE inline double exp_portable(double x) {
     if (!(x > -23.0)) return 0.0;
     const double n = floor(fma(x, 0x1.71547652b82fep0, 0.5));

@@ -122,6 +122,34 @@ def test_closure_and_missing_gradients() -> None:
     assert torch.equal(unused, torch.ones(3))
 
 
+def test_a_graph_that_saved_the_parameter_notices_the_step() -> None:
+    param = torch.nn.Parameter(torch.ones(4))
+    loss = (param**2).sum()
+    loss.backward(retain_graph=True)
+    optim.AdamW([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        functional.adamw_(param, *(torch.ones(4) for _ in range(3)), step=1, **HYPERPARAMETERS)
+
+
+def test_step_counts_in_float32_or_more_and_hooks_run_once() -> None:
+    calls = []
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    for options in ({}, {"foreach": True}):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = optim.AdamW([param], **options)
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert optimizer.state[param]["step"].dtype == torch.float32
+    assert len(calls) == 2
+
+
 def test_half_parameters_take_torchs_step() -> None:
     params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
     for param, optimizer_class in zip(params, (optim.AdamW, torch.optim.AdamW), strict=True):

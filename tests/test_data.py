@@ -59,6 +59,7 @@ def test_generator_leaves_the_default_one_alone() -> None:
         ((torch.arange(9), 0, 8), ValueError, ">= 1, got 0 and 8"),
         ((torch.arange(9), 4, 0), ValueError, ">= 1, got 4 and 0"),
         ((torch.zeros(3, 9), 4, 8), RuntimeError, r"1-D, got shape \(3, 9\)"),
+        ((torch.zeros(9), 4, 8), RuntimeError, r"uint8, uint16, int32 or int64, got torch.float32"),
     ],
 )
 def test_bad_batches(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

@@ -238,6 +238,29 @@ class TestAutograd:
         case.weight[0, 1] = -12.0  # a gradient below float16's least number, until it is scaled
         case.check(grad_loss=2.0**14)
 
+    @pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+    def test_an_infinite_gradient_stays_in_the_rows_that_occur(self, scale: float) -> None:
+        idx = torch.tensor([0, 1])
+        weight = torch.randn(5, 5, requires_grad=True)
+        (grad,) = torch.autograd.grad(functional.embedding_cross_entropy(idx, weight, idx) * scale, weight)
+        assert not grad[2:].any()
+        assert not grad[:2].isfinite().any()
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func, about its own decompositions
+    def test_forward_mode_raises(self) -> None:
+        weight = torch.randn(5, 5)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda w: functional.embedding_cross_entropy(IDX, w, TARGETS), (weight,), (weight,))
+
+    def test_backward_through_the_logits_frees_the_graph(self) -> None:
+        case = make_case(5, 4)
+        loss, logits = functional.embedding_cross_entropy(
+            case.idx, case.weight.requires_grad_(), case.targets, return_logits=True
+        )
+        logits.sum().backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+
     def test_logits_are_differentiable(self) -> None:
         case = make_case(65, 256)
         weights = [case.weight.clone().requires_grad_() for _ in range(2)]
@@ -328,6 +351,7 @@ IDX, TARGETS, WEIGHT = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.randn(5
         ({"padding_idx": 5}, AssertionError, r"Padding_idx must be within num_embeddings.*got 5"),
         ({"padding_idx": -6}, AssertionError, r"Padding_idx must be within num_embeddings"),
         ({"idx": [0, 1]}, TypeError, r"'Tensor' for argument 'idx'"),
+        ({"weight": None}, TypeError, r"expected weight to be a Tensor, got None"),
         ({"ignore_index": 1.5}, TypeError, r"'int' for argument 'ignore_index'"),
         ({"idx": IDX.to("meta")}, RuntimeError, r"same device, got idx on meta and weight on cpu"),
     ],

@@ -57,11 +57,8 @@ def test_equals_reference(
     actual = functional.generate(idx, weight, num_tokens, generator=ours, **options)
     expected = reference.generate(idx, weight, num_tokens, generator=loops, **options)
     assert actual.dtype == torch.int64
-    if num_chains > 0:
-        assert torch.equal(actual, expected)
-        assert torch.equal(ours.get_state(), loops.get_state())
-    else:
-        assert actual.shape == (0, length + num_tokens)
+    assert torch.equal(actual, expected)
+    assert torch.equal(ours.get_state(), loops.get_state())
 
 
 def test_equals_the_lectures_loop() -> None:
@@ -129,6 +126,20 @@ def test_layouts_and_int32() -> None:
         assert torch.equal(actual, expected)
 
 
+def test_the_likeliest_of_infinite_logits() -> None:
+    weight = torch.zeros(3, 3)
+    weight[0, 2], weight[2, 1] = float("inf"), float("nan")
+    idx = torch.zeros((1, 1), dtype=torch.long)
+    assert functional.generate(idx, weight, 3, temperature=0).tolist() == [[0, 2, 1, 0]]
+
+
+def test_hooks_of_autograd_do_not_reach_into_the_kernel() -> None:
+    """They would run, and may draw, while the kernel holds the generator."""
+    weight, idx = torch.nn.Parameter(torch.randn(65, 65)), torch.zeros((1, 1), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t + torch.rand(()), lambda t: t):
+        assert not functional.generate(idx, weight, 10, temperature=0.5).requires_grad
+
+
 @pytest.mark.parametrize("sampler", ["torch", "philox"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_no_distribution_raises_when_it_is_met(sampler: Any, value: float) -> None:
@@ -155,6 +166,7 @@ IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
         ({"idx": IDX[0]}, RuntimeError, r"2-D, \(B, T\), got shape \[1\]"),
         ({"idx": IDX[:, :0]}, IndexError, r"at least one token a sequence, got shape \[1, 0\]"),
         ({"weight": torch.zeros(5, 4)}, RuntimeError, r"must be square.*got shape \[5, 4\]"),
+        ({"weight": None}, TypeError, r"expected weight to be a Tensor, got None"),
         ({"weight": torch.zeros(5)}, RuntimeError, r"must be 2-D"),
         ({"weight": torch.zeros(5, 5).long()}, NotImplementedError, r"weight of dtype Long"),
         ({"weight": torch.zeros(0, 0)}, IndexError, r"idx holds 0"),

@@ -119,6 +119,13 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_probs_that_require_grad(num_samples: int) -> None:
+    probs = torch.rand(5, 3).t().requires_grad_()
+    actual = functional.multinomial(probs, num_samples, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(actual, torch.multinomial(probs, num_samples, generator=torch.Generator().manual_seed(1)))
+
+
 def test_bad_generator() -> None:
     with pytest.raises(TypeError, match="generator"):
         functional.multinomial(torch.ones(3), 1, generator=5)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def test_table_with_its_characters(tmp_path: Path) -> None:
         assert f"<!-- {label} -->" in picture.replace(r"\$", "$")
 
 
-@pytest.mark.parametrize("vocab_size", [1, 300])
+@pytest.mark.parametrize("vocab_size", [1, 300, 2050])
 def test_table_without_characters(tmp_path: Path, vocab_size: int) -> None:
     plots.plot_table(BigramLanguageModel(vocab_size), tmp_path / "table.png")
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")

@@ -64,6 +64,21 @@ def test_the_usual_permissions(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(tmp_path / "ours").st_mode) == stat.S_IMODE(os.stat(tmp_path / "usual").st_mode)
 
 
+def test_links_and_permissions_stay(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    storage.write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert stat.S_IMODE(os.stat(target).st_mode) == 0o600
+
+
+def test_long_names(tmp_path: Path) -> None:
+    storage.write_text(tmp_path / ("n" * 250), "")
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         BigramLanguageModel(2).save(tmp_path / "none" / "model.safetensors")

@@ -69,6 +69,17 @@ def test_decode_takes_any_shape_and_dtype() -> None:
     assert tokenizer.decode([]) == ""
 
 
+def test_surrogates_that_stand_together_stay_two() -> None:
+    tokenizer = CharTokenizer.from_text("\ud83d\ude00")
+    assert CharTokenizer.from_json(tokenizer.to_json()).vocab_size == 2
+
+
+@pytest.mark.parametrize("tokens", [[0.9, 1.7], torch.tensor([True])])
+def test_tokens_are_integers(tokens: list[int]) -> None:
+    with pytest.raises(TypeError, match="expected tokens to be integers, got torch"):
+        CharTokenizer.from_text("abc").decode(tokens)
+
+
 def test_duplicate_characters() -> None:
     with pytest.raises(ValueError, match="distinct characters, got 'b' twice"):
         CharTokenizer("abcb")
@@ -82,7 +93,7 @@ def test_saves_and_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"format": "bigramx.CharTokenizer", "characters": 5}', '"x"']
+    "content", ["", "{", "[]", "{}", '{"format": "bigramx.CharTokenizer", "code_points": 5}', '"x"']
 )
 def test_foreign_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)

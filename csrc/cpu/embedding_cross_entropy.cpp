@@ -151,10 +151,6 @@ at::Tensor occurring_rows(const Pairs& pairs, int64_t padding_idx) {
     return rows;
 }
 
-at::ScalarType accumulator_of(at::ScalarType dtype) {
-    return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 LossJob make_job(const LossInputs& inputs, const LossOptions& options, const Pairs& pairs) {
     LossJob job{};
     job.weight = inputs.weight.const_data_ptr();
@@ -190,7 +186,7 @@ LossSums run_slots(const LossJob& job, int64_t num_slots, at::ScalarType dtype) 
     const Buffer<LossSums> sums_of_block(num_blocks);
 
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kName, [&] {
-        using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        using T = Accumulator<scalar_t>;
         const auto kernel = BIGRAMX_DISPATCH(process_rows<scalar_t>);
         const int64_t scratch_size = rows_at_once(job.num_classes) * padded(job.num_classes);
         const Buffer<T> exponentials(num_threads * scratch_size);

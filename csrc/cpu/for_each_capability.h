@@ -25,6 +25,10 @@
 
 namespace bigramx {
 
+// In what the kernels compute for a table of this type.
+template <typename scalar_t>
+using Accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
 enum class Capability { portable, avx2, avx512 };
 
 inline Capability cpu_capability() {

@@ -61,7 +61,8 @@ class RowCache {
         const int64_t row = token % rows_per_block_;
         TORCH_CHECK(block.valid.const_data_ptr<bool>()[row],
                     "generate: probability tensor contains either `inf`, `nan` or element < 0: row ", token,
-                    " of weight holds a NaN, an infinity, or nothing but negative infinities");
+                    " of weight, divided by the temperature, holds a NaN, an infinity, or nothing but "
+                    "negative infinities");
         return block.entries.const_data_ptr<entry_t>() + row * vocab_size_;
     }
 

@@ -2,8 +2,8 @@
 // (for_each_capability.h includes this file once for each; hence no include guard).
 //
 // Vectors are the compilers' own vector types: arithmetic, comparison and selection are operators, and only
-// what they lack, the conversion of 16-bit floats, is an intrinsic. A lane holds the accumulator of a table's
-// dtype: float for float32, bfloat16 and float16, double for float64.
+// what they lack, the conversion of 16-bit floats and masked access, is an intrinsic. A lane holds the
+// accumulator of a table's dtype: float for float32, bfloat16 and float16, double for float64.
 
 namespace bigramx::BIGRAMX_CAPABILITY {
 
@@ -16,9 +16,6 @@ using Vector = typename VectorOf<T>::type;
 
 template <typename T>
 constexpr int64_t kLanes = BIGRAMX_VECTOR_BYTES / sizeof(T);
-
-template <typename scalar_t>
-using Accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename T>
 inline Vector<T> broadcast(T value) {
