@@ -28,12 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 _MODEL, _HISTORY, _LOSSES, _TABLE = "model.safetensors", "history.safetensors", "loss.png", "table.png"
 _STREAM_TOKENS = 256  # generated in one call before they are printed
 
-ModelPath = Annotated[Path, typer.Argument(help="A model that `bigramx train` saved.")]
+_MOST = 2**31 - 1
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `bigramx train` saved.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -79,16 +81,18 @@ def train(
         Path | None,
         typer.Argument(help="UTF-8 text, or nanoGPT's .bin tokens. Default: the Python language reference."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Steps in all.")] = 3000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks a step.")] = 32,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 8,
+    steps: Annotated[int, typer.Option(min=0, max=_MOST, help="Steps in all.")] = 3000,
+    batch_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Blocks a step.")] = 32,
+    block_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Tokens a block.")] = 8,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-2,
-    eval_interval: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 300,
+    eval_interval: Annotated[int, typer.Option(min=1, max=_MOST, help="Steps between evaluations.")] = 300,
     seed: Seed = 1337,
     out: Annotated[Path, typer.Option(help="Folder for the model, its history and the pictures.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Of .bin tokens. Default: the largest + 1.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Characters to write at the end.")] = 300,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Of .bin tokens. Default: the largest + 1.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, max=_MOST, help="Characters to write at the end.")] = 300,
 ) -> None:
     """Trains a model; saves it, its history and two pictures."""
     torch.manual_seed(seed)
@@ -122,12 +126,10 @@ def train(
     if history.interrupted:
         raise CommandError(f"interrupted after {history.step} steps; saved in {out}; go on with --resume")
     if model.tokenizer is not None and sample > 0:
-        console.print("\n[bold]A sample[/bold]")
+        console.print("\nA sample", style="bold")
         _stream(model, model.tokenizer, torch.zeros((1, 1), dtype=torch.long), sample, {})
-    _draw(model, history, out)
-    for name in (_MODEL, _HISTORY, _LOSSES, _TABLE):
-        if (out / name).exists():
-            console.print(f"wrote {out / name}")
+    for name in (_MODEL, _HISTORY, *_draw(model, history, out)):
+        console.print(f"wrote {out / name}")
 
 
 class _Progress:
@@ -156,7 +158,8 @@ class _Progress:
         )
 
 
-def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> None:
+def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> list[str]:
+    """Draws the pictures; the names of those that were written."""
     try:
         from bigramx import plots
 
@@ -167,18 +170,19 @@ def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> Non
         if error.name != "matplotlib":
             raise
         console.print("no pictures: matplotlib is not installed; type: pip install matplotlib")
+        return []
+    return [_TABLE] if history is None else [_LOSSES, _TABLE]
 
 
 @app.command()
 def generate(
-    model_path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `bigramx train` saved.")] = Path(
-        "runs"
-    )
-    / _MODEL,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=0, help="How many characters to write.")] = 500,
+    model_path: ModelPath = Path("runs") / _MODEL,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", min=0, max=_MOST, help="How many characters to write.")
+    ] = 500,
     prompt: Annotated[str, typer.Option(help="The text to go on with.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest character always.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Keep the k likeliest.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Keep the k likeliest.")] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Keep the likeliest of this probability in all.")
     ] = None,
@@ -225,7 +229,7 @@ def _stream(
 
 @app.command()
 def evaluate(
-    model_path: Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `bigramx train` saved.")],
+    model_path: ModelPath,
     text: Annotated[
         Path | None, typer.Argument(help="UTF-8 text or .bin tokens. Default: the Python language reference.")
     ] = None,
@@ -250,10 +254,8 @@ def plot(
     """Draws the pictures of a run again."""
     model = BigramLanguageModel.load(run / _MODEL)
     history = History.load(run / _HISTORY) if (run / _HISTORY).exists() else None
-    _draw(model, history, run)
-    for name in (_LOSSES, _TABLE):
-        if (run / name).exists():
-            console.print(f"wrote {run / name}")
+    for name in _draw(model, history, run):
+        console.print(f"wrote {run / name}")
 
 
 @app.command()
@@ -270,5 +272,6 @@ def run() -> None:
     """Runs the command line: errors are one line, without a traceback."""
     try:
         app()
-    except (CommandError, OSError, ValueError, IndexError, RuntimeError) as error:
-        sys.exit(f"bigramx: {' '.join(str(error).split())}")
+    except (CommandError, OSError, ValueError, IndexError, TypeError, OverflowError, RuntimeError) as error:
+        # Of an error from C++ the first line is the message.
+        sys.exit(f"bigramx: {(str(error) or type(error).__name__).splitlines()[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -73,7 +74,9 @@ class AdamW(torch.optim.AdamW):
 def _torch_step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:
     step = torch.optim.AdamW.step
     if getattr(step, "hooked", False):
-        step = step.__wrapped__  # the hooks run around our own step already
+        step = inspect.unwrap(
+            step, stop=lambda function: not getattr(function, "hooked", False)
+        )  # the hooks run around our own step already
     loss: float | None = step(optimizer, closure)
     return loss
 

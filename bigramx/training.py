@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigramx.data import get_batch
+from bigramx.data import check_tokens, get_batch
 from bigramx.model import BigramLanguageModel
 from bigramx.optim import AdamW
-from bigramx.storage import read_tensors, write_tensors
+from bigramx.storage import checksum, read_tensors, write_tensors
 
 _KIND = "history"
 
@@ -24,12 +27,16 @@ def optimal_loss(tokens: Tensor) -> float:
 
     It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN for fewer
     than two tokens.
+
+    Raises:
+        RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
     """
-    tokens = tokens.long()
+    check_tokens(tokens)
     if len(tokens) < 2:
         return float("nan")
-    last, following = tokens[:-1], tokens[1:]
-    pair_counts = _occurrences(last * (int(tokens.max()) + 1) + following)
+    values, ranks = torch.unique(tokens.long(), return_inverse=True)  # small numbers, whatever the tokens are
+    last, following = ranks[:-1], ranks[1:]
+    pair_counts = _occurrences(last * len(values) + following)
     last_counts = _occurrences(last)
     pairs = len(tokens) - 1
     return float(
@@ -51,11 +58,12 @@ class History:
         losses: The loss of each step's batch, before the step.
         steps: The steps at which the model was evaluated; step 0 is before the first.
         train_losses: The exact loss on the training tokens at each of them, nats per token.
-        val_losses: The same on the validation tokens; empty without them.
+        val_losses: The same on the validation tokens; NaN where a run had none, empty where none had.
         optimum: The least loss that a bigram table can have on the training tokens.
         interrupted: Whether Ctrl-C ended the run.
         optimizer_state: The optimizer's state_dict at the end.
         generator_state: The state of the generator that drew the batches, at the end.
+        table_checksum: CRC-32 of the table at the end: what tells that a model is the one to go on with.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -66,6 +74,7 @@ class History:
     interrupted: bool = False
     optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
     generator_state: Tensor | None = field(default=None, repr=False)
+    table_checksum: int | None = field(default=None, repr=False)
 
     @property
     def step(self) -> int:
@@ -87,6 +96,7 @@ class History:
             "val_losses": self.val_losses,
             "optimum": self.optimum,
             "interrupted": self.interrupted,
+            "table_checksum": self.table_checksum,
             "param_groups": self.optimizer_state and self.optimizer_state["param_groups"],
             "numbers": numbers,
         }
@@ -101,7 +111,13 @@ class History:
             OSError: It cannot be read.
         """
         tensors, metadata = read_tensors(path, _KIND)
-        values = json.loads(metadata["history"])
+        try:
+            return cls._from_parts(tensors, json.loads(metadata["history"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)}: a history of another version of bigramx ({error})") from None
+
+    @classmethod
+    def _from_parts(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> History:
         groups = values.pop("param_groups")
         state: dict[int, dict[str, object]] = {}
         for key, value in {**tensors, **values.pop("numbers")}.items():
@@ -114,6 +130,32 @@ class History:
             generator_state=tensors.get("generator_state"),
             **values,
         )
+
+
+class _Interrupt:
+    """Ctrl-C while steps are under way: remembered, and asked for between two of them; a second one is raised at once.
+
+    Only in the main thread, where Python delivers it, and only in place of Python's own handler.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> _Interrupt:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._installed = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _remember(self, *_signal: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
 
 
 def fit(
@@ -133,7 +175,7 @@ def fit(
 ) -> History:
     """The lecture's training loop: get_batch, forward, backward, AdamW; evaluated exactly, not on sampled batches.
 
-    Ctrl-C ends the run early and cleanly: the history says so, and the model is what the last whole step made of it.
+    Ctrl-C ends the run between two steps: the history says so, and can be resumed. A second one ends it at once.
 
     Args:
         model: Trained in place. With a sparse gradient the optimizer is torch.optim.SparseAdam.
@@ -145,8 +187,8 @@ def fit(
         lr: Learning rate.
         eval_interval: Steps between evaluations; the first is before the first step, the last after the last.
         generator: Draws the batches; None: PyTorch's default generator.
-        resume: The history of an earlier run of this model. Its steps count, its optimizer goes on, and the generator
-            is set to where it ended: the result equals that of one run.
+        resume: The history of an earlier run of this model, which is left as it is. Its steps count, its optimizer goes
+            on (at ``lr``), and the generator is set to where it ended: the result equals that of one run.
         on_step: Called with the history after each step.
         on_evaluation: Called with the history after each evaluation.
 
@@ -154,48 +196,82 @@ def fit(
         The history: losses, evaluations, the optimum.
 
     Raises:
-        ValueError: A size or an interval is not positive, or there are too few tokens.
+        ValueError: A size or an interval is not positive, there are too few tokens, or ``resume`` is the history of
+            another model.
         IndexError: A token is out of range for the model.
     """
     if max_steps < 0 or eval_interval < 1:
         raise ValueError(f"expected max_steps >= 0 and eval_interval >= 1, got {max_steps} and {eval_interval}")
-    sparse = model.token_embedding_table.sparse
-    optimizer = (torch.optim.SparseAdam if sparse else AdamW)(model.parameters(), lr=lr)
-    history = History(optimum=optimal_loss(train_tokens)) if resume is None else resume
+    history = History(optimum=optimal_loss(train_tokens)) if resume is None else copy.deepcopy(resume)
     history.interrupted = False
-    if history.optimizer_state is not None:
-        optimizer.load_state_dict(history.optimizer_state)
+    optimizer = _optimizer(model, history, lr)
     if history.generator_state is not None:
         _set_state(generator, history.generator_state)
 
-    def evaluate() -> None:
-        if history.steps and history.steps[-1] == history.step:
-            return
-        history.steps.append(history.step)
-        history.train_losses.append(model.evaluate(train_tokens))
-        if val_tokens is not None:
-            history.val_losses.append(model.evaluate(val_tokens))
-        if on_evaluation is not None:
-            on_evaluation(history)
-
     try:
-        while history.step < max_steps:
-            if history.step % eval_interval == 0:
-                evaluate()
-            idx, targets = get_batch(train_tokens, batch_size, block_size, generator=generator)
-            _logits, loss = model(idx.to(model.device), targets.to(model.device), return_logits=False)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            history.losses.append(loss.item())
-            if on_step is not None:
-                on_step(history)
-        evaluate()
+        with _Interrupt() as interrupt:
+            while history.step < max_steps and not interrupt.requested:
+                if history.step % eval_interval == 0:
+                    _evaluate(model, history, train_tokens, val_tokens, on_evaluation)
+                idx, targets = get_batch(train_tokens, batch_size, block_size, generator=generator)
+                _logits, loss = model(idx.to(model.device), targets.to(model.device), return_logits=False)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                history.losses.append(loss.item())
+                if on_step is not None:
+                    on_step(history)
+            if not interrupt.requested:
+                _evaluate(model, history, train_tokens, val_tokens, on_evaluation)
+            history.interrupted = interrupt.requested
     except KeyboardInterrupt:
         history.interrupted = True
     history.optimizer_state = optimizer.state_dict()
     history.generator_state = _get_state(generator)
+    history.table_checksum = _table_checksum(model)
     return history
+
+
+def _optimizer(model: BigramLanguageModel, history: History, lr: float) -> torch.optim.Optimizer:
+    """A new optimizer, or the one that the history ended with, at the learning rate ``lr``."""
+    sparse = model.token_embedding_table.sparse
+    optimizer: torch.optim.Optimizer = (torch.optim.SparseAdam if sparse else AdamW)(model.parameters(), lr=lr)
+    if history.optimizer_state is None:
+        return optimizer
+    if history.table_checksum != _table_checksum(model):
+        raise ValueError("resume: the history is not of this model: its run ended with another table")
+    if history.optimizer_state["param_groups"][0].keys() != optimizer.param_groups[0].keys():
+        raise ValueError(
+            f"resume: the history's optimizer is not {type(optimizer).__name__}, which sparse={sparse} takes"
+        )
+    optimizer.load_state_dict(history.optimizer_state)
+    optimizer.param_groups[0]["lr"] = lr
+    return optimizer
+
+
+def _evaluate(
+    model: BigramLanguageModel,
+    history: History,
+    train_tokens: Tensor,
+    val_tokens: Tensor | None,
+    on_evaluation: Callable[[History], None] | None,
+) -> None:
+    if history.steps and history.steps[-1] == history.step:
+        return
+    train_loss = model.evaluate(train_tokens)
+    val_loss = float("nan") if val_tokens is None else model.evaluate(val_tokens)
+    if val_tokens is not None or history.val_losses:
+        missing = len(history.steps) - len(history.val_losses)  # where earlier runs had no validation tokens
+        history.val_losses += [float("nan")] * missing + [val_loss]
+    history.steps.append(history.step)
+    history.train_losses.append(train_loss)
+    if on_evaluation is not None:
+        on_evaluation(history)
+
+
+def _table_checksum(model: BigramLanguageModel) -> int:
+    weight = model.token_embedding_table.weight.detach().cpu().contiguous()
+    return checksum(weight)
 
 
 def _get_state(generator: torch.Generator | None) -> Tensor:

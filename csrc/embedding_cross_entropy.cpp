@@ -177,6 +177,9 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
                                  const LossArguments& arguments) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         const LossOptions& options = arguments.options;
+        TORCH_CHECK_NOT_IMPLEMENTED(
+            !options.sparse || !weight.key_set().has(c10::DispatchKey::Python), kName,
+            ": sparse gradients are not implemented under torch.compile and torch.export");
         const bool compute_grad =
             options.reduction != at::Reduction::None && (may_scale(weight) || !is_traced(weight));
         const auto [loss, logits, grad_rows, grad_values] = arguments.forward(compute_grad);

@@ -136,10 +136,10 @@ def test_a_graph_that_saved_the_parameter_notices_the_step() -> None:
 def test_step_counts_in_float32_or_more_and_hooks_run_once() -> None:
     calls = []
     torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
-    for options in ({}, {"foreach": True}):
+    for foreach in (None, True):
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
-        optimizer = optim.AdamW([param], **options)
+        optimizer = optim.AdamW([param], foreach=foreach)
         optimizer.register_step_post_hook(lambda *_: calls.append(1))
         torch.set_default_dtype(torch.bfloat16)
         try:

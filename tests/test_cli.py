@@ -96,6 +96,11 @@ def test_plot_and_info(folder: Path) -> None:
     assert "cpu_capability" in bigramx("info", cwd=folder)
 
 
+def test_folders_with_brackets(folder: Path) -> None:
+    output = bigramx("train", "text.txt", "--steps", "2", "--out", "a[red]b[/c]", cwd=folder)
+    assert "wrote a[red]b[/c]/model.safetensors" in output
+
+
 def test_bin_tokens(folder: Path) -> None:
     (folder / "tokens.bin").write_bytes(struct.pack("<300H", *(k % 7 for k in range(300))))
     bigramx("train", "tokens.bin", "--steps", "5", "--out", "bin", cwd=folder)
@@ -117,6 +122,7 @@ def test_bin_tokens(folder: Path) -> None:
         (["generate", "--stop", "ab"], 1, "bigramx: expected --stop to be one character, got 'ab'"),
         (["generate", "--top-p", "0"], 1, "bigramx: generate: expected 0 < top_p <= 1, got 0"),
         (["evaluate", "runs/model.safetensors", "empty.txt"], 1, "bigramx: the text is too short: 0 tokens"),
+        (["generate", "--top-k", "1" + "0" * 23], 2, "Invalid value"),
         (["nonsense"], 2, "No such command"),
     ],
 )

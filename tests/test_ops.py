@@ -73,6 +73,28 @@ def test_compile_fullgraph(return_logits: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_compile_with_sparse_gradients_raises() -> None:
+    with pytest.raises(Exception, match="sparse gradients are not implemented under torch.compile"):
+        torch.compile(BigramLanguageModel(5, sparse=True), fullgraph=True)(IDX, TARGETS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_autograd() -> None:
+    model = BigramLanguageModel(5)
+
+    @torch.compile(backend="aot_eager")
+    def step() -> None:
+        model(IDX, TARGETS)[1].backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step()
+    compiled = model.token_embedding_table.weight.grad
+    model.zero_grad()
+    model(IDX, TARGETS)[1].backward()
+    torch.testing.assert_close(compiled, model.token_embedding_table.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_compile_other_ops_and_reductions() -> None:
     def losses(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses = functional.embedding_cross_entropy(IDX, weight, TARGETS, reduction="none", label_smoothing=0.1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,10 @@ def test_optimal_loss_is_that_of_the_closed_form(corpus: tuple[torch.Tensor, int
     assert optimal_loss(tokens) == pytest.approx(model.evaluate(tokens), rel=1e-6)
     assert math.isnan(optimal_loss(tokens[:1]))
     assert optimal_loss(torch.arange(10).repeat(5)) == pytest.approx(0, abs=1e-12)
+    assert optimal_loss(tokens * 2**40) == pytest.approx(optimal_loss(tokens))
+    for wrong in (tokens[:100].view(2, 50), tokens.float()):
+        with pytest.raises(RuntimeError, match="expected tokens to be"):
+            optimal_loss(wrong)
 
 
 def test_equals_the_lectures_loop(corpus: tuple[torch.Tensor, int]) -> None:
@@ -94,6 +101,66 @@ def test_interrupt_keeps_the_model_and_the_history() -> None:
     resumed = fit(model, tokens, max_steps=30, resume=history)
     assert resumed.step == 30
     assert not resumed.interrupted
+
+
+def test_ctrl_c_at_any_moment_resumes_to_the_same(tmp_path: Path) -> None:
+    tokens = torch.randint(20, (500,))
+
+    def run(history: History | None, interrupt_after: float | None) -> tuple[History, torch.Tensor]:
+        torch.manual_seed(5)
+        model = BigramLanguageModel(20) if history is None else models[-1]
+        models.append(model)
+        timer = threading.Timer(interrupt_after or 0, signal.raise_signal, [signal.SIGINT])
+
+        def on_step(history: History) -> None:
+            if interrupt_after is not None and history.step == 1:
+                timer.start()
+
+        generator = torch.Generator().manual_seed(1)
+        history = fit(
+            model, tokens, max_steps=2000, eval_interval=50, generator=generator, resume=history, on_step=on_step
+        )
+        timer.cancel()
+        return history, model.token_embedding_table.weight.detach().clone()
+
+    models: list[BigramLanguageModel] = []
+    whole, expected = run(None, None)
+    for interrupt_after in (0.001, 0.004, 0.013, 0.03):
+        history, _weight = run(None, interrupt_after)
+        assert history.interrupted
+        assert 0 < history.step < 2000
+        history, weight = run(history, None)
+        assert history.losses == whole.losses
+        assert torch.equal(weight, expected)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resume_checks_that_the_history_is_the_models() -> None:
+    tokens = torch.randint(20, (500,))
+    model = BigramLanguageModel(20)
+    history = fit(model, tokens, max_steps=3)
+    kept = copy.deepcopy(history)
+    fit(model, tokens, max_steps=5, resume=history)
+    assert history.losses == kept.losses
+    with pytest.raises(ValueError, match="its run ended with another table"):
+        fit(model, tokens, max_steps=5, resume=history)
+    sparse = BigramLanguageModel(20, sparse=True)
+    sparse.load_state_dict(model.state_dict())
+    history = fit(model, tokens, max_steps=3)
+    sparse.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="the history's optimizer is not SparseAdam"):
+        fit(sparse, tokens, max_steps=5, resume=history)
+
+
+def test_another_learning_rate_and_validation_on_resume() -> None:
+    tokens = torch.randint(20, (500,))
+    model = BigramLanguageModel(20)
+    history = fit(model, tokens, max_steps=4, eval_interval=2)
+    before = model.token_embedding_table.weight.detach().clone()
+    history = fit(model, tokens, tokens, max_steps=8, eval_interval=2, lr=0.0, resume=history)
+    assert torch.equal(model.token_embedding_table.weight, before)
+    assert len(history.steps) == len(history.train_losses) == len(history.val_losses) == 5
+    assert [math.isnan(loss) for loss in history.val_losses] == [True] * 3 + [False] * 2
 
 
 def test_evaluations_are_reported() -> None:
