@@ -1,6 +1,6 @@
 """Builds bigramx._C. Metadata stands in pyproject.toml.
 
-torch is imported only where the extension is built, so that an sdist can be made without it.
+torch is needed only where the extension is built, so that an sdist can be made without it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-HEADERS = sorted(str(path) for pattern in ("*.h", "cpu/*.h") for path in Path("csrc").glob(pattern))
+HEADERS = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h"))
+FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type
@@ -25,44 +26,29 @@ bigramx: torch is not importable here, and the extension is compiled against it.
 """
 
 
-def torch_build_ext() -> type[build_ext]:
-    """Torch's builder, which compiles with ninja only what has changed; or one that says what is missing."""
-    try:
-        from torch.utils.cpp_extension import BuildExtension
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
+class MissingTorch(build_ext):
+    """In place of torch's builder."""
 
-        class MissingTorch(build_ext):
-            def run(self) -> None:
-                sys.exit(NO_TORCH)
-
-        return MissingTorch
-
-    return BuildExtension
+    def run(self) -> None:
+        """Says what to type."""
+        sys.exit(NO_TORCH)
 
 
-def extension() -> Extension:
-    """bigramx._C, with torch's include paths and libraries where torch is there."""
-    arguments: dict[str, Any] = {
-        "name": "bigramx._C",
-        "sources": SOURCES,
-        "depends": HEADERS,
-        "language": "c++",
-        "extra_compile_args": ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    }
+def extension_and_builder() -> tuple[Extension, type[build_ext]]:
+    """bigramx._C, and torch's builder, which compiles with ninja only what has changed."""
+    arguments: dict[str, Any] = {"sources": SOURCES, "depends": HEADERS, "language": "c++"}
     if importlib.util.find_spec("torch") is None:
-        return Extension(**arguments)
-    from torch.utils.cpp_extension import CppExtension
+        return Extension("bigramx._C", **arguments), MissingTorch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    built: Extension = CppExtension(**arguments)
-    return built
+    return CppExtension("bigramx._C", extra_compile_args=FLAGS, **arguments), BuildExtension
 
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+extension, builder = extension_and_builder()
 setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": torch_build_ext()},
+    ext_modules=[extension],
+    cmdclass={"build_ext": builder},
     # Object files outlive the command, so that pip, too, compiles only what has changed.
     options={"build_ext": {"build_temp": "build/objects"}},
 )

@@ -74,7 +74,7 @@ def test_compile_fullgraph(return_logits: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compile_with_sparse_gradients_raises() -> None:
-    with pytest.raises(Exception, match="sparse gradients are not implemented under torch.compile"):
+    with pytest.raises(Exception, match=r"sparse gradients are not implemented under torch\.compile"):
         torch.compile(BigramLanguageModel(5, sparse=True), fullgraph=True)(IDX, TARGETS)
 
 
