@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
 HEADERS = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h"))
-FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type
