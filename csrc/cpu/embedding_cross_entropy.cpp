@@ -6,6 +6,8 @@
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "buffer.h"
 #include "huge_pages.h"
@@ -18,11 +20,11 @@ struct LossJob {
     const void* weight;  // (R, C)
     int64_t row_stride;
     int64_t num_classes;
-    const int64_t*
-        row_begin;           // (R + 1): the pairs of row i are order[row_begin[i]] to order[row_begin[i + 1]]
-    const int64_t* order;    // (N)
-    const int64_t* targets;  // (N)
-    const void* class_weight;  // (C) of T, or null: all ones
+    const int64_t* row_begin;    // (R + 1): row i has the pairs from row_begin[i] to row_begin[i + 1]
+    const int64_t* order;        // (N): their numbers; or null, where the counts say it all
+    const int32_t* pair_counts;  // (R, padded C): how often row and target meet; or null
+    const int64_t* targets;      // (N)
+    const void* class_weight;    // (C) of T, or null: all ones
     double class_weight_sum;
     int64_t ignore_index;
     int64_t padding_idx;
@@ -32,7 +34,6 @@ struct LossJob {
     const int64_t* rows;  // (K), the row of each slot; null: slots are rows
     bool want_loss;
     void* losses;             // (N), or null: only their sum is wanted
-    void* logits;             // (N, C), or null: not wanted
     void* gradient;           // (slots, C), or null: not wanted
     const void* grad_losses;  // (N) of T, or null: all ones
     double loss_scale;        // that multiplies them
@@ -78,13 +79,15 @@ namespace {
 
 constexpr const char* kName = "embedding_cross_entropy";
 
-// The N pairs, grouped by row: a stable counting sort.
+// The N pairs, grouped by row: counted, where a table of counts is small, else sorted by a stable counting
+// sort.
 struct Pairs {
-    Buffer<int64_t> row_begin;  // (R + 1)
-    Buffer<int64_t> order;      // (N)
-    int64_t num_targets = 0;    // those that are not ignored
-    double target_weight = 0;   // the sum of their class weights
-    int64_t num_rows = 0;       // distinct rows, ignored pairs included
+    Buffer<int64_t> row_begin;    // (R + 1)
+    Buffer<int32_t> pair_counts;  // (R, padded C): how often row and target meet; or (0)
+    Buffer<int64_t> order;        // (N); or (0)
+    int64_t num_targets = 0;      // those that are not ignored
+    double target_weight = 0;     // the sum of their class weights
+    int64_t num_rows = 0;         // distinct rows, ignored pairs included
 };
 
 void check_pairs(const LossInputs& inputs, const LossOptions& options) {
@@ -112,17 +115,31 @@ double total_class_weight(const LossInputs& inputs, int64_t ignore_index) {
     return total;
 }
 
+// A table of counts pays where it is no larger than what sorting takes, or fits into the first-level cache.
+// Pairs that each have a loss or a gradient of their own cannot be counted.
+bool worth_counting(const LossInputs& inputs, const LossOptions& options) {
+    constexpr int64_t kSmall = 1 << 14;
+    const int64_t num_pairs = inputs.idx.numel();
+    return options.reduction != at::Reduction::None && num_pairs <= std::numeric_limits<int32_t>::max() &&
+           inputs.weight.size(0) * padded(inputs.weight.size(1)) <= std::max(kSmall, 4 * num_pairs);
+}
+
 Pairs group_pairs(const LossInputs& inputs, const LossOptions& options) {
     const int64_t num_pairs = inputs.idx.numel(), num_rows = inputs.weight.size(0);
     check_pairs(inputs, options);
     const int64_t* idx = inputs.idx.const_data_ptr<int64_t>();
     const int64_t* targets = inputs.targets.const_data_ptr<int64_t>();
 
-    Pairs pairs{Buffer<int64_t>::zeros(num_rows + 1), Buffer<int64_t>(num_pairs)};
+    const bool counted = worth_counting(inputs, options);
+    const int64_t stride = padded(inputs.weight.size(1));
+    Pairs pairs{Buffer<int64_t>::zeros(num_rows + 1), Buffer<int32_t>::zeros(counted ? num_rows * stride : 0),
+                Buffer<int64_t>(counted ? 0 : num_pairs)};
     int64_t* row_begin = pairs.row_begin.begin();
     for (int64_t n = 0; n < num_pairs; ++n) {
         ++row_begin[idx[n]];
-        pairs.num_targets += targets[n] != options.ignore_index;
+        if (targets[n] == options.ignore_index) continue;
+        ++pairs.num_targets;
+        if (counted) ++pairs.pair_counts[idx[n] * stride + targets[n]];
     }
     // Each row's end; placing the pairs from the last to the first then moves it down to the row's begin.
     int64_t end = 0;
@@ -131,7 +148,10 @@ Pairs group_pairs(const LossInputs& inputs, const LossOptions& options) {
         end += row_begin[row];
         row_begin[row] = end;
     }
-    for (int64_t n = num_pairs - 1; n >= 0; --n) pairs.order[--row_begin[idx[n]]] = n;
+    for (int64_t n = num_pairs - 1; n >= 0; --n) {
+        const int64_t place = --row_begin[idx[n]];
+        if (!counted) pairs.order[place] = n;
+    }
 
     pairs.target_weight = inputs.class_weight.defined() ? total_class_weight(inputs, options.ignore_index)
                                                         : static_cast<double>(pairs.num_targets);
@@ -158,6 +178,7 @@ LossJob make_job(const LossInputs& inputs, const LossOptions& options, const Pai
     job.num_classes = inputs.weight.size(1);
     job.row_begin = pairs.row_begin.begin();
     job.order = pairs.order.begin();
+    job.pair_counts = pairs.pair_counts.size() > 0 ? pairs.pair_counts.begin() : nullptr;
     job.targets = inputs.targets.const_data_ptr<int64_t>();
     job.class_weight_sum = static_cast<double>(job.num_classes);
     if (inputs.class_weight.defined()) {
@@ -225,6 +246,23 @@ LossSums run(LossJob& job, const LossInputs& inputs, const LossOptions& options,
     return sums;
 }
 
+// (N, C): weight[idx], for an idx that was checked.
+at::Tensor gather_rows(const LossInputs& inputs) {
+    const int64_t num_pairs = inputs.idx.numel(), num_classes = inputs.weight.size(1);
+    at::Tensor rows = at::empty({num_pairs, num_classes}, inputs.weight.options());
+    const int64_t row_bytes = num_classes * inputs.weight.element_size();
+    const int64_t stride_bytes = inputs.weight.stride(0) * inputs.weight.element_size();
+    const int64_t* idx = inputs.idx.const_data_ptr<int64_t>();
+    const char* from = static_cast<const char*>(inputs.weight.const_data_ptr());
+    char* to = static_cast<char*>(rows.data_ptr());
+    const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, row_bytes));
+    at::parallel_for(0, num_pairs, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+            std::memcpy(to + n * row_bytes, from + idx[n] * stride_bytes, row_bytes);
+    });
+    return rows;
+}
+
 }  // namespace
 
 at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
@@ -237,10 +275,7 @@ at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptio
         losses = at::empty(inputs.targets.sizes(), inputs.weight.options());
         job.losses = losses.data_ptr();
     }
-    if (extras.logits != nullptr) {
-        *extras.logits = at::empty({inputs.idx.numel(), job.num_classes}, inputs.weight.options());
-        job.logits = extras.logits->data_ptr();
-    }
+    if (extras.logits != nullptr) *extras.logits = gather_rows(inputs);
     const LossSums sums = run(job, inputs, options, pairs, extras.gradient);
     if (losses.defined()) return losses;
     return at::scalar_tensor(sums.cross_entropy * job.loss_scale + sums.z_loss * job.z_loss_scale,

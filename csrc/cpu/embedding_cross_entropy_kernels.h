@@ -26,7 +26,6 @@ class RowKernel {
         for_each_row([&](Row& row) { row.lse = row.max + std::log(static_cast<double>(row.sum)); });
         LossSums sums;
         if (job_.want_loss) for_each_row([&](Row& row) { sums += losses(row); });
-        if (job_.logits != nullptr) for_each_row([&](Row& row) { copy_logits(row); });
         if (job_.gradient != nullptr) for_each_row([&](Row& row) { write_gradient(row); });
         return sums;
     }
@@ -37,6 +36,7 @@ class RowKernel {
         const scalar_t* weight;  // (C)
         scalar_t* gradient;      // (C), or null
         int64_t begin, end;      // its pairs, in `order`
+        const int32_t* counts;   // (padded C): of its pairs by target; or null
         T* exponentials;         // (C): e^(W[i, j] - max)
         T max, sum;              // of W[i, :], of the exponentials
         double lse;
@@ -57,6 +57,8 @@ class RowKernel {
         row.number = number;
         row.weight = static_cast<const scalar_t*>(job_.weight) + number * job_.row_stride;
         row.gradient = gradient;
+        row.counts =
+            job_.pair_counts != nullptr ? job_.pair_counts + number * padded(job_.num_classes) : nullptr;
         row.begin = begin;
         row.end = end;
         row.exponentials = exponentials_ + num_rows_ * padded(job_.num_classes);
@@ -106,7 +108,42 @@ class RowKernel {
         return horizontal_sum<T>(sums);
     }
 
+    Vector<T> load_counts(const Row& row, Lanes<T> lanes) const {
+        typedef int32_t Counts __attribute__((vector_size(kLanes<T> * sizeof(int32_t))));
+        Counts counts;
+        std::memcpy(&counts, row.counts + lanes.begin, sizeof(counts));
+        return __builtin_convertvector(counts, Vector<T>);
+    }
+
+    Vector<T> load_class_weights(Lanes<T> lanes) const {
+        return class_weight_ != nullptr ? lanes.load(class_weight_, T(0)) : broadcast(T(1));
+    }
+
     LossSums losses(const Row& row) const {
+        return row.counts != nullptr ? counted_losses(row) : listed_losses(row);
+    }
+
+    LossSums counted_losses(const Row& row) const {
+        const double epsilon = job_.label_smoothing;
+        const Vector<T> lse = broadcast(static_cast<T>(row.lse)), none = broadcast(T(0));
+        Vector<T> pairs = none, surprises = none;
+        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+            const Vector<T> counts = load_counts(row, lanes);
+            const Vector<T> surprise =
+                counts * load_class_weights(lanes) * (lse - lanes.load(row.weight, static_cast<T>(row.lse)));
+            pairs += counts;
+            surprises += counts > none ? surprise : none;  // 0 times an infinity is none
+        });
+        const double num_pairs = horizontal_sum<T>(pairs);
+        if (num_pairs == 0) return {};
+        LossSums sums;
+        if (epsilon < 1) sums.cross_entropy += (1 - epsilon) * horizontal_sum<T>(surprises);
+        if (epsilon > 0) sums.cross_entropy += num_pairs * epsilon / job_.num_classes * smooth_loss(row);
+        sums.z_loss = num_pairs * job_.z_loss * row.lse * row.lse;
+        return sums;
+    }
+
+    LossSums listed_losses(const Row& row) const {
         const double epsilon = job_.label_smoothing;
         const double smooth = epsilon > 0 ? epsilon / job_.num_classes * smooth_loss(row) : 0.0;
         const double z_loss = job_.z_loss * row.lse * row.lse;
@@ -128,13 +165,6 @@ class RowKernel {
         return sums;
     }
 
-    void copy_logits(const Row& row) const {
-        for (int64_t k = row.begin; k < row.end; ++k) {
-            scalar_t* logits = static_cast<scalar_t*>(job_.logits) + job_.order[k] * job_.num_classes;
-            std::copy(row.weight, row.weight + job_.num_classes, logits);
-        }
-    }
-
     // The sums over the pairs of a row of the gradients that reach them.
     struct PairSums {
         double plain = 0, weighted = 0, z_loss = 0;
@@ -143,12 +173,24 @@ class RowKernel {
 
     PairSums sum_pairs(const Row& row) const {
         PairSums sums;
-        for_each_target(row, [&](int64_t n, int64_t target) {
-            const double g = grad_losses_ != nullptr ? grad_losses_[n] : 1.0;
-            sums.any = true;
-            sums.plain += g;
-            sums.weighted += g * weight_of(target);
-        });
+        if (row.counts != nullptr) {
+            Vector<T> plain = broadcast(T(0)), weighted = plain;
+            for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+                const Vector<T> counts = load_counts(row, lanes);
+                plain += counts;
+                weighted += counts * load_class_weights(lanes);
+            });
+            sums.plain = horizontal_sum<T>(plain);
+            sums.weighted = horizontal_sum<T>(weighted);
+            sums.any = sums.plain > 0;
+        } else {
+            for_each_target(row, [&](int64_t n, int64_t target) {
+                const double g = grad_losses_ != nullptr ? grad_losses_[n] : 1.0;
+                sums.any = true;
+                sums.plain += g;
+                sums.weighted += g * weight_of(target);
+            });
+        }
         sums.z_loss = sums.plain * job_.z_loss_scale;
         sums.plain *= job_.loss_scale;
         sums.weighted *= job_.loss_scale;
@@ -168,12 +210,13 @@ class RowKernel {
                             2 * job_.z_loss * row.lse * pairs.z_loss;
         const Vector<T> scale = broadcast(static_cast<T>(mass / row.sum));
         const Vector<T> smooth_part = broadcast(static_cast<T>(smooth));
+        const Vector<T> target_part = broadcast(static_cast<T>(target_unit()));
 
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
             Vector<T> result = load(row.exponentials + lanes.begin) * scale;
-            if (smooth != 0) {
-                result -=
-                    class_weight_ != nullptr ? lanes.load(class_weight_, T(0)) * smooth_part : smooth_part;
+            if (smooth != 0) result -= load_class_weights(lanes) * smooth_part;
+            if (row.counts != nullptr) {
+                result -= load_counts(row, lanes) * load_class_weights(lanes) * target_part;
             }
             if constexpr (kInPlace) {
                 lanes.store(row.gradient, result);
@@ -191,8 +234,12 @@ class RowKernel {
         }
     }
 
+    // What a pair of class weight 1 takes from its target.
+    double target_unit() const { return (1 - job_.label_smoothing) * job_.loss_scale; }
+
     void subtract_targets(const Row& row, T* row_gradient) {
-        const double unit = (1 - job_.label_smoothing) * job_.loss_scale;
+        if (row.counts != nullptr) return;  // done
+        const double unit = target_unit();
         if (grad_losses_ != nullptr) {
             for_each_target(row, [&](int64_t n, int64_t target) {
                 row_gradient[target] -= static_cast<T>(unit * grad_losses_[n] * weight_of(target));
