@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 
 from bigramx import functional, reference
@@ -83,7 +83,8 @@ def test_equals_reference(vocab_size: int, num_pairs: int, dtype: torch.dtype, r
 def cases(draw: st.DrawFn) -> Case:
     """Tables square and not, all dtypes and options, several memory layouts."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
-    num_rows, num_classes = draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    # With 300 rows a table of pair counts is too large, and the pairs are sorted.
+    num_rows, num_classes = draw(st.sampled_from([1, 2, 7, 40, 300])), draw(st.integers(1, 70))
     shape = draw(st.sampled_from([(0,), (1,), (7,), (4, 5), (2, 3, 4), ()]))
     dtype = draw(st.sampled_from(DTYPES))
     weight = torch.randn(num_rows, num_classes) * draw(st.sampled_from([0.1, 1.0, 8.0]))
@@ -114,6 +115,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(idx, weight.to(dtype), targets, options)
 
 
+@settings(max_examples=300)
 @given(case=cases(), grad_loss=st.sampled_from([1.0, -2.5]))
 def test_equals_reference_for_any_options(case: Case, grad_loss: float) -> None:
     case.check(grad_loss)
@@ -311,7 +313,7 @@ class TestAutograd:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 4096), (1000, 5000)])
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 4096), (500, 70_000), (1000, 5000)])
 def test_same_bits_for_any_number_of_threads(
     vocab_size: int, num_pairs: int, reduction: str, two_threads: None
 ) -> None:

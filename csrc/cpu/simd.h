@@ -2,7 +2,7 @@
 // (for_each_capability.h includes this file once for each; hence no include guard).
 //
 // Vectors are the compilers' own vector types: arithmetic, comparison and selection are operators, and only
-// what they lack, the conversion of 16-bit floats and masked access, is an intrinsic. A lane holds the
+// what they lack (16-bit floats, masked access, scaling) is an intrinsic. A lane holds the
 // accumulator of a table's dtype: float for float32, bfloat16 and float16, double for float64.
 
 namespace bigramx::BIGRAMX_CAPABILITY {
@@ -183,10 +183,24 @@ inline T horizontal_sum(Vector<T> vector) {
     return reduce<T>(vector, [](Vector<T> a, Vector<T> b) { return a + b; });
 }
 
+// x 2^n for whole n from -150 to 129.
+inline __attribute__((always_inline)) Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<Vector<float>>(
+        _mm512_maskz_scalef_ps(0xFFFF, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(n)));
+#else
+    // In two factors: n alone may reach beyond the exponents of normal numbers.
+    using Integers = Vector<int32_t>;
+    const Integers exponent = __builtin_convertvector(n, Integers);
+    const Integers half = exponent >> 1;
+    const auto power_of_two = [](Integers e) { return reinterpret_cast<Vector<float>>((e + 127) << 23); };
+    return x * power_of_two(half) * power_of_two(exponent - half);
+#endif
+}
+
 // e^x to 2 ulp over all of float32, infinities, NaN and subnormal results included.
 //
-// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); 2^n in two factors, since n alone
-// may reach beyond the exponents of normal numbers.
+// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf).
 inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     const Vector<float> zero = broadcast(0.0f), lowest = broadcast(-104.0f), highest = broadcast(89.0f);
     const auto vanishes = x < lowest;  // set aside: an underflow costs the processor a hundred cycles
@@ -205,12 +219,7 @@ inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     series = series * r + 5.0000001201e-1f;
     const Vector<float> e_r = series * (r * r) + r + 1.0f;
 
-    using Integers = Vector<int32_t>;
-    const Integers exponent = __builtin_convertvector(n, Integers);
-    const Integers half = exponent >> 1;
-    const auto power_of_two = [](Integers e) { return reinterpret_cast<Vector<float>>((e + 127) << 23); };
-    const Vector<float> result = e_r * power_of_two(half) * power_of_two(exponent - half);
-    return vanishes ? zero : result;
+    return vanishes ? zero : scale_by_power_of_two(e_r, n);
 }
 
 inline Vector<double> exp(Vector<double> x) {
