@@ -50,7 +50,7 @@ def embedding_cross_entropy(
     return_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See functional.embedding_cross_entropy; makes the (N, C) logits."""
-    logits = F.embedding(idx, weight, padding_idx=padding_idx, sparse=sparse).reshape(-1, weight.size(1))
+    logits = F.embedding(idx.reshape(-1), weight, padding_idx=padding_idx, sparse=sparse)
     flat_targets = targets.reshape(-1).long()
     loss = F.cross_entropy(
         logits,
