@@ -1,6 +1,6 @@
 // A row of logits as integer thresholds: token j is drawn by the uniform 31-bit r with
 // thresholds[j - 1] <= r < thresholds[j]. On host and device the same, bit for bit: the sums are integers,
-// and the exponential is made of correctly rounded operations alone.
+// and what is rounded is rounded once, by operations that the standard fixes, fused or not.
 #pragma once
 
 #include <cmath>
@@ -40,14 +40,15 @@ BIGRAMX_HOST_DEVICE bool make_thresholds(const scalar_t* logits, int64_t vocab_s
     if (!(largest > -std::numeric_limits<double>::infinity())) return false;
 
     constexpr double kOne = 1ull << kThresholdBits;
-    const auto weight = [&](int64_t j) {
-        return static_cast<uint64_t>(exp_portable(static_cast<double>(logits[j]) - largest) * kOne + 0.5);
-    };
     uint64_t total = 0;
-    for (int64_t j = 0; j < vocab_size; ++j) total += weight(j);
+    for (int64_t j = 0; j < vocab_size; ++j) {
+        const double share = exp_portable(static_cast<double>(logits[j]) - largest);
+        thresholds[j] = static_cast<uint32_t>(share * kOne + 0.5);
+        total += thresholds[j];
+    }
     uint64_t sum = 0;
     for (int64_t j = 0; j < vocab_size; ++j) {
-        sum += weight(j);
+        sum += thresholds[j];
         thresholds[j] = static_cast<uint32_t>(static_cast<double>(sum) * kOne / static_cast<double>(total));
     }
     return true;
