@@ -20,7 +20,7 @@ FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-p
 
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type
-    pip install torch setuptools ninja pybind11
+    pip install torch "setuptools>=77" ninja pybind11
     pip install --no-build-isolation .
 (without --no-build-isolation pip builds in an empty environment of its own, which has no torch).
 """

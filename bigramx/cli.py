@@ -66,6 +66,8 @@ def _new_model(text: Path | None, vocab_size: int | None) -> tuple[BigramLanguag
     if text is not None and text.suffix == ".bin":
         tokens = data.read_bin(text)
         return BigramLanguageModel(vocab_size or int(tokens.int().max()) + 1), tokens
+    if vocab_size is not None:
+        raise CommandError("--vocab-size is for .bin tokens: a text has the characters that it has")
     content = data.default_text() if text is None else data.read_text(text)
     if not content:
         raise CommandError(f"{text}: the text is empty")
@@ -105,7 +107,9 @@ def train(
     train_tokens, val_tokens = data.split(tokens)
     if min(len(train_tokens), len(val_tokens)) <= block_size:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")
-    console.print(f"{len(tokens):,} tokens, {model.vocab_size:,} distinct; the first {len(train_tokens):,} to train on")
+    console.print(
+        f"{len(tokens):,} tokens, a vocabulary of {model.vocab_size:,}; the first {len(train_tokens):,} to train on"
+    )
     out.mkdir(parents=True, exist_ok=True)
     with _Progress(steps) as progress:
         history = fit(

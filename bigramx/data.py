@@ -51,7 +51,8 @@ def read_bin(path: str | os.PathLike[str]) -> Tensor:
         ValueError: The file is empty or of an odd size.
         OSError: It cannot be read.
     """
-    num_bytes = os.stat(path).st_size
+    with open(path, "rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
     if num_bytes == 0 or num_bytes % 2:
         raise ValueError(f"{os.fspath(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
     return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16)

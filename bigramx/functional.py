@@ -13,10 +13,11 @@ Reduction = Literal["none", "mean", "sum"]
 Sampler = Literal["torch", "philox"]
 
 
-def normalize_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
-    """As F.embedding reads it: counted from the end where it is negative; ops.NO_PADDING for None."""
-    if padding_idx is None:
-        return ops.NO_PADDING
+def _from_the_start(padding_idx: int, weight: Tensor) -> int:
+    """As F.embedding reads it: counted from the end where it is negative."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected weight to be a Tensor, got {type(weight).__name__}")
+    num_embeddings = weight.size(0)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise AssertionError(
             f"Padding_idx must be within num_embeddings: expected -{num_embeddings} <= padding_idx < "
@@ -76,7 +77,8 @@ def embedding_cross_entropy(
     r"""``F.cross_entropy(F.embedding(idx, weight), targets)`` without the logits, and its gradient for ``weight``.
 
     With :math:`l_i = \mathrm{logsumexp}(W_i)` the loss of pair n is :math:`l_{x_n} - W_{x_n, y_n}`: one logsumexp for
-    each distinct row, so the work is O(min(N, R) C + N), not O(N C).
+    each distinct row, so the work is O(min(N, R) C + N + R), not O(N C); a dense gradient adds the writing of R C
+    elements.
 
     Args:
         idx: Row of each pair. int64 or int32, any shape, N elements.
@@ -99,9 +101,11 @@ def embedding_cross_entropy(
 
     Raises:
         IndexError: An index or a target is out of range.
-        ValueError: ``targets`` has another shape than ``idx``, or ``reduction`` is not one of the three.
-        RuntimeError: A dtype, a device, the shape of ``weight`` or ``class_weight``, or ``label_smoothing`` is off.
-        NotImplementedError: ``weight`` is no floating-point tensor.
+        ValueError: ``targets`` has another shape than ``idx``, ``reduction`` is not one of the three, or ``z_loss`` is
+            negative.
+        RuntimeError: A dtype, a device, the shape of ``weight`` or ``class_weight``, or ``label_smoothing`` is off;
+            ``class_weight`` requires a gradient; or no kernel is built for the device.
+        NotImplementedError: ``weight`` is no floating-point tensor, or is differentiated in forward mode.
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
@@ -117,7 +121,7 @@ def embedding_cross_entropy(
             ops.REDUCTIONS[reduction],
             label_smoothing,
             z_loss,
-            ops.NO_PADDING if padding_idx is None else normalize_padding_idx(padding_idx, weight.size(0)),
+            ops.NO_PADDING if padding_idx is None else _from_the_start(padding_idx, weight),
             sparse,
             return_logits,
         )
@@ -191,8 +195,9 @@ def generate(
     Raises:
         IndexError: A token is out of range, or T = 0.
         ValueError: An option is out of range.
-        RuntimeError: ``weight`` is not square, a dtype or device is off, or a chain meets a row that is no
-            distribution.
+        RuntimeError: ``weight`` is not square, ``idx`` is not 2-D, a dtype or device is off, or (temperature > 0) a
+            chain meets a row that is no distribution.
+        NotImplementedError: ``weight`` is no floating-point tensor.
         TypeError: An argument is of the wrong type.
     """
     try:
@@ -271,5 +276,11 @@ def adamw_(
     Raises:
         RuntimeError: A shape, dtype or device differs from that of ``param``, or a tensor is not contiguous.
         ValueError: ``step`` is less than 1.
+        TypeError: An argument is of the wrong type.
     """
-    ops.adamw_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize)
+    try:
+        ops.adamw_(
+            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize
+        )
+    except RuntimeError as error:
+        raise ops.as_type_error(error) from None

@@ -72,6 +72,7 @@ class BigramLanguageModel(nn.Module):
         Raises:
             IndexError: A token is out of range.
             ValueError: ``targets`` has another shape than ``idx``.
+            RuntimeError: A dtype or device is off, or no kernel is built for the device.
         """
         table = self.token_embedding_table
         if targets is None:
@@ -137,7 +138,7 @@ class BigramLanguageModel(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_counts(cls, counts: Tensor, smoothing: float = 1.0) -> BigramLanguageModel:
-        """The closed-form optimum: row i is log((counts[i] + smoothing) / its sum), float32.
+        """Row i is log((counts[i] + smoothing) / their sum), float32: with smoothing 0 the closed-form optimum.
 
         Args:
             counts: (V, V), as ``functional.count_bigrams`` gives them.
@@ -146,15 +147,16 @@ class BigramLanguageModel(nn.Module):
 
         Raises:
             RuntimeError: ``counts`` is not square.
-            ValueError: ``smoothing`` or a count is negative.
+            ValueError: ``smoothing`` or a count is negative, infinite or NaN.
         """
         if counts.dim() != 2 or counts.size(0) != counts.size(1):
             raise RuntimeError(f"expected counts to be square, (V, V), got shape {tuple(counts.shape)}")
         if not 0 <= smoothing < float("inf"):
             raise ValueError(f"expected smoothing to be finite and >= 0, got {smoothing}")
-        if counts.numel() > 0 and counts.min() < 0:
-            raise ValueError(f"expected counts >= 0, got {counts.min().item()}")
         smoothed = counts.double() + smoothing
+        valid = (counts >= 0) & smoothed.isfinite()
+        if not valid.all():
+            raise ValueError(f"expected counts to be finite and >= 0, got {counts[~valid][0].item()}")
         smoothed[smoothed.sum(dim=1) == 0] = 1
         model = cls(counts.size(0), device=counts.device)
         model.token_embedding_table.weight.copy_((smoothed / smoothed.sum(dim=1, keepdim=True)).log())

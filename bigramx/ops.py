@@ -39,7 +39,7 @@ def build_info() -> dict[str, str]:
 def as_type_error(error: RuntimeError) -> Exception:
     """The TypeError that PyTorch raises for an argument of the wrong type, which the dispatcher calls RuntimeError."""
     message = str(error)
-    if "Expected a value of type" not in message and "expected at most" not in message:
+    if not any(sign in message for sign in ("Expected a value of type", "There were no tensor arguments")):
         return error
     return TypeError(message.partition("\nPosition")[0])
 

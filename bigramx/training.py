@@ -50,7 +50,7 @@ def _occurrences(values: Tensor) -> Tensor:
     return counts.double()
 
 
-@dataclass
+@dataclass(eq=False)  # it holds tensors
 class History:
     """What a run of ``fit`` left behind; given to another as ``resume``, that one goes on where it ended.
 
@@ -198,11 +198,13 @@ def fit(
     Raises:
         ValueError: A size or an interval is not positive, there are too few tokens, or ``resume`` is the history of
             another model.
+        RuntimeError: The tokens are not 1-D, or of another dtype than uint8, uint16, int32 or int64.
         IndexError: A token is out of range for the model.
     """
     if max_steps < 0 or eval_interval < 1:
         raise ValueError(f"expected max_steps >= 0 and eval_interval >= 1, got {max_steps} and {eval_interval}")
-    history = History(optimum=optimal_loss(train_tokens)) if resume is None else copy.deepcopy(resume)
+    history = History() if resume is None else copy.deepcopy(resume)
+    history.optimum = optimal_loss(train_tokens)
     history.interrupted = False
     optimizer = _optimizer(model, history, lr)
     if history.generator_state is not None:

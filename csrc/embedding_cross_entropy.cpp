@@ -149,7 +149,7 @@ at::Tensor assemble(const std::tuple<at::Tensor, at::Tensor>& gradient, const at
                                                 values.options().layout(at::kSparse), /*is_coalesced=*/true);
 }
 
-// Whether the tensor is a stand-in for tracing (torch.compile, torch.export), whose value cannot be read.
+// Whether the tensor may be a stand-in for tracing (torch.compile, torch.export), whose value cannot be read.
 bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
 
 // A gradient in 16 bits has lost what a loss scale is there to save: it may be handed over, but not scaled.

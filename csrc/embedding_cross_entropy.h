@@ -1,7 +1,8 @@
 // Embedding lookup and cross entropy in one: loss_n = lse[idx_n] - weight[idx_n, targets_n].
 //
-// Only R distinct rows of logits exist, so the work is O(min(N, R) * C + N), not O(N * C), and no (N, C)
-// tensor is made. The gradient row is written while its logits are in cache, in the forward pass.
+// Only R distinct rows of logits exist, so the work is O(min(N, R) * C + N + R), not O(N * C), and
+// no (N, C) tensor is made; a dense gradient adds the writing of its R * C elements. The gradient row is
+// written while its logits are in cache, in the forward pass.
 #pragma once
 
 #include <ATen/core/Reduction.h>

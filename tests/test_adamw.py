@@ -53,6 +53,7 @@ PARAM = torch.ones(4)
         ({"exp_avg": torch.ones(8)[::2]}, RuntimeError, r"exp_avg to be contiguous, got strides \[2\]"),
         ({"exp_avg_sq": PARAM.to("meta")}, RuntimeError, r"same device, got .*'exp_avg_sq': device\(type='meta'\)"),
         ({"step": 0}, ValueError, r"step >= 1, got 0"),
+        ({"lr": "x"}, TypeError, r"'float' for argument 'lr'"),
     ],
     ids=str,
 )

@@ -121,3 +121,5 @@ def test_missing_files(tmp_path: Path) -> None:
     for read in (data.read_bin, data.read_text):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
+        with pytest.raises(IsADirectoryError):
+            read(tmp_path)

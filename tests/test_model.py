@@ -150,8 +150,9 @@ class TestFromCounts:
             BigramLanguageModel.from_counts(torch.zeros(2, 3))
         with pytest.raises(ValueError, match="smoothing to be finite and >= 0, got -1"):
             BigramLanguageModel.from_counts(torch.zeros(2, 2), smoothing=-1)
-        with pytest.raises(ValueError, match="counts >= 0, got -1"):
-            BigramLanguageModel.from_counts(torch.full((2, 2), -1))
+        for value in (-1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"counts to be finite and >= 0, got {value}"):
+                BigramLanguageModel.from_counts(torch.full((2, 2), value))
 
 
 class TestSaving:

@@ -110,6 +110,7 @@ def test_more_categories_than_torch_takes(replacement: bool) -> None:
         ((torch.zeros(0), 1, True), RuntimeError, r"sum of probabilities <= 0"),
         ((torch.ones(3), 1.5), TypeError, r"'int' for argument 'num_samples'"),
         (([1.0], 1), TypeError, r"'Tensor' for argument 'probs'"),
+        ((None, 1), TypeError, r"no tensor arguments"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

@@ -115,7 +115,7 @@ double total_class_weight(const LossInputs& inputs, int64_t ignore_index) {
     return total;
 }
 
-// A table of counts pays where it is no larger than what sorting takes, or fits into the first-level cache.
+// A table of counts pays where it has few entries for each pair, or few enough to stay in a near cache.
 // Pairs that each have a loss or a gradient of their own cannot be counted.
 bool worth_counting(const LossInputs& inputs, const LossOptions& options) {
     constexpr int64_t kSmall = 1 << 14;

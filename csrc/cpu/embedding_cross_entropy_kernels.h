@@ -103,7 +103,7 @@ class RowKernel {
         Vector<T> sums = broadcast(T(0));
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
             const Vector<T> surprise = lse - lanes.load(row.weight, static_cast<T>(row.lse));
-            sums += class_weight_ != nullptr ? surprise * lanes.load(class_weight_, T(0)) : surprise;
+            sums += load_class_weights(lanes) * surprise;
         });
         return horizontal_sum<T>(sums);
     }

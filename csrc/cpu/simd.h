@@ -24,14 +24,10 @@ inline Vector<T> broadcast(T value) {
 
 // ------------------------------------------------------------------------------------- load and store
 
-inline Vector<float> load(const float* from) {
-    Vector<float> to;
-    std::memcpy(&to, from, sizeof(to));
-    return to;
-}
-
-inline Vector<double> load(const double* from) {
-    Vector<double> to;
+// Of a row that is accumulated as it is.
+template <typename T>
+inline Vector<T> load(const T* from) {
+    Vector<T> to;
     std::memcpy(&to, from, sizeof(to));
     return to;
 }
@@ -45,9 +41,10 @@ inline Vector<float> load(const c10::BFloat16* from) {
     return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Bits) << 16);
 }
 
-inline void store(float* to, Vector<float> from) { std::memcpy(to, &from, sizeof(from)); }
-
-inline void store(double* to, Vector<double> from) { std::memcpy(to, &from, sizeof(from)); }
+template <typename T>
+inline void store(T* to, Vector<T> from) {
+    std::memcpy(to, &from, sizeof(from));
+}
 
 // Rounds to nearest, ties to even; a NaN stays one.
 inline void store(c10::BFloat16* to, Vector<float> from) {
