@@ -9,7 +9,7 @@ STAMPS := build/stamps
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
-CHECKED := $(CSRC) $(PACKAGE) $(wildcard tests/*.py benchmarks/*.py) setup.py pyproject.toml
+CHECKED := $(CSRC) $(PACKAGE) $(wildcard tests/*.py benchmarks/*.py benchmarks/*.cpp) setup.py pyproject.toml
 
 .PHONY: help train test lint bench wheel clean tools
 .DELETE_ON_ERROR:
@@ -62,10 +62,10 @@ $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
 $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) benchmarks/*.cpp
 	$(BIN)/mypy
 	@touch $@
 
-$(STAMPS)/tested: $(STAMPS)/built $(CHECKED) README.md
+$(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in README.md
 	$(BIN)/python -m pytest
 	@touch $@

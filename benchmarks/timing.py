@@ -62,5 +62,5 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    details = dict(line.split("\t: ", 1) for line in lines if "\t: " in line.replace("\t\t", "\t"))
-    return details.get("model name", next((v for k, v in details.items() if k.strip() == "model name"), "unknown"))
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

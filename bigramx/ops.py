@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 try:
     from bigramx import _C
@@ -51,7 +51,7 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     """Registers what an op returns in shape and dtype alone."""
 
     def register(function: _Function) -> _Function:
-        torch.library.register_fake(f"bigramx::{name}", function)
+        library.register_fake(f"bigramx::{name}", function)
         return function
 
     return register
@@ -67,7 +67,7 @@ def _check_same_device(op: str, **tensors: Tensor | None) -> None:
 def _empty_gradient(weight: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
     if not sparse:
         return weight.new_empty(0, dtype=torch.int64), torch.empty_like(weight, memory_format=torch.contiguous_format)
-    num_rows = torch.library.get_ctx().new_dynamic_size()
+    num_rows = library.get_ctx().new_dynamic_size()
     return weight.new_empty(num_rows, dtype=torch.int64), weight.new_empty(num_rows, weight.shape[1])
 
 

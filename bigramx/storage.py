@@ -9,7 +9,7 @@ import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -20,9 +20,8 @@ _FORMAT = "bigramx"
 _HEADER_CHECKSUM = "crc32"
 
 
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary name beside ``path``; what was written there is synced and takes its place at the end.
+def write_with(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Lets ``write`` make the file under a temporary name beside ``path``, syncs it, and puts it in its place.
 
     A kill at any moment leaves the old file or the new one, whole: a rename is atomic, and comes after the sync. A link
     stays one, and the file keeps its permissions.
@@ -31,7 +30,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
-        yield temporary
+        write(temporary)
         os.chmod(temporary, _mode_of(target))
         _sync(temporary)
         os.replace(temporary, target)
@@ -62,14 +61,7 @@ def _mode_of(target: Path) -> int:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text, whole or not at all."""
-    with _replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
-
-
-def write_with(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """Lets ``write`` make the file under a temporary name, then puts it in place."""
-    with _replacing(path) as temporary:
-        write(temporary)
+    write_with(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_tensors(

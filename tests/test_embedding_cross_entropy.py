@@ -188,6 +188,20 @@ class TestEdges:
         case.check()
 
 
+def test_the_exponential_is_accurate_down_to_subnormals() -> None:
+    """Two classes with the logits 0 and x: the second gets the gradient e^x / (1 + e^x)."""
+    x = torch.cat((-torch.rand(100_000) * 103.9, torch.tensor([0.0, -87.33, -87.34, -103.0, -104.1, -1e30])))
+    weight = torch.stack((torch.zeros_like(x), x), dim=1).requires_grad_()
+    idx = torch.arange(len(x))
+    functional.embedding_cross_entropy(idx, weight, torch.zeros_like(idx), reduction="sum").backward()
+    assert weight.grad is not None
+    exact = x.double().sigmoid()
+    # 2 ulp of the exponential, and a rounding each of the sum, its reciprocal and their product.
+    float32 = torch.finfo(torch.float32)
+    allowed = 4 * float32.eps * exact + 2 * float32.smallest_normal * float32.eps
+    assert ((weight.grad[:, 1].double() - exact).abs() <= allowed).all()
+
+
 class TestAutograd:
     """The gradient that the forward pass wrote is handed over once, and never changed after that."""
 

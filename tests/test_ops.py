@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigramx
@@ -33,25 +34,25 @@ OPS = torch.ops.bigramx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_embedding_cross_entropy(options: tuple[Any, ...], dtype: torch.dtype) -> None:
     options = tuple(value.to(dtype) if isinstance(value, torch.Tensor) else value for value in options)
-    torch.library.opcheck(OPS.embedding_cross_entropy.default, (IDX, weight(dtype=dtype), TARGETS, *options))
+    library.opcheck(OPS.embedding_cross_entropy.default, (IDX, weight(dtype=dtype), TARGETS, *options))
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_opcheck_embedding_cross_entropy_kernels(sparse: bool, reduction: int) -> None:
     arguments = (IDX, weight(False), TARGETS, None, -100, reduction, 0.1, 0.01, -1, sparse)
-    torch.library.opcheck(OPS.embedding_cross_entropy_forward.default, (*arguments, True, True))
+    library.opcheck(OPS.embedding_cross_entropy_forward.default, (*arguments, True, True))
     grad_loss = torch.ones(IDX.shape if reduction == 0 else ())
-    torch.library.opcheck(OPS.embedding_cross_entropy_backward.default, (grad_loss, *arguments))
+    library.opcheck(OPS.embedding_cross_entropy_backward.default, (grad_loss, *arguments))
 
 
 def test_opcheck_others() -> None:
     certain = torch.eye(4)  # one possible result, whatever is drawn
-    torch.library.opcheck(OPS.multinomial.default, (certain, 1))
-    torch.library.opcheck(OPS.generate.default, (IDX, weight(False), 4, 0.0))
-    torch.library.opcheck(OPS.count_bigrams.default, (TARGETS[0], 5))
+    library.opcheck(OPS.multinomial.default, (certain, 1))
+    library.opcheck(OPS.generate.default, (IDX, weight(False), 4, 0.0))
+    library.opcheck(OPS.count_bigrams.default, (TARGETS[0], 5))
     state = [torch.rand(3) for _ in range(4)]
-    torch.library.opcheck(OPS.adamw_.default, (*state, None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False))
+    library.opcheck(OPS.adamw_.default, (*state, None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
