@@ -30,7 +30,7 @@ def build_info() -> dict[str, str]:
     """How the kernels were built, and what they run on.
 
     Returns:
-        The keys ``compiler``, ``cpu_capability`` (the one in use: it follows ATEN_CPU_CAPABILITY),
+        The keys ``compiler``, ``parallel`` (``OpenMP``, or ``none``: one thread), ``cpu_capability`` (the one in use: it follows ATEN_CPU_CAPABILITY),
         ``cuda_architectures`` (empty: no CUDA kernels) and ``torch_version`` (compiled against).
     """
     return _C.build_info()

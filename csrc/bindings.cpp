@@ -60,8 +60,15 @@ constexpr const char* kCompiler = "Clang " __clang_version__;
 constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
+#if defined(_OPENMP)
+constexpr const char* kParallel = "OpenMP";
+#else
+constexpr const char* kParallel = "none";
+#endif
+
 std::map<std::string, std::string> build_info() {
     return {{"compiler", kCompiler},
+            {"parallel", kParallel},
             {"cpu_capability", at::get_cpu_capability()},
             {"cuda_architectures", ""},
             {"torch_version", TORCH_VERSION}};

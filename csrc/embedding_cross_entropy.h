@@ -48,9 +48,17 @@ struct LossExtras {
     at::Tensor* logits;        // (N, C): weight[idx]
 };
 
+// Scratch memory, which calls of one thread after another may share.
+struct LossWorkspace;
+
 // The loss, () or for no reduction of the shape of targets, in weight's dtype.
 at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
                                        const LossExtras& extras);
+
+// The reduced loss alone, and its gradient into `grad_weight`, (R, C) contiguous: one step of many, which
+// reuses what the last one allocated.
+double embedding_cross_entropy_step_cpu(const LossInputs& inputs, const LossOptions& options,
+                                        const at::Tensor& grad_weight, LossWorkspace& workspace);
 
 // The gradient of `weight` for the gradient of the loss, () or (N).
 WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss, const LossInputs& inputs,

@@ -154,7 +154,9 @@ def test_a_device_without_kernels_is_named(name: str, arguments: tuple[Any, ...]
 
 def test_build_info() -> None:
     info = bigramx.build_info()
-    assert info.keys() == {"compiler", "cpu_capability", "cuda_architectures", "torch_version"}
+    assert info.keys() == {"compiler", "parallel", "cpu_capability", "cuda_architectures", "torch_version"}
+    if sys.platform.startswith("linux"):
+        assert info["parallel"] == "OpenMP"
     assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert info["torch_version"] == torch.__version__.partition("+")[0]
 

@@ -1,4 +1,4 @@
-// Scratch memory for one call: an array from ATen's allocator, without the cost of a tensor.
+// Scratch memory: an array from ATen's allocator, without the cost of a tensor.
 #pragma once
 
 #include <c10/core/CPUAllocator.h>
@@ -11,13 +11,23 @@ namespace bigramx {
 template <typename T>
 class Buffer {
   public:
-    explicit Buffer(int64_t size)
-        : size_(size), memory_(c10::GetCPUAllocator()->allocate(static_cast<size_t>(size) * sizeof(T))) {}
+    Buffer() = default;
+    explicit Buffer(int64_t size) { resize(size); }
 
-    static Buffer zeros(int64_t size) {
-        Buffer buffer(size);
-        std::fill(buffer.begin(), buffer.end(), T());
-        return buffer;
+    // Keeps the memory where it suffices; then its content, too.
+    void resize(int64_t size) {
+        if (size > capacity_) {
+            memory_ = c10::GetCPUAllocator()->allocate(static_cast<size_t>(size) * sizeof(T));
+            capacity_ = size;
+        }
+        size_ = size;
+    }
+
+    // As resize, but memory that is new is zero.
+    void resize_zeros(int64_t size) {
+        const int64_t before = capacity_;
+        resize(size);
+        if (capacity_ > before) std::fill(begin(), end(), T());
     }
 
     T* begin() const { return static_cast<T*>(memory_.get()); }
@@ -26,7 +36,8 @@ class Buffer {
     int64_t size() const { return size_; }
 
   private:
-    int64_t size_;
+    int64_t size_ = 0;
+    int64_t capacity_ = 0;
     c10::DataPtr memory_;
 };
 

@@ -5,7 +5,7 @@ namespace bigramx::BIGRAMX_CAPABILITY {
 
 // Works on a few short rows at a time, one step for all of them before the next step: the steps of one row
 // wait for each other, those of different rows overlap. Together the rows stay in the first-level cache; a
-// long row goes alone.
+// long row goes alone, and the next one is fetched meanwhile.
 template <typename scalar_t>
 class RowKernel {
   public:
@@ -23,46 +23,76 @@ class RowKernel {
         for (int64_t slot = begin; slot < end; ++slot) add_row(slot);
         for_each_row([&](Row& row) { find_max(row); });
         for_each_row([&](Row& row) { exponentiate(row); });
-        for_each_row([&](Row& row) { row.lse = row.max + std::log(static_cast<double>(row.sum)); });
+        take_logarithms();
+        for_each_row(
+            [&](Row& row) { row.counts != nullptr ? sum_counted_pairs(row) : sum_listed_pairs(row); });
         LossSums sums;
         if (job_.want_loss) for_each_row([&](Row& row) { sums += losses(row); });
         if (job_.gradient != nullptr) for_each_row([&](Row& row) { write_gradient(row); });
+        for_each_row([&](Row& row) { clear_counts(row); });
         return sums;
     }
 
   private:
+    // Sums over the pairs of a row that are not ignored; g: the gradient that reaches the loss of each.
+    struct PairSums {
+        int64_t number = 0;
+        double plain = 0;          // of g
+        double weighted = 0;       // of g class_weight[target]
+        double target_logits = 0;  // of class_weight[target] (W[i, target] - max)
+    };
+
     struct Row {
         int64_t number;          // in the table
         const scalar_t* weight;  // (C)
+        const scalar_t* next;    // the row that comes after it
         scalar_t* gradient;      // (C), or null
-        int64_t begin, end;      // its pairs, in `order`
-        const int32_t* counts;   // (padded C): of its pairs by target; or null
-        T* exponentials;         // (C): e^(W[i, j] - max)
-        T max, sum;              // of W[i, :], of the exponentials
-        double lse;
+        int64_t begin, end;      // its pairs in the list
+        int32_t* counts;         // (padded C): of its pairs by target; or null
+        T* exponentials;         // (padded C): e^(W[i, j] - max)
+        T max, sum, log_sum;     // of W[i, :], of the exponentials
+        PairSums pairs;
+
+        double lse() const { return static_cast<double>(max) + log_sum; }
     };
+
+    const scalar_t* weight_of_slot(int64_t slot) const {
+        const int64_t number = job_.rows != nullptr ? job_.rows[slot] : slot;
+        return static_cast<const scalar_t*>(job_.weight) + number * job_.row_stride;
+    }
 
     // A row without pairs has no losses, and its gradient is zero.
     void add_row(int64_t slot) {
-        const int64_t number = job_.rows != nullptr ? job_.rows[slot] : slot;
-        scalar_t* gradient = job_.gradient != nullptr
-                                 ? static_cast<scalar_t*>(job_.gradient) + slot * job_.num_classes
-                                 : nullptr;
-        const int64_t begin = job_.row_begin[number], end = job_.row_begin[number + 1];
-        if (begin == end) {
-            if (gradient != nullptr) std::fill(gradient, gradient + job_.num_classes, scalar_t(0));
+        Row& row = rows_[num_rows_];
+        row.number = job_.rows != nullptr ? job_.rows[slot] : slot;
+        row.gradient = job_.gradient != nullptr
+                           ? static_cast<scalar_t*>(job_.gradient) + slot * job_.num_classes
+                           : nullptr;
+        row.pairs = {};
+        if (!find_pairs(row)) {
+            if (row.gradient != nullptr)
+                std::fill(row.gradient, row.gradient + job_.num_classes, scalar_t(0));
             return;
         }
-        Row& row = rows_[num_rows_];
-        row.number = number;
-        row.weight = static_cast<const scalar_t*>(job_.weight) + number * job_.row_stride;
-        row.gradient = gradient;
-        row.counts =
-            job_.pair_counts != nullptr ? job_.pair_counts + number * padded(job_.num_classes) : nullptr;
-        row.begin = begin;
-        row.end = end;
+        row.weight = weight_of_slot(slot);
+        row.next = weight_of_slot(std::min(slot + 1, job_.num_slots - 1));
         row.exponentials = exponentials_ + num_rows_ * padded(job_.num_classes);
         ++num_rows_;
+    }
+
+    bool find_pairs(Row& row) const {
+        const Pairs& pairs = *job_.pairs;
+        row.counts = nullptr;
+        if (!pairs.counted) {
+            row.begin = pairs.row_begin[row.number];
+            row.end = pairs.row_begin[row.number + 1];
+            return row.begin < row.end;
+        }
+        row.counts = pairs.counts.begin() + row.number * pairs.stride;
+        Vector<int32_t> sums{};
+        for (int64_t k = 0; k < pairs.stride; k += kLanes<int32_t>) sums += load(row.counts + k);
+        row.pairs.number = horizontal_sum<int32_t>(sums);
+        return row.pairs.number > 0;
     }
 
     template <typename Visit>
@@ -70,11 +100,12 @@ class RowKernel {
         for (int64_t k = 0; k < num_rows_; ++k) visit(rows_[k]);
     }
 
+    // visit(k, target), k being the pair's place in the list.
     template <typename Visit>
     void for_each_target(const Row& row, const Visit& visit) const {
+        const int32_t* targets = job_.pairs->targets.begin();
         for (int64_t k = row.begin; k < row.end; ++k) {
-            const int64_t n = job_.order[k];
-            if (job_.targets[n] != job_.ignore_index) visit(n, job_.targets[n]);
+            if (targets[k] != Pairs::kIgnored) visit(k, static_cast<int64_t>(targets[k]));
         }
     }
 
@@ -88,6 +119,7 @@ class RowKernel {
     void exponentiate(Row& row) const {
         Vector<T> sums = broadcast(T(0));
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+            __builtin_prefetch(row.next + lanes.begin, 0, 2);
             const Vector<T> e = exp(lanes.load(row.weight, kLowest) - broadcast(row.max));
             store(row.exponentials + lanes.begin, e);
             sums += e;  // beyond the tail: e^(-inf) = 0
@@ -95,17 +127,11 @@ class RowKernel {
         row.sum = horizontal_sum<T>(sums);
     }
 
-    double weight_of(int64_t target) const { return class_weight_ != nullptr ? class_weight_[target] : 1.0; }
-
-    // sum_c class_weight[c] * (lse - W[i, c]): what label smoothing spreads over the classes.
-    double smooth_loss(const Row& row) const {
-        const Vector<T> lse = broadcast(static_cast<T>(row.lse));
-        Vector<T> sums = broadcast(T(0));
-        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-            const Vector<T> surprise = lse - lanes.load(row.weight, static_cast<T>(row.lse));
-            sums += load_class_weights(lanes) * surprise;
-        });
-        return horizontal_sum<T>(sums);
+    void take_logarithms() {
+        alignas(BIGRAMX_VECTOR_BYTES) T sums[kMaxRowsAtOnce] = {};
+        for (int64_t k = 0; k < num_rows_; ++k) sums[k] = rows_[k].sum;
+        for (int64_t k = 0; k < num_rows_; k += kLanes<T>) store(sums + k, log(load(sums + k)));
+        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].log_sum = sums[k];
     }
 
     Vector<T> load_counts(const Row& row, Lanes<T> lanes) const {
@@ -119,118 +145,107 @@ class RowKernel {
         return class_weight_ != nullptr ? lanes.load(class_weight_, T(0)) : broadcast(T(1));
     }
 
-    LossSums losses(const Row& row) const {
-        return row.counts != nullptr ? counted_losses(row) : listed_losses(row);
-    }
+    double weight_of(int64_t target) const { return class_weight_ != nullptr ? class_weight_[target] : 1.0; }
 
-    LossSums counted_losses(const Row& row) const {
-        const double epsilon = job_.label_smoothing;
-        const Vector<T> lse = broadcast(static_cast<T>(row.lse)), none = broadcast(T(0));
-        Vector<T> pairs = none, surprises = none;
+    void sum_counted_pairs(Row& row) const {
+        const Vector<T> row_max = broadcast(row.max), none = broadcast(T(0));
+        Vector<T> weighted = none, logits = none;
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
             const Vector<T> counts = load_counts(row, lanes);
-            const Vector<T> surprise =
-                counts * load_class_weights(lanes) * (lse - lanes.load(row.weight, static_cast<T>(row.lse)));
-            pairs += counts;
-            surprises += counts > none ? surprise : none;  // 0 times an infinity is none
+            const Vector<T> weights = counts * load_class_weights(lanes);
+            const Vector<T> part = weights * (lanes.load(row.weight, row.max) - row_max);
+            weighted += weights;
+            logits += counts > none ? part : none;  // 0 times an infinity is none
         });
-        const double num_pairs = horizontal_sum<T>(pairs);
-        if (num_pairs == 0) return {};
-        LossSums sums;
-        if (epsilon < 1) sums.cross_entropy += (1 - epsilon) * horizontal_sum<T>(surprises);
-        if (epsilon > 0) sums.cross_entropy += num_pairs * epsilon / job_.num_classes * smooth_loss(row);
-        sums.z_loss = num_pairs * job_.z_loss * row.lse * row.lse;
-        return sums;
+        row.pairs.plain = static_cast<double>(row.pairs.number);
+        row.pairs.weighted = class_weight_ != nullptr ? horizontal_sum<T>(weighted) : row.pairs.plain;
+        row.pairs.target_logits = horizontal_sum<T>(logits);
     }
 
-    LossSums listed_losses(const Row& row) const {
+    void sum_listed_pairs(Row& row) const {
+        PairSums sums;
+        for_each_target(row, [&](int64_t k, int64_t target) {
+            const double g = grad_losses_ != nullptr ? grad_losses_[job_.pairs->numbers[k]] : 1.0;
+            const double class_weight = weight_of(target);
+            sums.number += 1;
+            sums.plain += g;
+            sums.weighted += g * class_weight;
+            sums.target_logits += class_weight * (static_cast<T>(row.weight[target]) - row.max);
+        });
+        row.pairs = sums;
+    }
+
+    // sum_c class_weight[c] * (lse - W[i, c]): what label smoothing spreads over the classes.
+    double smooth_loss(const Row& row) const {
+        const Vector<T> lse = broadcast(static_cast<T>(row.lse()));
+        Vector<T> sums = broadcast(T(0));
+        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+            const Vector<T> surprise = lse - lanes.load(row.weight, static_cast<T>(row.lse()));
+            sums += load_class_weights(lanes) * surprise;
+        });
+        return horizontal_sum<T>(sums);
+    }
+
+    LossSums losses(const Row& row) const {
         const double epsilon = job_.label_smoothing;
         const double smooth = epsilon > 0 ? epsilon / job_.num_classes * smooth_loss(row) : 0.0;
-        const double z_loss = job_.z_loss * row.lse * row.lse;
-        scalar_t* losses = static_cast<scalar_t*>(job_.losses);
-        if (losses != nullptr) {
-            for (int64_t k = row.begin; k < row.end; ++k) losses[job_.order[k]] = 0;
-        }
+        const double z_loss = job_.z_loss * row.lse() * row.lse();
+        if (job_.losses != nullptr) write_losses(row, smooth + z_loss);
         LossSums sums;
-        for_each_target(row, [&](int64_t n, int64_t target) {
-            double loss = smooth;
-            if (epsilon < 1) {
-                loss +=
-                    (1 - epsilon) * weight_of(target) * (row.lse - static_cast<double>(row.weight[target]));
-            }
-            sums.cross_entropy += loss;
-            sums.z_loss += z_loss;
-            if (losses != nullptr) losses[n] = static_cast<scalar_t>(static_cast<T>(loss + z_loss));
-        });
+        if (row.pairs.number == 0) return sums;
+        sums.z_loss = row.pairs.plain * z_loss;
+        if (epsilon > 0) sums.cross_entropy += row.pairs.plain * smooth;
+        if (epsilon < 1) {
+            sums.cross_entropy +=
+                (1 - epsilon) * (row.pairs.weighted * row.log_sum - row.pairs.target_logits);
+        }
         return sums;
     }
 
-    // The sums over the pairs of a row of the gradients that reach them.
-    struct PairSums {
-        double plain = 0, weighted = 0, z_loss = 0;
-        bool any = false;
-    };
-
-    PairSums sum_pairs(const Row& row) const {
-        PairSums sums;
-        if (row.counts != nullptr) {
-            Vector<T> plain = broadcast(T(0)), weighted = plain;
-            for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-                const Vector<T> counts = load_counts(row, lanes);
-                plain += counts;
-                weighted += counts * load_class_weights(lanes);
-            });
-            sums.plain = horizontal_sum<T>(plain);
-            sums.weighted = horizontal_sum<T>(weighted);
-            sums.any = sums.plain > 0;
-        } else {
-            for_each_target(row, [&](int64_t n, int64_t target) {
-                const double g = grad_losses_ != nullptr ? grad_losses_[n] : 1.0;
-                sums.any = true;
-                sums.plain += g;
-                sums.weighted += g * weight_of(target);
-            });
-        }
-        sums.z_loss = sums.plain * job_.z_loss_scale;
-        sums.plain *= job_.loss_scale;
-        sums.weighted *= job_.loss_scale;
-        return sums;
+    // The loss of each pair; `rest`: what all pairs of the row share.
+    void write_losses(const Row& row, double rest) const {
+        const double epsilon = job_.label_smoothing;
+        scalar_t* losses = static_cast<scalar_t*>(job_.losses);
+        for (int64_t k = row.begin; k < row.end; ++k) losses[job_.pairs->numbers[k]] = 0;
+        for_each_target(row, [&](int64_t k, int64_t target) {
+            double loss = rest;
+            if (epsilon < 1) {
+                const T logit = static_cast<T>(row.weight[target]) - row.max;
+                loss += (1 - epsilon) * weight_of(target) * (static_cast<double>(row.log_sum) - logit);
+            }
+            losses[job_.pairs->numbers[k]] = static_cast<scalar_t>(static_cast<T>(loss));
+        });
     }
 
     // dW[i, j] = scale * e^(W[i, j] - max) - smooth * class_weight[j] - (what falls on j as a target)
     void write_gradient(Row& row) {
-        const PairSums pairs = row.number == job_.padding_idx ? PairSums() : sum_pairs(row);
-        if (!pairs.any) {
+        if (row.pairs.number == 0 || row.number == job_.padding_idx) {
             std::fill(row.gradient, row.gradient + job_.num_classes, scalar_t(0));
             return;
         }
         const double epsilon = job_.label_smoothing;
-        const double smooth = epsilon / job_.num_classes * pairs.plain;
-        const double mass = (1 - epsilon) * pairs.weighted + smooth * job_.class_weight_sum +
-                            2 * job_.z_loss * row.lse * pairs.z_loss;
+        const double smooth = epsilon / job_.num_classes * row.pairs.plain * job_.loss_scale;
+        const double mass = (1 - epsilon) * row.pairs.weighted * job_.loss_scale +
+                            smooth * job_.class_weight_sum +
+                            2 * job_.z_loss * row.lse() * row.pairs.plain * job_.z_loss_scale;
         const Vector<T> scale = broadcast(static_cast<T>(mass / row.sum));
         const Vector<T> smooth_part = broadcast(static_cast<T>(smooth));
-        const Vector<T> target_part = broadcast(static_cast<T>(target_unit()));
-
-        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+        const auto spread = [&](Lanes<T> lanes) {
             Vector<T> result = load(row.exponentials + lanes.begin) * scale;
             if (smooth != 0) result -= load_class_weights(lanes) * smooth_part;
-            if (row.counts != nullptr) {
-                result -= load_counts(row, lanes) * load_class_weights(lanes) * target_part;
-            }
-            if constexpr (kInPlace) {
-                lanes.store(row.gradient, result);
-            } else {
-                store(row.exponentials + lanes.begin, result);
-            }
-        });
-        if constexpr (kInPlace) {
-            subtract_targets(row, row.gradient);
-        } else {
-            subtract_targets(row, row.exponentials);
+            return result;
+        };
+        if (row.counts != nullptr) {
+            const Vector<T> target_part = broadcast(static_cast<T>(target_unit()));
             for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-                lanes.store(row.gradient, load(row.exponentials + lanes.begin));
+                const Vector<T> counts = load_counts(row, lanes);
+                lanes.store(row.gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
             });
+        } else {
+            for_each_vector<T>(job_.num_classes,
+                               [&](Lanes<T> lanes) { store(row.exponentials + lanes.begin, spread(lanes)); });
+            subtract_targets(row, row.exponentials);
+            store_row(row.gradient, row.exponentials, job_.num_classes, job_.stream_gradient);
         }
     }
 
@@ -238,26 +253,27 @@ class RowKernel {
     double target_unit() const { return (1 - job_.label_smoothing) * job_.loss_scale; }
 
     void subtract_targets(const Row& row, T* row_gradient) {
-        if (row.counts != nullptr) return;  // done
         const double unit = target_unit();
         if (grad_losses_ != nullptr) {
-            for_each_target(row, [&](int64_t n, int64_t target) {
-                row_gradient[target] -= static_cast<T>(unit * grad_losses_[n] * weight_of(target));
+            for_each_target(row, [&](int64_t k, int64_t target) {
+                const double g = grad_losses_[job_.pairs->numbers[k]];
+                row_gradient[target] -= static_cast<T>(unit * g * weight_of(target));
             });
             return;
         }
         // All pairs weigh the same, so equal ones are counted first: integers, exact in any order.
         for_each_target(row, [&](int64_t, int64_t target) { ++target_counts_[target]; });
         for_each_target(row, [&](int64_t, int64_t target) {
-            const double count = static_cast<double>(target_counts_[target]);
-            if (count == 0) return;
-            row_gradient[target] -= static_cast<T>(unit * count * weight_of(target));
-            target_counts_[target] = 0;
+            const double count = static_cast<double>(std::exchange(target_counts_[target], 0));
+            if (count > 0) row_gradient[target] -= static_cast<T>(unit * count * weight_of(target));
         });
     }
 
+    void clear_counts(const Row& row) const {
+        if (row.counts != nullptr) std::fill(row.counts, row.counts + job_.pairs->stride, 0);
+    }
+
     static constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    static constexpr bool kInPlace = std::is_same_v<scalar_t, T>;  // the gradient holds what is accumulated
 
     const LossJob& job_;
     const T* class_weight_;
@@ -275,7 +291,15 @@ LossSums process_rows(const LossJob& job, const LossScratch& scratch, int64_t be
     LossSums sums;
     for (int64_t slot = begin; slot < end; slot += step)
         sums += kernel.process(slot, std::min(end, slot + step));
+    if (job.stream_gradient) finish_streams();
     return sums;
+}
+
+// (N, C): the rows of the table that idx names.
+inline void gather_rows(const RowsToGather& rows, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+        copy_row(rows.to + n * rows.row_bytes, rows.table + rows.idx[n] * rows.stride_bytes, rows.row_bytes);
+    }
 }
 
 }  // namespace bigramx::BIGRAMX_CAPABILITY

@@ -142,6 +142,63 @@ inline __attribute__((always_inline)) void for_each_vector(int64_t size, const V
     if (begin < size) visit(Lanes<T>{begin, size - begin});
 }
 
+// Writes past the caches: for what is not read again soon. `to` is aligned to the bytes written.
+template <int64_t bytes>
+inline void stream(void* to, const void* from) {
+#if defined(__x86_64__)
+    if constexpr (bytes == 64)
+        return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+    if constexpr (bytes == 32) {
+        return _mm256_stream_si256(static_cast<__m256i*>(to),
+                                   _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+    }
+    if constexpr (bytes == 16) {
+        return _mm_stream_si128(static_cast<__m128i*>(to),
+                                _mm_loadu_si128(static_cast<const __m128i*>(from)));
+    }
+#endif
+    std::memcpy(to, from, bytes);
+}
+
+// Streams are ordered before what comes after.
+inline void finish_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// A row of what was accumulated, in the table's type.
+template <typename scalar_t, typename T = Accumulator<scalar_t>>
+inline void store_row(scalar_t* to, const T* from, int64_t size, bool streamed) {
+    constexpr int64_t kBytes = kLanes<T> * sizeof(scalar_t);
+    int64_t begin = 0;
+    if (streamed) {
+        for (; begin < size && reinterpret_cast<uintptr_t>(to + begin) % kBytes != 0; ++begin) {
+            to[begin] = static_cast<scalar_t>(from[begin]);
+        }
+        for (; begin + kLanes<T> <= size; begin += kLanes<T>) {
+            scalar_t lanes[kLanes<T>];
+            store(lanes, load(from + begin));
+            stream<kBytes>(to + begin, lanes);
+        }
+    }
+    for_each_vector<T>(size - begin,
+                       [&](Lanes<T> lanes) { lanes.store(to + begin, lanes.load(from + begin, T(0))); });
+}
+
+// Copies short rows without a call; the last vector may overlap the one before.
+inline void copy_row(char* to, const char* from, int64_t bytes) {
+    constexpr int64_t kVector = BIGRAMX_VECTOR_BYTES, kShort = 1 << 11;
+    if (bytes < kVector || bytes > kShort) {
+        std::memcpy(to, from, static_cast<size_t>(bytes));
+        return;
+    }
+    for (int64_t begin = 0; begin + kVector <= bytes; begin += kVector) {
+        std::memcpy(to + begin, from + begin, kVector);
+    }
+    std::memcpy(to + bytes - kVector, from + bytes - kVector, kVector);
+}
+
 // ------------------------------------------------------------------------------------------ arithmetic
 
 template <typename V>
@@ -217,6 +274,46 @@ inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     const Vector<float> e_r = series * (r * r) + r + 1.0f;
 
     return vanishes ? zero : scale_by_power_of_two(e_r, n);
+}
+
+// The natural logarithm to 2 ulp over all of float32: NaN below zero, -inf at zero, infinities and NaN as
+// they are.
+//
+// x = m 2^n with m from sqrt(1/2) to sqrt(2); log m by a polynomial in m - 1 (Cephes' logf).
+inline __attribute__((always_inline)) Vector<float> log(Vector<float> x) {
+    const Vector<float> zero = broadcast(0.0f), smallest = broadcast(0x1p-126f);
+    const auto subnormal = x < smallest;
+    const Vector<float> scaled = subnormal ? x * 0x1p24f : x;
+    const Bits bits = reinterpret_cast<Bits>(scaled) - 0x3F3504F3;  // the bits of sqrt(1/2)
+    const Vector<int32_t> exponent = reinterpret_cast<Vector<int32_t>>(bits) >> 23;
+    const Vector<float> m = reinterpret_cast<Vector<float>>((bits & 0x007FFFFF) + 0x3F3504F3);
+    Vector<float> n = __builtin_convertvector(exponent, Vector<float>);
+    n = subnormal ? n - 24.0f : n;
+
+    const Vector<float> z = m - 1.0f;
+    Vector<float> series = broadcast(7.0376836292e-2f);
+    series = series * z - 1.1514610310e-1f;
+    series = series * z + 1.1676998740e-1f;
+    series = series * z - 1.2420140846e-1f;
+    series = series * z + 1.4249322787e-1f;
+    series = series * z - 1.6668057665e-1f;
+    series = series * z + 2.0000714765e-1f;
+    series = series * z - 2.4999993993e-1f;
+    series = series * z + 3.3333331174e-1f;
+    const Vector<float> square = z * z;
+    Vector<float> result = series * z * square - 2.12194440e-4f * n - 0.5f * square;
+    result = z + result + n * 0.693359375f;
+
+    const float infinity = std::numeric_limits<float>::infinity();
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    result = x < broadcast(infinity) ? result : x;  // infinity and NaN
+    result = x < zero ? broadcast(nan) : result;
+    return x == zero ? broadcast(-infinity) : result;
+}
+
+inline Vector<double> log(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::log(x[lane]);
+    return x;
 }
 
 inline Vector<double> exp(Vector<double> x) {

@@ -1,0 +1,179 @@
+#include "pairs.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <utility>
+
+namespace bigramx {
+namespace {
+
+constexpr const char* kName = "embedding_cross_entropy";
+
+// What a thread is worth waking for.
+constexpr int64_t kPairsOfChunk = 1 << 15;
+
+// A table of counts pays where it has few entries for each pair, or few enough to stay in a near cache.
+// Pairs that each have a loss or a gradient of their own cannot be counted.
+bool worth_counting(const LossInputs& inputs, const LossOptions& options, int64_t stride) {
+    constexpr int64_t kSmall = 1 << 14;
+    const int64_t num_pairs = inputs.idx.numel();
+    return options.reduction != at::Reduction::None && num_pairs <= std::numeric_limits<int32_t>::max() &&
+           inputs.weight.size(0) * stride <= std::max(kSmall, 4 * num_pairs);
+}
+
+// The batch as plain pointers, and what is in range.
+struct Batch {
+    Batch(const LossInputs& inputs, const LossOptions& options)
+        : idx(inputs.idx.const_data_ptr<int64_t>()),
+          targets(inputs.targets.const_data_ptr<int64_t>()),
+          num_pairs(inputs.idx.numel()),
+          num_rows(inputs.weight.size(0)),
+          num_classes(inputs.weight.size(1)),
+          ignore_index(options.ignore_index) {}
+
+    bool is_row(int64_t n) const { return static_cast<uint64_t>(idx[n]) < static_cast<uint64_t>(num_rows); }
+    bool is_ignored(int64_t n) const { return targets[n] == ignore_index; }
+    bool is_class(int64_t n) const {
+        return static_cast<uint64_t>(targets[n]) < static_cast<uint64_t>(num_classes);
+    }
+
+    // Raises the error of the first pair that is out of range.
+    void check() const {
+        for (int64_t n = 0; n < num_pairs; ++n) {
+            TORCH_CHECK_INDEX(is_row(n), kName, ": index out of range: idx holds ", idx[n], " at position ",
+                              n, ", expected 0 <= idx < ", num_rows);
+            TORCH_CHECK_INDEX(is_class(n) || is_ignored(n), kName, ": Target ", targets[n],
+                              " is out of bounds: at position ", n, ", expected 0 <= targets < ", num_classes,
+                              " or ignore_index = ", ignore_index);
+        }
+    }
+
+    // Calls visit(chunk, n) for each pair, the chunks in parallel; visit returns false for one out of range.
+    template <typename Visit>
+    void for_each_pair(int64_t num_chunks, const Visit& visit) const {
+        std::atomic<bool> in_range = true;
+        at::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
+            for (int64_t chunk = first; chunk < last; ++chunk) {
+                const int64_t end = num_pairs * (chunk + 1) / num_chunks;
+                for (int64_t n = num_pairs * chunk / num_chunks; n < end; ++n) {
+                    if (!visit(chunk, n)) {
+                        in_range = false;
+                        return;
+                    }
+                }
+            }
+        });
+        if (!in_range) check();
+    }
+
+    const int64_t* idx;
+    const int64_t* targets;
+    int64_t num_pairs, num_rows, num_classes, ignore_index;
+};
+
+int64_t number_of_chunks(int64_t num_pairs) {
+    return std::clamp<int64_t>(num_pairs / kPairsOfChunk, 1, at::get_num_threads());
+}
+
+double total_class_weight(const LossInputs& inputs, int64_t ignore_index) {
+    const at::Tensor class_weight = inputs.class_weight.to(at::kDouble);
+    const double* weights = class_weight.const_data_ptr<double>();
+    const int64_t* targets = inputs.targets.const_data_ptr<int64_t>();
+    double total = 0;
+    for (int64_t n = 0; n < inputs.targets.numel(); ++n) {
+        if (targets[n] != ignore_index) total += weights[targets[n]];
+    }
+    return total;
+}
+
+}  // namespace
+
+void Pairs::count(const LossInputs& inputs, const LossOptions& options) {
+    const Batch batch(inputs, options);
+    const int64_t ignored = batch.num_rows * stride;  // where their counts begin
+    const int64_t table_size = ignored + batch.num_rows;
+    // The tables of the other chunks shall take no more memory than the pairs.
+    const int64_t num_chunks = std::clamp<int64_t>(batch.num_pairs / std::max<int64_t>(1, table_size), 1,
+                                                   number_of_chunks(batch.num_pairs));
+    counts.resize_zeros(table_size);
+    std::fill(counts.begin() + ignored, counts.end(), 0);
+    counts_of_chunks_.resize_zeros((num_chunks - 1) * table_size);
+    batch.for_each_pair(num_chunks, [&](int64_t chunk, int64_t n) {
+        int32_t* table = chunk == 0 ? counts.begin() : counts_of_chunks_.begin() + (chunk - 1) * table_size;
+        const int64_t row = batch.idx[n];
+        if (!batch.is_row(n) || !(batch.is_class(n) || batch.is_ignored(n))) return false;
+        ++table[batch.is_ignored(n) ? ignored + row : row * stride + batch.targets[n]];
+        return true;
+    });
+    for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
+        int32_t* table = counts_of_chunks_.begin() + (chunk - 1) * table_size;
+        for (int64_t k = 0; k < table_size; ++k) counts[k] += table[k];
+        std::fill(table, table + table_size, 0);
+    }
+    num_targets = batch.num_pairs;
+    for (int64_t row = 0; row < batch.num_rows; ++row) num_targets -= counts[ignored + row];
+}
+
+// A stable counting sort.
+void Pairs::list(const LossInputs& inputs, const LossOptions& options) {
+    const Batch batch(inputs, options);
+    TORCH_CHECK(batch.num_classes <= std::numeric_limits<int32_t>::max(), kName,
+                ": expected weight to have at most 2147483647 columns, got ", batch.num_classes);
+    const int64_t num_chunks = number_of_chunks(batch.num_pairs);
+    cursors_.resize(num_chunks * batch.num_rows);
+    std::fill(cursors_.begin(), cursors_.end(), 0);
+    std::atomic<int64_t> num_ignored = 0;
+    batch.for_each_pair(num_chunks, [&](int64_t chunk, int64_t n) {
+        if (!batch.is_row(n)) return false;
+        ++cursors_[chunk * batch.num_rows + batch.idx[n]];
+        if (batch.is_ignored(n)) ++num_ignored;
+        return batch.is_ignored(n) || batch.is_class(n);
+    });
+    num_targets = batch.num_pairs - num_ignored;
+
+    row_begin.resize(batch.num_rows + 1);
+    int64_t begin = 0;
+    for (int64_t row = 0; row < batch.num_rows; ++row) {
+        row_begin[row] = begin;
+        for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+            int64_t& cursor = cursors_[chunk * batch.num_rows + row];
+            begin += std::exchange(cursor, begin);
+        }
+    }
+    row_begin[batch.num_rows] = begin;
+
+    const bool numbered = options.reduction == at::Reduction::None;
+    targets.resize(batch.num_pairs);
+    numbers.resize(numbered ? batch.num_pairs : 0);
+    batch.for_each_pair(num_chunks, [&](int64_t chunk, int64_t n) {
+        const int64_t place = cursors_[chunk * batch.num_rows + batch.idx[n]]++;
+        targets[place] = batch.is_ignored(n) ? kIgnored : static_cast<int32_t>(batch.targets[n]);
+        if (numbered) numbers[place] = n;
+        return true;
+    });
+}
+
+void Pairs::group(const LossInputs& inputs, const LossOptions& options) {
+    stride = padded(inputs.weight.size(1));
+    counted = worth_counting(inputs, options, stride);
+    if (counted) {
+        count(inputs, options);
+    } else {
+        list(inputs, options);
+    }
+    target_weight = inputs.class_weight.defined() ? total_class_weight(inputs, options.ignore_index)
+                                                  : static_cast<double>(num_targets);
+}
+
+bool Pairs::has_row(int64_t row) const {
+    if (!counted) return row_begin[row] < row_begin[row + 1];
+    const int32_t* row_counts = counts.begin() + row * stride;
+    const int64_t num_rows = counts.size() / (stride + 1);
+    return counts[num_rows * stride + row] > 0 ||
+           std::any_of(row_counts, row_counts + stride, [](int32_t count) { return count > 0; });
+}
+
+}  // namespace bigramx

@@ -1,0 +1,47 @@
+// The N pairs of a batch, grouped by row: as a table of counts where that is small, else as a list.
+#pragma once
+
+#include <cstdint>
+
+#include "../embedding_cross_entropy.h"
+#include "buffer.h"
+
+namespace bigramx {
+
+// A row of scratch holds whole vectors: a partial store could not be forwarded to the load that follows it.
+inline int64_t padded(int64_t num_classes) {
+    constexpr int64_t kLongestVector = 16;
+    return (num_classes + kLongestVector - 1) / kLongestVector * kLongestVector;
+}
+
+struct Pairs {
+    static constexpr int32_t kIgnored = -1;
+
+    // Groups them anew; memory is kept from one batch to the next. The counts of a row must be zero again by
+    // then. Raises an IndexError for a row or a target out of range.
+    void group(const LossInputs& inputs, const LossOptions& options);
+
+    bool has_row(int64_t row) const;
+
+    bool counted = false;
+    // Counted: how often row i meets target j, (R, stride), then how often it meets an ignored one, (R).
+    Buffer<int32_t> counts;
+    int64_t stride = 0;
+    // Listed: the targets of row i are those from row_begin[i] to row_begin[i + 1], kIgnored among them, in
+    // the order in which the batch has them.
+    Buffer<int64_t> row_begin;  // (R + 1)
+    Buffer<int32_t> targets;    // (N)
+    Buffer<int64_t> numbers;    // (N): which pair of the batch each is; (0) where the losses are reduced
+
+    int64_t num_targets = 0;   // those that are not ignored
+    double target_weight = 0;  // the sum of their class weights
+
+  private:
+    void count(const LossInputs& inputs, const LossOptions& options);
+    void list(const LossInputs& inputs, const LossOptions& options);
+
+    Buffer<int32_t> counts_of_chunks_;
+    Buffer<int64_t> cursors_;
+};
+
+}  // namespace bigramx
