@@ -122,7 +122,7 @@ def train(
             lr=lr,
             eval_interval=eval_interval,
             resume=history,
-            on_step=progress.on_step,
+            on_progress=progress.on_progress,
             on_evaluation=progress.on_evaluation,
         )
     model.save(out / _MODEL)
@@ -152,7 +152,7 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def on_step(self, history: History) -> None:
+    def on_progress(self, history: History) -> None:
         self._bar.update(self._task, completed=history.step)
 
     def on_evaluation(self, history: History) -> None:

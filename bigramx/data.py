@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from bigramx import ops
+
 _INTEGERS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 
 
@@ -87,12 +89,10 @@ def get_batch(
     Raises:
         RuntimeError: ``tokens`` is not 1-D, or of another dtype.
         ValueError: A size is not positive, or there are too few tokens for one block.
+        TypeError: An argument is of the wrong type.
     """
-    check_tokens(tokens)
-    if batch_size < 1 or block_size < 1:
-        raise ValueError(f"expected batch_size and block_size >= 1, got {batch_size} and {block_size}")
-    if len(tokens) <= block_size:
-        raise ValueError(f"expected more than block_size = {block_size} tokens, got {len(tokens)}")
-    starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator).to(tokens.device)
-    positions = starts[:, None] + torch.arange(block_size, device=tokens.device)
-    return tokens[positions].long(), tokens[positions + 1].long()
+    try:
+        idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
+    except RuntimeError as error:
+        raise ops.as_type_error(error) from None
+    return idx, targets

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, library
+from torch.overrides import has_torch_function
 
 try:
     from bigramx import _C
@@ -19,11 +20,35 @@ except ImportError as error:
 NO_PADDING = -1
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
-embedding_cross_entropy = torch.ops.bigramx.embedding_cross_entropy.default
+_Result = TypeVar("_Result")
+
+
+def _direct(op: Callable[..., _Result], native: Callable[..., _Result]) -> Callable[..., _Result]:
+    """The op without torch.ops, whose parsing of the arguments takes as long as a small kernel.
+
+    torch.ops serves those who listen there: torch.compile and overrides of __torch_function__. And it says what is
+    wrong with an argument of the wrong type.
+    """
+
+    def call(*arguments: object) -> _Result:
+        if torch.compiler.is_dynamo_compiling() or has_torch_function(arguments):
+            return op(*arguments)
+        try:
+            return native(*arguments)
+        except TypeError:
+            return op(*arguments)
+
+    return call
+
+
+embedding_cross_entropy = _direct(torch.ops.bigramx.embedding_cross_entropy.default, _C.embedding_cross_entropy)
 multinomial = torch.ops.bigramx.multinomial.default
 generate = torch.ops.bigramx.generate.default
 count_bigrams = torch.ops.bigramx.count_bigrams.default
 adamw_ = torch.ops.bigramx.adamw_.default
+count_and_step_adamw = _C.count_and_step_adamw
+get_batch = _direct(torch.ops.bigramx.get_batch.default, _C.get_batch)
+fit_ = torch.ops.bigramx.fit_.default
 
 
 def build_info() -> dict[str, str]:
@@ -167,3 +192,11 @@ def _(
     _check_same_device(
         "adamw_", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq
     )
+
+
+@_fake("get_batch")
+def _(
+    tokens: Tensor, batch_size: int, block_size: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    shape = (batch_size, block_size)
+    return tokens.new_empty(shape, dtype=torch.int64), tokens.new_empty(shape, dtype=torch.int64)

@@ -8,6 +8,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from bigramx import ops
 
@@ -26,49 +28,74 @@ class AdamW(torch.optim.AdamW):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates the parameters from their gradients; ``closure``, where given, computes the loss anew first.
 
         Returns:
             What ``closure`` returned.
         """
-        if not all(_has_kernel(group) for group in self.param_groups):
-            return _torch_step(self, closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_param(param, group)
-        return loss
+        return (_observed_step if _is_observed(self) else _step)(self, closure)
 
-    def _step_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=_step_dtype())
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-            if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        ops.adamw_(
-            param,
-            param.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if group["amsgrad"] else None,
-            state["step"].item(),
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-        )
+    step.hooked = True  # type: ignore[attr-defined]  # torch shall not wrap it: the wrapper takes longer than the step
+
+
+def _is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or profiler._is_profiler_enabled
+    )
+
+
+def _step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:
+    for group in optimizer.param_groups:
+        if not _has_kernel(group):
+            return _torch_step(optimizer, closure)
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                _step_param(param, param.grad, group, state_of(optimizer, param, group))
+    return loss
+
+
+# With the hooks and the profiler's mark that torch puts around every step.
+_observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+
+def state_of(optimizer: torch.optim.Optimizer, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter, made where there is none yet."""
+    state: dict[str, Tensor] = optimizer.state[param]
+    if not state:
+        state["step"] = torch.zeros((), dtype=_step_dtype())
+        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+        if group["amsgrad"]:
+            state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
+    return state
+
+
+def _step_param(param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+    beta1, beta2 = group["betas"]
+    ops.count_and_step_adamw(
+        param,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["max_exp_avg_sq"] if group["amsgrad"] else None,
+        state["step"],
+        group["lr"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+    )
 
 
 def _torch_step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:

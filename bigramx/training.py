@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigramx import ops
 from bigramx.data import check_tokens, get_batch
 from bigramx.model import BigramLanguageModel
-from bigramx.optim import AdamW
+from bigramx.optim import AdamW, state_of
 from bigramx.storage import checksum, read_tensors, write_tensors
 
 _KIND = "history"
@@ -170,10 +171,13 @@ def fit(
     eval_interval: int = 300,
     generator: torch.Generator | None = None,
     resume: History | None = None,
-    on_step: Callable[[History], None] | None = None,
+    on_progress: Callable[[History], None] | None = None,
     on_evaluation: Callable[[History], None] | None = None,
 ) -> History:
     """The lecture's training loop: get_batch, forward, backward, AdamW; evaluated exactly, not on sampled batches.
+
+    The steps to the next evaluation are one native call, where the table is dense, float32 or float64, and on the CPU;
+    elsewhere, and for a subclass with a ``forward`` of its own, each is a step in Python.
 
     Ctrl-C ends the run between two steps: the history says so, and can be resumed. A second one ends it at once.
 
@@ -189,7 +193,7 @@ def fit(
         generator: Draws the batches; None: PyTorch's default generator.
         resume: The history of an earlier run of this model, which is left as it is. Its steps count, its optimizer goes
             on (at ``lr``), and the generator is set to where it ended: the result equals that of one run.
-        on_step: Called with the history after each step.
+        on_progress: Called with the history several times a second, between two steps.
         on_evaluation: Called with the history after each evaluation.
 
     Returns:
@@ -210,19 +214,17 @@ def fit(
     if history.generator_state is not None:
         _set_state(generator, history.generator_state)
 
+    take_steps = _native_steps if _has_native_steps(model, optimizer) else _python_step
+
     try:
         with _Interrupt() as interrupt:
             while history.step < max_steps and not interrupt.requested:
                 if history.step % eval_interval == 0:
                     _evaluate(model, history, train_tokens, val_tokens, on_evaluation)
-                idx, targets = get_batch(train_tokens, batch_size, block_size, generator=generator)
-                _logits, loss = model(idx.to(model.device), targets.to(model.device), return_logits=False)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                history.losses.append(loss.item())
-                if on_step is not None:
-                    on_step(history)
+                most = min(max_steps - history.step, eval_interval - history.step % eval_interval)
+                take_steps(model, optimizer, history, train_tokens, (batch_size, block_size), generator, most)
+                if on_progress is not None:
+                    on_progress(history)
             if not interrupt.requested:
                 _evaluate(model, history, train_tokens, val_tokens, on_evaluation)
             history.interrupted = interrupt.requested
@@ -232,6 +234,73 @@ def fit(
     history.generator_state = _get_state(generator)
     history.table_checksum = _table_checksum(model)
     return history
+
+
+def _has_native_steps(model: BigramLanguageModel, optimizer: torch.optim.Optimizer) -> bool:
+    weight = model.token_embedding_table.weight
+    return (
+        type(model).forward is BigramLanguageModel.forward
+        and isinstance(optimizer, AdamW)
+        and isinstance(weight, torch.nn.Parameter)
+        and weight.requires_grad
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and weight.dtype in (torch.float32, torch.float64)
+    )
+
+
+@torch.no_grad()
+def _native_steps(
+    model: BigramLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    tokens: Tensor,
+    batch_shape: tuple[int, int],
+    generator: torch.Generator | None,
+    most: int,
+) -> None:
+    """As many steps as the time for which Ctrl-C can wait allows, at least one and at most `most`."""
+    max_seconds = 0.05
+    table, (group,) = model.token_embedding_table, optimizer.param_groups
+    state = state_of(optimizer, table.weight, group)
+    losses = torch.empty(most, dtype=torch.float64)
+    num_steps = ops.fit_(
+        table.weight,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        losses,
+        tokens.cpu(),
+        *batch_shape,
+        ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
+        state["step"].item() + 1,
+        group["lr"],
+        *group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        max_seconds,
+        generator=generator,
+    )
+    state["step"] += num_steps
+    table.weight.grad = None
+    history.losses += losses[:num_steps].tolist()
+
+
+def _python_step(
+    model: BigramLanguageModel,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    tokens: Tensor,
+    batch_shape: tuple[int, int],
+    generator: torch.Generator | None,
+    _most: int,
+) -> None:
+    """One step, wherever the model lies, whatever its table and its optimizer."""
+    idx, targets = get_batch(tokens, *batch_shape, generator=generator)
+    _logits, loss = model(idx.to(model.device), targets.to(model.device), return_logits=False)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    history.losses.append(loss.item())
 
 
 def _optimizer(model: BigramLanguageModel, history: History, lr: float) -> torch.optim.Optimizer:

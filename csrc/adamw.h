@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 namespace bigramx {
 
 struct AdamWOptions {
@@ -16,7 +18,7 @@ struct AdamWOptions {
     bool maximize;
 };
 
-// Contiguous tensors of one dtype, float32 or float64; max_exp_avg_sq undefined: no AMSGrad.
+// Contiguous tensors of one dtype, float32 or float64, and one shape; max_exp_avg_sq undefined: no AMSGrad.
 struct AdamWTensors {
     at::Tensor param;
     at::Tensor grad;
@@ -24,6 +26,19 @@ struct AdamWTensors {
     at::Tensor exp_avg_sq;
     at::Tensor max_exp_avg_sq;
 };
+
+// Raises where a tensor is not as above, or the step is less than 1.
+void check_adamw(const char* op, const AdamWTensors& tensors, const AdamWOptions& options);
+
+// Tells autograd that what it has saved of these is not what backward will find.
+void bump_versions(const AdamWTensors& tensors);
+
+// What the optimizer does to a parameter: counts `step`, a tensor of one float32 or float64 number, up by
+// one, and takes that step, unseen by autograd.
+void count_and_step_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
+                          const at::Tensor& exp_avg_sq, const std::optional<at::Tensor>& max_exp_avg_sq,
+                          const at::Tensor& step, double lr, double beta1, double beta2, double eps,
+                          double weight_decay, bool maximize);
 
 void adamw_cpu(const AdamWTensors& tensors, const AdamWOptions& options);
 

@@ -2,11 +2,14 @@
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <map>
 #include <string>
+
+#include "adamw.h"
 
 TORCH_LIBRARY(bigramx, m) {
     // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none. logits: (N, C), or (0)
@@ -45,11 +48,25 @@ TORCH_LIBRARY(bigramx, m) {
     // (N) tokens -> (V, V) int64: how often token j follows token i.
     m.def("count_bigrams(Tensor tokens, int vocab_size) -> Tensor");
 
+    // (N) tokens -> idx, targets (B, T) int64: the lecture's draws.
+    m.def(
+        "get_batch(Tensor tokens, int batch_size, int block_size, Generator? generator=None) "
+        "-> (Tensor idx, Tensor targets)",
+        {at::Tag::nondeterministic_seeded});
+
     // One step of AdamW in place; step counts from 1.
     m.def(
         "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
         "Tensor(d!)? max_exp_avg_sq, float step, float lr, float beta1, float beta2, float eps, "
         "float weight_decay, bool maximize) -> ()");
+
+    // Steps of get_batch, embedding_cross_entropy and adamw_, until losses, (steps) float64, is full or the
+    // time is up; returns how many.
+    m.def(
+        "fit_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) losses, "
+        "Tensor tokens, int batch_size, int block_size, int padding_idx, float step, float lr, float beta1, "
+        "float beta2, float eps, float weight_decay, float max_seconds, *, Generator? generator=None) -> int",
+        {at::Tag::nondeterministic_seeded});
 }
 
 namespace {
@@ -86,7 +103,7 @@ void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::j
 #define BIGRAMX_NO_KERNELS(key)                                                                       \
     TORCH_LIBRARY_IMPL(bigramx, key, m) {                                                             \
         for (const char* op : {"embedding_cross_entropy_forward", "embedding_cross_entropy_backward", \
-                               "multinomial", "generate", "count_bigrams", "adamw_"}) {               \
+                               "multinomial", "generate", "count_bigrams", "adamw_", "fit_"}) {       \
             m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_kernel>());                      \
         }                                                                                             \
     }
@@ -94,7 +111,33 @@ BIGRAMX_NO_KERNELS(CUDA)
 BIGRAMX_NO_KERNELS(MPS)
 BIGRAMX_NO_KERNELS(XPU)
 
+namespace py = pybind11;
+
+// An op as a function of the module: into the dispatcher as torch.ops goes, but without its parsing of the
+// arguments by the schema, which takes as long as a small kernel.
+template <typename Signature>
+struct DirectOp;
+
+template <typename Return, typename... Arguments>
+struct DirectOp<Return(Arguments...)> {
+    static void define(py::module& m, const char* name) {
+        const auto op = c10::Dispatcher::singleton()
+                            .findSchemaOrThrow((std::string("bigramx::") + name).c_str(), "")
+                            .typed<Return(Arguments...)>();
+        m.def(
+            name, [op](Arguments... arguments) { return op.call(arguments...); },
+            py::call_guard<py::gil_scoped_release>());
+    }
+};
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    using at::Tensor;
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
     m.def("build_info", &build_info);
+    m.def("count_and_step_adamw", &bigramx::count_and_step_adamw, py::call_guard<py::gil_scoped_release>());
+    DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                        const std::optional<Tensor>&, int64_t, int64_t, double, double,
+                                        int64_t, bool, bool)>::define(m, "embedding_cross_entropy");
+    DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, int64_t, int64_t,
+                                        const std::optional<at::Generator>&)>::define(m, "get_batch");
 }

@@ -47,6 +47,12 @@ inline void check_square(const char* op, const char* name, const at::Tensor& ten
                 "' must be square, one row of V logits for each of V tokens; got shape ", tensor.sizes());
 }
 
+inline void check_tokens(const char* op, const at::Tensor& tokens) {
+    check_defined(op, "tokens", tokens);
+    TORCH_CHECK(tokens.dim() == 1, op, ": expected tokens to be 1-D, got shape ", tokens.sizes());
+    check_dtype(op, "tokens", tokens, {at::kByte, at::kUInt16, at::kInt, at::kLong});
+}
+
 // Any shape of the allowed integer dtypes -> contiguous int64. Copies only where it must.
 inline at::Tensor contiguous_int64(const at::Tensor& tensor) {
     return (tensor.scalar_type() == at::kLong ? tensor : tensor.to(at::kLong)).contiguous();

@@ -58,8 +58,10 @@ def test_generator_leaves_the_default_one_alone() -> None:
         ((torch.arange(0), 4, 8), ValueError, "got 0"),
         ((torch.arange(9), 0, 8), ValueError, ">= 1, got 0 and 8"),
         ((torch.arange(9), 4, 0), ValueError, ">= 1, got 4 and 0"),
-        ((torch.zeros(3, 9), 4, 8), RuntimeError, r"1-D, got shape \(3, 9\)"),
-        ((torch.zeros(9), 4, 8), RuntimeError, r"uint8, uint16, int32 or int64, got torch.float32"),
+        ((torch.zeros(3, 9), 4, 8), RuntimeError, r"1-D, got shape \[3, 9\]"),
+        (([1, 2, 3], 4, 8), TypeError, "'Tensor' for argument 'tokens'"),
+        ((torch.arange(9), 4.5, 8), TypeError, "'int' for argument 'batch_size'"),
+        ((torch.zeros(9), 4, 8), RuntimeError, r"\[Byte, UInt16, Int, Long\], got Float"),
     ],
 )
 def test_bad_batches(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

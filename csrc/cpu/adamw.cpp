@@ -9,16 +9,16 @@ namespace bigramx {
 
 template <typename scalar_t>
 struct AdamWJob {
-    scalar_t* __restrict__ param;
-    const scalar_t* __restrict__ grad;
-    scalar_t* __restrict__ exp_avg;
-    scalar_t* __restrict__ exp_avg_sq;
-    scalar_t* __restrict__ max_exp_avg_sq;  // null: no AMSGrad
+    scalar_t* param;
+    const scalar_t* grad;
+    scalar_t* exp_avg;
+    scalar_t* exp_avg_sq;
+    scalar_t* max_exp_avg_sq;  // null: no AMSGrad
     scalar_t grad_sign;
     scalar_t decay;  // 1 - lr * weight_decay
     scalar_t one_minus_beta1, beta2, one_minus_beta2;
-    scalar_t step_size;         // lr / (1 - beta1^step)
-    scalar_t root_correction2;  // sqrt(1 - beta2^step)
+    scalar_t step_size;                 // lr / (1 - beta1^step)
+    scalar_t inverse_root_correction2;  // 1 / sqrt(1 - beta2^step)
     scalar_t eps;
 };
 
@@ -45,7 +45,8 @@ AdamWJob<scalar_t> make_job(const AdamWTensors& tensors, const AdamWOptions& opt
     job.beta2 = static_cast<scalar_t>(options.beta2);
     job.one_minus_beta2 = static_cast<scalar_t>(1 - options.beta2);
     job.step_size = static_cast<scalar_t>(options.lr / (1 - std::pow(options.beta1, options.step)));
-    job.root_correction2 = static_cast<scalar_t>(std::sqrt(1 - std::pow(options.beta2, options.step)));
+    job.inverse_root_correction2 =
+        static_cast<scalar_t>(1 / std::sqrt(1 - std::pow(options.beta2, options.step)));
     job.eps = static_cast<scalar_t>(options.eps);
     return job;
 }

@@ -109,6 +109,7 @@ class RowKernel {
         }
     }
 
+    // Pointers of a row are copied before a loop that stores: what is stored might else be the pointer.
     void find_max(Row& row) const {
         Vector<T> largest = broadcast(kLowest);
         for_each_vector<T>(job_.num_classes,
@@ -117,11 +118,14 @@ class RowKernel {
     }
 
     void exponentiate(Row& row) const {
+        const scalar_t *weight = row.weight, *next = row.next;
+        T* const exponentials = row.exponentials;
+        const Vector<T> row_max = broadcast(row.max);
         Vector<T> sums = broadcast(T(0));
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-            __builtin_prefetch(row.next + lanes.begin, 0, 2);
-            const Vector<T> e = exp(lanes.load(row.weight, kLowest) - broadcast(row.max));
-            store(row.exponentials + lanes.begin, e);
+            __builtin_prefetch(next + lanes.begin, 0, 2);
+            const Vector<T> e = exp(lanes.load(weight, kLowest) - row_max);
+            store(exponentials + lanes.begin, e);
             sums += e;  // beyond the tail: e^(-inf) = 0
         });
         row.sum = horizontal_sum<T>(sums);
@@ -230,8 +234,10 @@ class RowKernel {
                             2 * job_.z_loss * row.lse() * row.pairs.plain * job_.z_loss_scale;
         const Vector<T> scale = broadcast(static_cast<T>(mass / row.sum));
         const Vector<T> smooth_part = broadcast(static_cast<T>(smooth));
+        T* const exponentials = row.exponentials;
+        scalar_t* const gradient = row.gradient;
         const auto spread = [&](Lanes<T> lanes) {
-            Vector<T> result = load(row.exponentials + lanes.begin) * scale;
+            Vector<T> result = load(exponentials + lanes.begin) * scale;
             if (smooth != 0) result -= load_class_weights(lanes) * smooth_part;
             return result;
         };
@@ -239,13 +245,13 @@ class RowKernel {
             const Vector<T> target_part = broadcast(static_cast<T>(target_unit()));
             for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
                 const Vector<T> counts = load_counts(row, lanes);
-                lanes.store(row.gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
+                lanes.store(gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
             });
         } else {
             for_each_vector<T>(job_.num_classes,
-                               [&](Lanes<T> lanes) { store(row.exponentials + lanes.begin, spread(lanes)); });
-            subtract_targets(row, row.exponentials);
-            store_row(row.gradient, row.exponentials, job_.num_classes, job_.stream_gradient);
+                               [&](Lanes<T> lanes) { store(exponentials + lanes.begin, spread(lanes)); });
+            subtract_targets(row, exponentials);
+            store_row(gradient, exponentials, job_.num_classes, job_.stream_gradient);
         }
     }
 

@@ -206,6 +206,24 @@ inline V max(V a, V b) {
     return a > b ? a : b;
 }
 
+inline Vector<float> sqrt(Vector<float> x) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<Vector<float>>(_mm512_maskz_sqrt_ps(0xFFFF, reinterpret_cast<__m512>(x)));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    return reinterpret_cast<Vector<float>>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__x86_64__)
+    return reinterpret_cast<Vector<float>>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
+#else
+    for (int64_t lane = 0; lane < kLanes<float>; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+#endif
+}
+
+inline Vector<double> sqrt(Vector<double> x) {
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::sqrt(x[lane]);
+    return x;
+}
+
 template <int64_t distance, typename T, size_t... lane>
 inline Vector<T> swap_lanes(Vector<T> vector, std::index_sequence<lane...>) {
 #if defined(__clang__)
