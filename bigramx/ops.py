@@ -24,6 +24,7 @@ multinomial = torch.ops.bigramx.multinomial.default
 generate = torch.ops.bigramx.generate.default
 count_bigrams = torch.ops.bigramx.count_bigrams.default
 adamw_ = torch.ops.bigramx.adamw_.default
+Alphabet = _C.Alphabet
 
 
 def build_info() -> dict[str, str]:

@@ -2,11 +2,14 @@
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <map>
 #include <string>
+
+#include "tokenizer.h"
 
 TORCH_LIBRARY(bigramx, m) {
     // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none. logits: (N, C), or (0)
@@ -90,4 +93,9 @@ BIGRAMX_NO_KERNELS(XPU)
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
     m.def("build_info", &build_info);
+    py::class_<bigramx::Alphabet>(m, "Alphabet")
+        .def(py::init<py::handle>())
+        .def("encode", &bigramx::Alphabet::encode)
+        .def("decode", &bigramx::Alphabet::decode)
+        .def("decode_sequence", &bigramx::Alphabet::decode_sequence);
 }
