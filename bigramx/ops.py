@@ -49,14 +49,16 @@ adamw_ = torch.ops.bigramx.adamw_.default
 count_and_step_adamw = _C.count_and_step_adamw
 get_batch = _direct(torch.ops.bigramx.get_batch.default, _C.get_batch)
 fit_ = torch.ops.bigramx.fit_.default
+Alphabet = _C.Alphabet
 
 
 def build_info() -> dict[str, str]:
     """How the kernels were built, and what they run on.
 
     Returns:
-        The keys ``compiler``, ``parallel`` (``OpenMP``, or ``none``: one thread), ``cpu_capability`` (the one in use: it follows ATEN_CPU_CAPABILITY),
-        ``cuda_architectures`` (empty: no CUDA kernels) and ``torch_version`` (compiled against).
+        The keys ``compiler``, ``parallel`` (``OpenMP``, or ``none``: one thread), ``cpu_capability`` (the one in use:
+        it follows ATEN_CPU_CAPABILITY), ``cuda_architectures`` (empty: no CUDA kernels) and ``torch_version``
+        (compiled against).
     """
     return _C.build_info()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bigramx.ops import Alphabet
 from bigramx.storage import write_text
 
 _FORMAT = "bigramx.CharTokenizer"
@@ -23,18 +23,12 @@ class CharTokenizer:
 
     Raises:
         ValueError: A character occurs twice.
+        TypeError: ``characters`` is not a str.
     """
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
-        code_points = _code_points(characters)
-        self._code_points = code_points
-        # One entry for each code point up to the largest: the token, or -1.
-        self._tokens = torch.full((int(code_points.max()) + 1 if len(characters) else 1,), -1, dtype=torch.int64)
-        self._tokens[code_points] = torch.arange(len(characters))
-        if len(set(characters)) != len(characters):
-            twice = next(c for k, c in enumerate(characters) if c in characters[:k])
-            raise ValueError(f"expected distinct characters, got {twice!r} twice")
+        self._alphabet = Alphabet(characters)
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
@@ -51,39 +45,29 @@ class CharTokenizer:
 
         Raises:
             ValueError: A character is not among the tokenizer's; names it and its position.
+            TypeError: ``text`` is not a str.
         """
-        code_points = _code_points(text)
-        known = code_points.clamp(max=self._tokens.numel() - 1)
-        tokens = self._tokens[known].masked_fill_(known != code_points, -1)
-        if tokens.numel() > 0 and int(tokens.min()) < 0:
-            position = int((tokens < 0).int().argmax())
-            raise ValueError(
-                f"unknown character {text[position]!r} at position {position}: "
-                f"expected one of the tokenizer's {self.vocab_size} characters"
-            )
-        return tokens
+        return self._alphabet.encode(text)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """(N) tokens, a tensor or a list -> text.
+        """Tokens, a tensor of any shape or a sequence -> text.
+
+        A list or a tuple of ints is read in place, without a tensor.
 
         Raises:
             IndexError: A token is out of range; names it and its position.
             TypeError: The tokens are not integers.
         """
-        tokens = torch.as_tensor(tokens).reshape(-1).cpu()
-        if tokens.numel() > 0 and (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool):
+        if isinstance(tokens, (list, tuple)):  # None where not all are plain ints: a tensor may still hold them
+            text = self._alphabet.decode_sequence(tokens)
+            if text is not None:
+                return text
+        tokens = torch.as_tensor(tokens).cpu()
+        if tokens.numel() == 0:
+            return ""
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"expected tokens to be integers, got {tokens.dtype}")
-        tokens = tokens.long()
-        wrong = (tokens < 0) | (tokens >= self.vocab_size)
-        if bool(wrong.any()):
-            position = int(wrong.int().argmax())
-            raise IndexError(
-                f"token {int(tokens[position])} at position {position} is out of range: "
-                f"expected 0 <= token < {self.vocab_size}"
-            )
-        code_points = self._code_points[tokens].to(torch.int32)
-        raw = ctypes.string_at(code_points.data_ptr(), code_points.nbytes)
-        return raw.decode("utf-32-le", errors="surrogatepass")
+        return self._alphabet.decode(tokens)
 
     def to_json(self) -> str:
         """The tokenizer as one line of JSON."""
@@ -132,13 +116,8 @@ class CharTokenizer:
     def __hash__(self) -> int:
         return hash(self.characters)
 
+    def __reduce__(self) -> tuple[type[CharTokenizer], tuple[str]]:
+        return type(self), (self.characters,)  # copied and pickled as its characters: the rest is made of them
+
     def __repr__(self) -> str:
         return f"CharTokenizer({self.characters!r})"
-
-
-def _code_points(text: str) -> Tensor:
-    """Text -> (N) int64 code points. Lone surrogates, which a str may hold, pass."""
-    raw = bytearray(text.encode("utf-32-le", errors="surrogatepass"))
-    if not raw:
-        return torch.empty(0, dtype=torch.int64)
-    return torch.frombuffer(raw, dtype=torch.int32).long()

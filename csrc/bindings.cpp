@@ -10,6 +10,7 @@
 #include <string>
 
 #include "adamw.h"
+#include "tokenizer.h"
 
 TORCH_LIBRARY(bigramx, m) {
     // Differentiable. reduction: 0 none, 1 mean, 2 sum. padding_idx: -1 for none. logits: (N, C), or (0)
@@ -140,4 +141,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                         int64_t, bool, bool)>::define(m, "embedding_cross_entropy");
     DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, int64_t, int64_t,
                                         const std::optional<at::Generator>&)>::define(m, "get_batch");
+    py::class_<bigramx::Alphabet>(m, "Alphabet")
+        .def(py::init<py::handle>())
+        .def("encode", &bigramx::Alphabet::encode)
+        .def("decode", &bigramx::Alphabet::decode)
+        .def("decode_sequence", &bigramx::Alphabet::decode_sequence);
 }

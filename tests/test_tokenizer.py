@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
 from bigramx import CharTokenizer
 
 # Any characters that a str can hold: lone surrogates and NUL too.
-TEXTS = st.text(st.characters(codec=None, categories=None, exclude_characters=None), max_size=200)
+CHARACTERS = st.characters(codec=None, categories=None, exclude_characters=None)
+TEXTS = st.text(CHARACTERS, max_size=100)  # no more characters than int8 has tokens
+
+INTEGERS = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64
+)  # fmt: skip
+
+# The last character of each form that a str is stored in, and the first of the next.
+WIDTHS = "\x7f\x80\xff\u0100\uffff\U00010000\U0010ffff"
 
 
 @given(text=TEXTS)
@@ -32,6 +47,25 @@ def test_numbers_as_the_lecture_does(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text)
     assert tokenizer.vocab_size == len(chars)
     assert tokenizer.encode(text).tolist() == [stoi[c] for c in text]
+
+
+def test_encodes_many_characters() -> None:
+    """More tokens than two huge pages hold, in each of the three widths."""
+    for text in ("abc" * 200_000, "abя" * 200_000, "aя\U0001f600" * 200_000):
+        tokens = CharTokenizer.from_text(text).encode(text)
+        assert torch.equal(tokens, torch.arange(3).repeat(200_000))
+
+
+@pytest.mark.parametrize("before", ["", *WIDTHS])
+@pytest.mark.parametrize("unknown", ["X", *WIDTHS])
+@pytest.mark.parametrize("after", ["", "aa"])
+def test_unknown_character_anywhere(before: str, unknown: str, after: str) -> None:
+    """Beside characters of every width, which decide how the text is stored."""
+    characters = "".join(sorted(set("abc" + WIDTHS) - {unknown}))
+    text = before.replace(unknown, "b") + unknown + after
+    message = f"unknown character {unknown!r} at position {len(before)}: expected one of"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CharTokenizer(characters).encode(text)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +91,112 @@ def test_unknown_to_an_empty_tokenizer() -> None:
             empty.encode(text)
 
 
-@pytest.mark.parametrize("tokens", [[0, 3], [-1], torch.tensor([2, 1, 5])])
-def test_token_out_of_range(tokens: list[int]) -> None:
-    with pytest.raises(IndexError, match=r"token (3 at position 1|-1 at position 0|5 at position 2) is out of range"):
+@pytest.mark.parametrize("make", [list, tuple, torch.tensor])
+@pytest.mark.parametrize("wrong", [-1, 3, -(2**31), 2**31, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_token_out_of_range(make: Callable[[list[int]], Sequence[int]], wrong: int, position: int) -> None:
+    tokens = [0, 1, 2, 1, 0]
+    tokens[position] = wrong
+    message = f"token {wrong} at position {position} is out of range: expected 0 <= token < 3"
+    with pytest.raises(IndexError, match=message):
+        CharTokenizer.from_text("abc").decode(make(tokens))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_extreme_tokens_are_out_of_range(dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    for wrong in {limits.min, limits.max} - {0}:
+        with pytest.raises(IndexError, match=f"token {wrong} at position 1 is out of range"):
+            CharTokenizer.from_text("abc").decode(torch.tensor([0, wrong], dtype=dtype))
+
+
+@pytest.mark.parametrize("tokens", [[2**63], [-(2**63) - 1], (2**64,), [2**200]])
+def test_huge_ints_are_out_of_range(tokens: Sequence[int]) -> None:
+    with pytest.raises(IndexError, match=f"token {tokens[0]} at position 0 is out of range"):
         CharTokenizer.from_text("abc").decode(tokens)
 
 
-def test_decode_takes_any_shape_and_dtype() -> None:
+def test_nothing_is_known_to_an_empty_tokenizer() -> None:
+    empty = CharTokenizer("")
+    assert empty.decode([]) == empty.decode(torch.tensor([], dtype=torch.int64)) == ""
+    for tokens in ([0], torch.tensor([0])):
+        with pytest.raises(IndexError, match="token 0 at position 0 is out of range: expected 0 <= token < 0"):
+            empty.decode(tokens)
+
+
+@given(text=TEXTS, dtype=st.sampled_from(INTEGERS))
+def test_decodes_every_dtype(text: str, dtype: torch.dtype) -> None:
+    tokenizer = CharTokenizer.from_text(text)
+    assert tokenizer.decode(tokenizer.encode(text).to(dtype)) == text
+
+
+def test_many_distinct_characters() -> None:
+    """Some in each 256 code points; ints far beyond those of which CPython keeps one object."""
+    characters = "".join(map(chr, range(0, sys.maxunicode + 1, 97)))
+    tokenizer = CharTokenizer(characters)
+    tokens = tokenizer.encode(characters)
+    assert torch.equal(tokens, torch.arange(len(characters)))
+    assert tokenizer.decode(tokens) == tokenizer.decode(tokens.tolist()) == characters
+    with pytest.raises(ValueError, match="unknown character"):
+        tokenizer.encode(chr(98))
+
+
+def test_decodes_any_shape_and_stride() -> None:
     tokenizer = CharTokenizer.from_text("abc")
-    assert tokenizer.decode(torch.tensor([[0, 1], [2, 0]], dtype=torch.uint8)) == "abca"
-    assert tokenizer.decode([]) == ""
+    tokens = torch.tensor([[0, 1], [2, 0]])
+    assert tokenizer.decode(tokens) == "abca"
+    assert tokenizer.decode(tokens.T) == "acba"
+    assert tokenizer.decode(tokens[:, 1]) == "ba"
+    assert tokenizer.decode(tokens[1:, :1].expand(1, 3)) == "ccc"
+    assert tokenizer.decode(tokens[0, 1]) == "b"
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [0, 2, 1],
+        (0, 2, 1),
+        range(0, 3, 1),
+        [[0, 2], [1, 1]],
+        [np.int64(0), np.int32(2), 1],
+        [torch.tensor(0), torch.tensor(2)],
+        [False, 2, True],
+        np.array([0, 2, 1], dtype=np.uint16),
+    ],
+)
+def test_decodes_what_makes_a_tensor_of_integers(tokens: Sequence[int]) -> None:
+    expected = "".join("abc"[token] for token in torch.as_tensor(tokens).flatten().tolist())
+    assert CharTokenizer("abc").decode(tokens) == expected
+
+
+@pytest.mark.parametrize("empty", [[], (), torch.empty(0), torch.empty((0, 3), dtype=torch.int32), np.empty(0)])
+def test_decodes_nothing(empty: Sequence[int]) -> None:
+    assert CharTokenizer("abc").decode(empty) == ""
+
+
+@given(characters=st.lists(CHARACTERS, min_size=1, unique=True), choice=st.data())
+def test_decoded_text_is_stored_as_any_other(characters: list[str], choice: st.DataObject) -> None:
+    """In the narrowest form that holds it, whatever the other characters of the tokenizer need."""
+    tokens = choice.draw(st.lists(st.integers(0, len(characters) - 1), min_size=2))
+    first, *rest = (characters[token] for token in tokens)
+    expected = first + "".join(rest)
+    tokenizer = CharTokenizer("".join(characters))
+    for text in (tokenizer.decode(tokens), tokenizer.decode(torch.tensor(tokens))):
+        assert text == expected
+        assert hash(text) == hash(expected)
+        assert text.isascii() == expected.isascii()
+        assert sys.getsizeof(text) == sys.getsizeof(expected)
+
+
+@pytest.mark.parametrize("widest", WIDTHS)
+@pytest.mark.parametrize("used", WIDTHS)
+def test_widths_of_decoded_text(widest: str, used: str) -> None:
+    tokenizer = CharTokenizer("".join(sorted({"a", widest, used})))
+    expected = "".join(["a", used, "a"])
+    tokens = tokenizer.encode(expected)
+    for text in (tokenizer.decode(tokens), tokenizer.decode(tokens.tolist())):
+        assert text == expected
+        assert sys.getsizeof(text) == sys.getsizeof(expected)
 
 
 def test_surrogates_that_stand_together_stay_two() -> None:
@@ -74,10 +204,35 @@ def test_surrogates_that_stand_together_stay_two() -> None:
     assert CharTokenizer.from_json(tokenizer.to_json()).vocab_size == 2
 
 
-@pytest.mark.parametrize("tokens", [[0.9, 1.7], torch.tensor([True])])
-def test_tokens_are_integers(tokens: list[int]) -> None:
-    with pytest.raises(TypeError, match="expected tokens to be integers, got torch"):
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [
+        ([0.9, 1.7], "float32"),
+        ((0, 1.5), "float32"),
+        ([True, False], "bool"),
+        (torch.tensor([True]), "bool"),
+        (torch.tensor([1j]), "complex64"),
+        (torch.tensor([1.0], dtype=torch.bfloat16), "bfloat16"),
+    ],
+)
+def test_tokens_are_integers(tokens: Sequence[int] | Tensor, dtype: str) -> None:
+    with pytest.raises(TypeError, match=f"expected tokens to be integers, got torch.{dtype}"):
         CharTokenizer.from_text("abc").decode(tokens)
+
+
+@pytest.mark.parametrize(("text", "name"), [(b"ab", "bytes"), (5, "int"), (None, "NoneType"), (["a"], "list")])
+def test_text_is_a_str(text: str, name: str) -> None:
+    with pytest.raises(TypeError, match=f"expected text to be a str, got {name}"):
+        CharTokenizer.from_text("abc").encode(text)
+    with pytest.raises(TypeError, match=f"expected characters to be a str, got {name}"):
+        CharTokenizer(text)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_copies(copied: Callable[[CharTokenizer], CharTokenizer]) -> None:
+    tokenizer = copied(CharTokenizer("bca\U0001f600"))
+    assert tokenizer.characters == "bca\U0001f600"
+    assert tokenizer.encode("\U0001f600ab").tolist() == [3, 2, 0]
 
 
 def test_duplicate_characters() -> None:
