@@ -21,11 +21,10 @@ class RowKernel {
     LossSums process(int64_t begin, int64_t end) {
         num_rows_ = 0;
         for (int64_t slot = begin; slot < end; ++slot) add_row(slot);
-        for_each_row([&](Row& row) { find_max(row); });
-        for_each_row([&](Row& row) { exponentiate(row); });
-        take_logarithms();
-        for_each_row(
-            [&](Row& row) { row.counts != nullptr ? sum_counted_pairs(row) : sum_listed_pairs(row); });
+        find_maxima();
+        exponentiate();
+        if (class_weight_ != nullptr) for_each_row([&](Row& row) { sum_class_weights(row); });
+        if (!job_.pairs->counted) for_each_row([&](Row& row) { sum_listed_pairs(row); });
         LossSums sums;
         if (job_.want_loss) for_each_row([&](Row& row) { sums += losses(row); });
         if (job_.gradient != nullptr) for_each_row([&](Row& row) { write_gradient(row); });
@@ -89,9 +88,7 @@ class RowKernel {
             return row.begin < row.end;
         }
         row.counts = pairs.counts.begin() + row.number * pairs.stride;
-        Vector<int32_t> sums{};
-        for (int64_t k = 0; k < pairs.stride; k += kLanes<int32_t>) sums += load(row.counts + k);
-        row.pairs.number = horizontal_sum<int32_t>(sums);
+        row.pairs.number = pairs.number_counted(row.number);
         return row.pairs.number > 0;
     }
 
@@ -109,33 +106,94 @@ class RowKernel {
         }
     }
 
-    // Pointers of a row are copied before a loop that stores: what is stored might else be the pointer.
-    void find_max(Row& row) const {
-        Vector<T> largest = broadcast(kLowest);
-        for_each_vector<T>(job_.num_classes,
-                           [&](Lanes<T> lanes) { largest = max(largest, lanes.load(row.weight, kLowest)); });
-        row.max = horizontal_max<T>(largest);
+    // Steps of all rows keep a vector a row in partial_; then reduce(combine) gives each row's number.
+    template <typename Combine>
+    void reduce(const Combine& combine, T* numbers) {
+        for (int64_t k = 0; k < num_rows_; k += kLanes<T>) {
+            store(numbers + k, reduce_each<T>(partial_ + k, combine));
+        }
     }
 
-    void exponentiate(Row& row) const {
+    template <typename Combine>
+    void reduce(const Combine& combine, T Row::* number) {
+        alignas(BIGRAMX_VECTOR_BYTES) T numbers[kMaxRowsAtOnce];
+        reduce(combine, numbers);
+        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].*number = numbers[k];
+    }
+
+    void find_maxima() {
+        for (int64_t k = 0; k < num_rows_; ++k) {
+            const scalar_t* weight = rows_[k].weight;
+            Vector<T> largest = broadcast(kLowest);
+            for_each_vector<T>(job_.num_classes,
+                               [&](Lanes<T> lanes) { largest = max(largest, lanes.load(weight, kLowest)); });
+            partial_[k] = largest;
+        }
+        reduce([](Vector<T> a, Vector<T> b) { return max(a, b); }, &Row::max);
+    }
+
+    void exponentiate() {
+        const auto add = [](Vector<T> a, Vector<T> b) { return a + b; };
+        for (int64_t k = 0; k < num_rows_; ++k) {
+            if (job_.pairs->counted) {
+                exponentiate_counted(k);
+            } else {
+                partial_[k] = exponentials_of(rows_[k], [](Lanes<T>, Vector<T>) {});
+            }
+        }
+        alignas(BIGRAMX_VECTOR_BYTES) T sums[kMaxRowsAtOnce];
+        reduce(add, sums);
+        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].sum = sums[k];
+        for (int64_t k = 0; k < num_rows_; k += kLanes<T>) store(sums + k, log(load(sums + k)));
+        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].log_sum = sums[k];
+        if (!job_.pairs->counted) return;
+        std::copy(target_logits_, target_logits_ + num_rows_, partial_);
+        reduce(add, sums);
+        for (int64_t k = 0; k < num_rows_; ++k) {
+            PairSums& pairs = rows_[k].pairs;
+            pairs.plain = pairs.weighted = static_cast<double>(pairs.number);
+            pairs.target_logits = sums[k];
+        }
+    }
+
+    // Their sums by lane; visit(lanes, W[i, j] - max) meanwhile. The row's pointers are copied, for what is
+    // stored might else be one of them.
+    template <typename Visit>
+    Vector<T> exponentials_of(const Row& row, const Visit& visit) const {
         const scalar_t *weight = row.weight, *next = row.next;
         T* const exponentials = row.exponentials;
         const Vector<T> row_max = broadcast(row.max);
         Vector<T> sums = broadcast(T(0));
         for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
             __builtin_prefetch(next + lanes.begin, 0, 2);
-            const Vector<T> e = exp(lanes.load(weight, kLowest) - row_max);
+            const Vector<T> logits = lanes.load(weight, kLowest) - row_max;
+            const Vector<T> e = exp(logits);
             store(exponentials + lanes.begin, e);
             sums += e;  // beyond the tail: e^(-inf) = 0
+            visit(lanes, logits);
         });
-        row.sum = horizontal_sum<T>(sums);
+        return sums;
     }
 
-    void take_logarithms() {
-        alignas(BIGRAMX_VECTOR_BYTES) T sums[kMaxRowsAtOnce] = {};
-        for (int64_t k = 0; k < num_rows_; ++k) sums[k] = rows_[k].sum;
-        for (int64_t k = 0; k < num_rows_; k += kLanes<T>) store(sums + k, log(load(sums + k)));
-        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].log_sum = sums[k];
+    void exponentiate_counted(int64_t k) {
+        const Row& row = rows_[k];
+        const Vector<T> none = broadcast(T(0));
+        Vector<T> target_logits = none;
+        partial_[k] = exponentials_of(row, [&](Lanes<T> lanes, Vector<T> logits) {
+            const Vector<T> counts = load_counts(row, lanes);
+            const Vector<T> weights = class_weight_ != nullptr ? counts * load_class_weights(lanes) : counts;
+            target_logits += counts > none ? weights * logits : none;  // 0 times an infinity is none
+        });
+        target_logits_[k] = target_logits;
+    }
+
+    void sum_class_weights(Row& row) const {
+        if (row.counts == nullptr) return;
+        Vector<T> weighted = broadcast(T(0));
+        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+            weighted += load_counts(row, lanes) * load_class_weights(lanes);
+        });
+        row.pairs.weighted = horizontal_sum<T>(weighted);
     }
 
     Vector<T> load_counts(const Row& row, Lanes<T> lanes) const {
@@ -150,21 +208,6 @@ class RowKernel {
     }
 
     double weight_of(int64_t target) const { return class_weight_ != nullptr ? class_weight_[target] : 1.0; }
-
-    void sum_counted_pairs(Row& row) const {
-        const Vector<T> row_max = broadcast(row.max), none = broadcast(T(0));
-        Vector<T> weighted = none, logits = none;
-        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-            const Vector<T> counts = load_counts(row, lanes);
-            const Vector<T> weights = counts * load_class_weights(lanes);
-            const Vector<T> part = weights * (lanes.load(row.weight, row.max) - row_max);
-            weighted += weights;
-            logits += counts > none ? part : none;  // 0 times an infinity is none
-        });
-        row.pairs.plain = static_cast<double>(row.pairs.number);
-        row.pairs.weighted = class_weight_ != nullptr ? horizontal_sum<T>(weighted) : row.pairs.plain;
-        row.pairs.target_logits = horizontal_sum<T>(logits);
-    }
 
     void sum_listed_pairs(Row& row) const {
         PairSums sums;
@@ -287,6 +330,8 @@ class RowKernel {
     T* exponentials_;         // (rows, padded C)
     int32_t* target_counts_;  // (C), all zero between rows
     Row rows_[kMaxRowsAtOnce];
+    Vector<T> partial_[kMaxRowsAtOnce] = {};
+    Vector<T> target_logits_[kMaxRowsAtOnce];  // by lane, where the pairs are counted
     int64_t num_rows_ = 0;
 };
 

@@ -93,19 +93,22 @@ double total_class_weight(const LossInputs& inputs, int64_t ignore_index) {
 
 void Pairs::count(const LossInputs& inputs, const LossOptions& options) {
     const Batch batch(inputs, options);
-    const int64_t ignored = batch.num_rows * stride;  // where their counts begin
+    const int64_t totals = batch.num_rows * stride, ignored = totals + batch.num_rows;  // where they begin
     const int64_t table_size = ignored + batch.num_rows;
     // The tables of the other chunks shall take no more memory than the pairs.
     const int64_t num_chunks = std::clamp<int64_t>(batch.num_pairs / std::max<int64_t>(1, table_size), 1,
                                                    number_of_chunks(batch.num_pairs));
     counts.resize_zeros(table_size);
-    std::fill(counts.begin() + ignored, counts.end(), 0);
+    totals_ = counts.begin() + totals;
+    ignored_ = counts.begin() + ignored;
+    std::fill(totals_, counts.end(), 0);
     counts_of_chunks_.resize_zeros((num_chunks - 1) * table_size);
     batch.for_each_pair(num_chunks, [&](int64_t chunk, int64_t n) {
         int32_t* table = chunk == 0 ? counts.begin() : counts_of_chunks_.begin() + (chunk - 1) * table_size;
         const int64_t row = batch.idx[n];
         if (!batch.is_row(n) || !(batch.is_class(n) || batch.is_ignored(n))) return false;
         ++table[batch.is_ignored(n) ? ignored + row : row * stride + batch.targets[n]];
+        ++table[totals + row];
         return true;
     });
     for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
@@ -113,8 +116,8 @@ void Pairs::count(const LossInputs& inputs, const LossOptions& options) {
         for (int64_t k = 0; k < table_size; ++k) counts[k] += table[k];
         std::fill(table, table + table_size, 0);
     }
-    num_targets = batch.num_pairs;
-    for (int64_t row = 0; row < batch.num_rows; ++row) num_targets -= counts[ignored + row];
+    num_targets = 0;
+    for (int64_t row = 0; row < batch.num_rows; ++row) num_targets += number_counted(row);
 }
 
 // A stable counting sort.
@@ -166,14 +169,6 @@ void Pairs::group(const LossInputs& inputs, const LossOptions& options) {
     }
     target_weight = inputs.class_weight.defined() ? total_class_weight(inputs, options.ignore_index)
                                                   : static_cast<double>(num_targets);
-}
-
-bool Pairs::has_row(int64_t row) const {
-    if (!counted) return row_begin[row] < row_begin[row + 1];
-    const int32_t* row_counts = counts.begin() + row * stride;
-    const int64_t num_rows = counts.size() / (stride + 1);
-    return counts[num_rows * stride + row] > 0 ||
-           std::any_of(row_counts, row_counts + stride, [](int32_t count) { return count > 0; });
 }
 
 }  // namespace bigramx

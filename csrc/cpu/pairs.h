@@ -21,10 +21,16 @@ struct Pairs {
     // then. Raises an IndexError for a row or a target out of range.
     void group(const LossInputs& inputs, const LossOptions& options);
 
-    bool has_row(int64_t row) const;
+    // The pairs of a row that are not ignored, where they are counted.
+    int64_t number_counted(int64_t row) const { return totals_[row] - ignored_[row]; }
+
+    bool has_row(int64_t row) const {
+        return counted ? totals_[row] > 0 : row_begin[row] < row_begin[row + 1];
+    }
 
     bool counted = false;
-    // Counted: how often row i meets target j, (R, stride), then how often it meets an ignored one, (R).
+    // Counted: how often row i meets target j, (R, stride); then in how many pairs the row is, (R); then how
+    // many of those have an ignored target, (R).
     Buffer<int32_t> counts;
     int64_t stride = 0;
     // Listed: the targets of row i are those from row_begin[i] to row_begin[i + 1], kIgnored among them, in
@@ -40,6 +46,7 @@ struct Pairs {
     void count(const LossInputs& inputs, const LossOptions& options);
     void list(const LossInputs& inputs, const LossOptions& options);
 
+    int32_t *totals_ = nullptr, *ignored_ = nullptr;  // in counts
     Buffer<int32_t> counts_of_chunks_;
     Buffer<int64_t> cursors_;
 };

@@ -201,10 +201,23 @@ inline void copy_row(char* to, const char* from, int64_t bytes) {
 
 // ------------------------------------------------------------------------------------------ arithmetic
 
-template <typename V>
-inline V max(V a, V b) {
+// a > b ? a : b, and so b where either is NaN: one instruction, which the compilers do not find themselves.
+inline Vector<float> max(Vector<float> a, Vector<float> b) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    const auto first = reinterpret_cast<__m512>(a), second = reinterpret_cast<__m512>(b);
+    return reinterpret_cast<Vector<float>>(_mm512_maskz_max_ps(0xFFFF, first, second));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    return reinterpret_cast<Vector<float>>(
+        _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#elif defined(__x86_64__)
+    return reinterpret_cast<Vector<float>>(
+        _mm_max_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+#else
     return a > b ? a : b;
+#endif
 }
+
+inline Vector<double> max(Vector<double> a, Vector<double> b) { return a > b ? a : b; }
 
 inline Vector<float> sqrt(Vector<float> x) {
 #if BIGRAMX_VECTOR_BYTES == 64
@@ -255,6 +268,36 @@ inline T horizontal_sum(Vector<T> vector) {
     return reduce<T>(vector, [](Vector<T> a, Vector<T> b) { return a + b; });
 }
 
+// Takes the lanes whose number has the bit `distance` from b, the others from a; swapped: each from its
+// neighbour at that distance.
+template <int64_t distance, bool swapped, typename T, size_t... lane>
+inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::index_sequence<lane...>) {
+    constexpr size_t kOther = swapped ? distance : 0, kSecond = kLanes<T>;
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, ((lane ^ kOther) + (lane & distance ? kSecond : 0))...);
+#else
+    using Order = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+    return __builtin_shuffle(a, b, Order{((lane ^ kOther) + (lane & distance ? kSecond : 0))...});
+#endif
+}
+
+// Reduces each of kLanes<T> vectors: lane k of the result is that of the k-th.
+template <typename T, int64_t distance = 1, typename Combine>
+inline Vector<T> reduce_each(const Vector<T>* vectors, const Combine& combine) {
+    if constexpr (distance == kLanes<T>) {
+        return vectors[0];
+    } else {
+        Vector<T> halves[kLanes<T> / distance / 2];
+        const auto lanes = std::make_index_sequence<kLanes<T>>();
+        for (int64_t k = 0; k < kLanes<T> / distance / 2; ++k) {
+            const Vector<T> a = vectors[2 * k], b = vectors[2 * k + 1];
+            halves[k] = combine(interleave<distance, false, T>(a, b, lanes),
+                                interleave<distance, true, T>(a, b, lanes));
+        }
+        return reduce_each<T, 2 * distance>(halves, combine);
+    }
+}
+
 // x 2^n for whole n from -150 to 129.
 inline __attribute__((always_inline)) Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n) {
 #if BIGRAMX_VECTOR_BYTES == 64
@@ -274,10 +317,13 @@ inline __attribute__((always_inline)) Vector<float> scale_by_power_of_two(Vector
 //
 // x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf).
 inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
-    const Vector<float> zero = broadcast(0.0f), lowest = broadcast(-104.0f), highest = broadcast(89.0f);
-    const auto vanishes = x < lowest;  // set aside: an underflow costs the processor a hundred cycles
-    x = vanishes ? zero : x;
-    x = x > highest ? highest : x;
+    const Vector<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
+    const Vector<float> zero = broadcast(0.0f);
+    // A product that vanishes costs a hundred cycles: where that is how results are scaled, it is set aside.
+    constexpr bool kProducts = BIGRAMX_VECTOR_BYTES != 64;
+    const auto vanishes = x < lowest;
+    x = kProducts ? (vanishes ? zero : x) : max(lowest, x);
+    x = -max(-highest, -x);
 
     const float to_integer = 0x1.8p23f;  // adding it leaves no bits for a fraction
     const Vector<float> n = (x * 0x1.715476p0f + to_integer) - to_integer;
@@ -291,7 +337,8 @@ inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     series = series * r + 5.0000001201e-1f;
     const Vector<float> e_r = series * (r * r) + r + 1.0f;
 
-    return vanishes ? zero : scale_by_power_of_two(e_r, n);
+    const Vector<float> result = scale_by_power_of_two(e_r, n);
+    return kProducts ? (vanishes ? zero : result) : result;
 }
 
 // The natural logarithm to 2 ulp over all of float32: NaN below zero, -inf at zero, infinities and NaN as
