@@ -51,6 +51,7 @@ def test_opcheck_others() -> None:
     library.opcheck(OPS.multinomial.default, (certain, 1))
     library.opcheck(OPS.generate.default, (IDX, weight(False), 4, 0.0))
     library.opcheck(OPS.count_bigrams.default, (TARGETS[0], 5))
+    library.opcheck(OPS.get_batch.default, (torch.arange(5), 2, 4))  # one block alone
     state = [torch.rand(3) for _ in range(4)]
     library.opcheck(OPS.adamw_.default, (*state, None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False))
 

@@ -46,8 +46,13 @@ inline int64_t rows_at_once(int64_t num_classes) {
     return std::clamp<int64_t>(kElements / std::max<int64_t>(num_classes, 1), 1, kMaxRowsAtOnce);
 }
 
+// A gradient row that is streamed out still needs its scratch while the next rows are computed.
+inline int64_t rows_of_scratch(const LossJob& job) {
+    return rows_at_once(job.num_classes) + (job.stream_gradient ? 1 : 0);
+}
+
 struct LossScratch {
-    void* exponentials;      // (rows_at_once, padded C) of T
+    void* exponentials;      // (rows_of_scratch, padded C) of T
     int32_t* target_counts;  // (C), zero
 };
 
@@ -150,7 +155,7 @@ LossSums run_slots(const LossJob& job, at::ScalarType dtype, LossWorkspace& work
         using T = Accumulator<scalar_t>;
         const auto kernel = BIGRAMX_DISPATCH(process_rows<scalar_t>);
         const int64_t scratch_bytes =
-            rows_at_once(job.num_classes) * padded(job.num_classes) * static_cast<int64_t>(sizeof(T));
+            rows_of_scratch(job) * padded(job.num_classes) * static_cast<int64_t>(sizeof(T));
         workspace.exponentials.resize(shares.num_threads * scratch_bytes);
         share_out(shares, [&](int64_t thread, int64_t block) {
             const LossScratch scratch{workspace.exponentials.begin() + thread * scratch_bytes,

@@ -32,6 +32,11 @@ class RowKernel {
         return sums;
     }
 
+    void finish() {
+        outgoing_.finish();
+        if (job_.stream_gradient) finish_streams();
+    }
+
   private:
     // Sums over the pairs of a row that are not ignored; g: the gradient that reaches the loss of each.
     struct PairSums {
@@ -75,7 +80,8 @@ class RowKernel {
         }
         row.weight = weight_of_slot(slot);
         row.next = weight_of_slot(std::min(slot + 1, job_.num_slots - 1));
-        row.exponentials = exponentials_ + num_rows_ * padded(job_.num_classes);
+        row.exponentials = exponentials_ + next_scratch_ * padded(job_.num_classes);
+        next_scratch_ = (next_scratch_ + 1) % rows_of_scratch(job_);
         ++num_rows_;
     }
 
@@ -138,7 +144,9 @@ class RowKernel {
             if (job_.pairs->counted) {
                 exponentiate_counted(k);
             } else {
-                partial_[k] = exponentials_of(rows_[k], [](Lanes<T>, Vector<T>) {});
+                RowStream<scalar_t> outgoing = outgoing_;  // a copy, for registers
+                partial_[k] = exponentials_of(rows_[k], [&](Lanes<T>, Vector<T>) { outgoing.step(); });
+                outgoing_ = outgoing;
             }
         }
         alignas(BIGRAMX_VECTOR_BYTES) T sums[kMaxRowsAtOnce];
@@ -294,7 +302,13 @@ class RowKernel {
             for_each_vector<T>(job_.num_classes,
                                [&](Lanes<T> lanes) { store(exponentials + lanes.begin, spread(lanes)); });
             subtract_targets(row, exponentials);
-            store_row(gradient, exponentials, job_.num_classes, job_.stream_gradient);
+            if (job_.stream_gradient) {
+                outgoing_.start(gradient, exponentials, job_.num_classes);
+            } else {
+                for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+                    lanes.store(gradient, load(exponentials + lanes.begin));
+                });
+            }
         }
     }
 
@@ -327,8 +341,10 @@ class RowKernel {
     const LossJob& job_;
     const T* class_weight_;
     const T* grad_losses_;
-    T* exponentials_;         // (rows, padded C)
-    int32_t* target_counts_;  // (C), all zero between rows
+    T* exponentials_;               // (rows_of_scratch, padded C)
+    int32_t* target_counts_;        // (C), all zero between rows
+    RowStream<scalar_t> outgoing_;  // a gradient row, which leaves while the next row is computed
+    int64_t next_scratch_ = 0;      // row
     Row rows_[kMaxRowsAtOnce];
     Vector<T> partial_[kMaxRowsAtOnce] = {};
     Vector<T> target_logits_[kMaxRowsAtOnce];  // by lane, where the pairs are counted
@@ -342,7 +358,7 @@ LossSums process_rows(const LossJob& job, const LossScratch& scratch, int64_t be
     LossSums sums;
     for (int64_t slot = begin; slot < end; slot += step)
         sums += kernel.process(slot, std::min(end, slot + step));
-    if (job.stream_gradient) finish_streams();
+    kernel.finish();
     return sums;
 }
 

@@ -167,24 +167,52 @@ inline void finish_streams() {
 #endif
 }
 
-// A row of what was accumulated, in the table's type.
-template <typename scalar_t, typename T = Accumulator<scalar_t>>
-inline void store_row(scalar_t* to, const T* from, int64_t size, bool streamed) {
-    constexpr int64_t kBytes = kLanes<T> * sizeof(scalar_t);
-    int64_t begin = 0;
-    if (streamed) {
-        for (; begin < size && reinterpret_cast<uintptr_t>(to + begin) % kBytes != 0; ++begin) {
-            to[begin] = static_cast<scalar_t>(from[begin]);
-        }
-        for (; begin + kLanes<T> <= size; begin += kLanes<T>) {
-            scalar_t lanes[kLanes<T>];
-            store(lanes, load(from + begin));
-            stream<kBytes>(to + begin, lanes);
-        }
+// A row of what was accumulated on its way into the table's type and past the caches: vector by vector,
+// between other work. `from` must stay as it is until the row is finished.
+template <typename scalar_t>
+class RowStream {
+  public:
+    using T = Accumulator<scalar_t>;
+
+    void start(scalar_t* to, const T* from, int64_t size) {
+        finish();
+        to_ = to;
+        from_ = from;
+        left_ = size;
+        while (left_ > 0 && reinterpret_cast<uintptr_t>(to_) % kBytes != 0) store_one();
     }
-    for_each_vector<T>(size - begin,
-                       [&](Lanes<T> lanes) { lanes.store(to + begin, lanes.load(from + begin, T(0))); });
-}
+
+    inline __attribute__((always_inline)) void step() {
+        if (left_ < kLanes<T>) return;
+        scalar_t lanes[kLanes<T>];
+        store(lanes, load(from_));
+        stream<kBytes>(to_, lanes);
+        advance(kLanes<T>);
+    }
+
+    void finish() {
+        while (left_ >= kLanes<T>) step();
+        while (left_ > 0) store_one();
+    }
+
+  private:
+    static constexpr int64_t kBytes = kLanes<T> * sizeof(scalar_t);
+
+    void store_one() {
+        *to_ = static_cast<scalar_t>(*from_);
+        advance(1);
+    }
+
+    void advance(int64_t count) {
+        to_ += count;
+        from_ += count;
+        left_ -= count;
+    }
+
+    scalar_t* to_ = nullptr;
+    const T* from_ = nullptr;
+    int64_t left_ = 0;
+};
 
 // Copies short rows without a call; the last vector may overlap the one before.
 inline void copy_row(char* to, const char* from, int64_t bytes) {
