@@ -218,6 +218,23 @@ class RowKernel {
     double weight_of(int64_t target) const { return class_weight_ != nullptr ? class_weight_[target] : 1.0; }
 
     void sum_listed_pairs(Row& row) const {
+        row.pairs =
+            grad_losses_ == nullptr && class_weight_ == nullptr ? plain_sums(row) : weighted_sums(row);
+    }
+
+    PairSums plain_sums(const Row& row) const {
+        const scalar_t* weight = row.weight;
+        double logits[2] = {};  // two, for each addition waits for the one before
+        int64_t number = 0;
+        for_each_target(row, [&](int64_t k, int64_t target) {
+            logits[k % 2] += static_cast<T>(weight[target]) - row.max;
+            ++number;
+        });
+        const auto plain = static_cast<double>(number);
+        return {number, plain, plain, logits[0] + logits[1]};
+    }
+
+    PairSums weighted_sums(const Row& row) const {
         PairSums sums;
         for_each_target(row, [&](int64_t k, int64_t target) {
             const double g = grad_losses_ != nullptr ? grad_losses_[job_.pairs->numbers[k]] : 1.0;
@@ -227,7 +244,7 @@ class RowKernel {
             sums.weighted += g * class_weight;
             sums.target_logits += class_weight * (static_cast<T>(row.weight[target]) - row.max);
         });
-        row.pairs = sums;
+        return sums;
     }
 
     // sum_c class_weight[c] * (lse - W[i, c]): what label smoothing spreads over the classes.
@@ -325,9 +342,10 @@ class RowKernel {
             return;
         }
         // All pairs weigh the same, so equal ones are counted first: integers, exact in any order.
-        for_each_target(row, [&](int64_t, int64_t target) { ++target_counts_[target]; });
+        int32_t* const counts = target_counts_;
+        for_each_target(row, [&](int64_t, int64_t target) { ++counts[target]; });
         for_each_target(row, [&](int64_t, int64_t target) {
-            const double count = static_cast<double>(std::exchange(target_counts_[target], 0));
+            const int32_t count = std::exchange(counts[target], 0);
             if (count > 0) row_gradient[target] -= static_cast<T>(unit * count * weight_of(target));
         });
     }

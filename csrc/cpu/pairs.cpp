@@ -120,43 +120,43 @@ void Pairs::count(const LossInputs& inputs, const LossOptions& options) {
     for (int64_t row = 0; row < batch.num_rows; ++row) num_targets += number_counted(row);
 }
 
-// A stable counting sort.
-void Pairs::list(const LossInputs& inputs, const LossOptions& options) {
+// A stable counting sort. cursor_t: wide enough to count the pairs, and no wider, for it is what a near cache
+// holds.
+template <typename cursor_t>
+void Pairs::list(const LossInputs& inputs, const LossOptions& options, Buffer<cursor_t>& cursors) {
     const Batch batch(inputs, options);
     TORCH_CHECK(batch.num_classes <= std::numeric_limits<int32_t>::max(), kName,
                 ": expected weight to have at most 2147483647 columns, got ", batch.num_classes);
-    const int64_t num_chunks = number_of_chunks(batch.num_pairs);
-    cursors_.resize(num_chunks * batch.num_rows);
-    std::fill(cursors_.begin(), cursors_.end(), 0);
-    std::atomic<int64_t> num_ignored = 0;
-    batch.for_each_pair(num_chunks, [&](int64_t chunk, int64_t n) {
+    const int64_t num_rows = batch.num_rows, num_chunks = number_of_chunks(batch.num_pairs);
+    cursors.resize(num_chunks * num_rows);
+    std::fill(cursors.begin(), cursors.end(), cursor_t(0));
+    batch.for_each_pair(num_chunks, [&, first = cursors.begin()](int64_t chunk, int64_t n) {
         if (!batch.is_row(n)) return false;
-        ++cursors_[chunk * batch.num_rows + batch.idx[n]];
-        if (batch.is_ignored(n)) ++num_ignored;
-        return batch.is_ignored(n) || batch.is_class(n);
+        ++first[chunk * num_rows + batch.idx[n]];
+        return true;
     });
-    num_targets = batch.num_pairs - num_ignored;
 
-    row_begin.resize(batch.num_rows + 1);
+    row_begin.resize(num_rows + 1);
     int64_t begin = 0;
-    for (int64_t row = 0; row < batch.num_rows; ++row) {
+    for (int64_t row = 0; row < num_rows; ++row) {
         row_begin[row] = begin;
         for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-            int64_t& cursor = cursors_[chunk * batch.num_rows + row];
-            begin += std::exchange(cursor, begin);
+            begin += std::exchange(cursors[chunk * num_rows + row], static_cast<cursor_t>(begin));
         }
     }
-    row_begin[batch.num_rows] = begin;
+    row_begin[num_rows] = begin;
 
     const bool numbered = options.reduction == at::Reduction::None;
     targets.resize(batch.num_pairs);
     numbers.resize(numbered ? batch.num_pairs : 0);
-    batch.for_each_pair(num_chunks, [&](int64_t chunk, int64_t n) {
-        const int64_t place = cursors_[chunk * batch.num_rows + batch.idx[n]]++;
-        targets[place] = batch.is_ignored(n) ? kIgnored : static_cast<int32_t>(batch.targets[n]);
-        if (numbered) numbers[place] = n;
-        return true;
+    batch.for_each_pair(num_chunks, [&, first = cursors.begin(), to = targets.begin(),
+                                     number = numbers.begin()](int64_t chunk, int64_t n) {
+        const cursor_t place = first[chunk * num_rows + batch.idx[n]]++;
+        to[place] = batch.is_class(n) ? static_cast<int32_t>(batch.targets[n]) : kIgnored;
+        if (numbered) number[place] = n;
+        return batch.is_class(n) || batch.is_ignored(n);
     });
+    num_targets = batch.num_pairs - std::count(targets.begin(), targets.end(), kIgnored);
 }
 
 void Pairs::group(const LossInputs& inputs, const LossOptions& options) {
@@ -164,8 +164,10 @@ void Pairs::group(const LossInputs& inputs, const LossOptions& options) {
     counted = worth_counting(inputs, options, stride);
     if (counted) {
         count(inputs, options);
+    } else if (inputs.idx.numel() <= std::numeric_limits<uint32_t>::max()) {
+        list(inputs, options, cursors_);
     } else {
-        list(inputs, options);
+        list(inputs, options, long_cursors_);
     }
     target_weight = inputs.class_weight.defined() ? total_class_weight(inputs, options.ignore_index)
                                                   : static_cast<double>(num_targets);

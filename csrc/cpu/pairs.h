@@ -44,11 +44,13 @@ struct Pairs {
 
   private:
     void count(const LossInputs& inputs, const LossOptions& options);
-    void list(const LossInputs& inputs, const LossOptions& options);
+    template <typename cursor_t>
+    void list(const LossInputs& inputs, const LossOptions& options, Buffer<cursor_t>& cursors);
 
     int32_t *totals_ = nullptr, *ignored_ = nullptr;  // in counts
     Buffer<int32_t> counts_of_chunks_;
-    Buffer<int64_t> cursors_;
+    Buffer<uint32_t> cursors_;
+    Buffer<int64_t> long_cursors_;
 };
 
 }  // namespace bigramx
