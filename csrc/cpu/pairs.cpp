@@ -152,7 +152,7 @@ void Pairs::list(const LossInputs& inputs, const LossOptions& options, Buffer<cu
     batch.for_each_pair(num_chunks, [&, first = cursors.begin(), to = targets.begin(),
                                      number = numbers.begin()](int64_t chunk, int64_t n) {
         const cursor_t place = first[chunk * num_rows + batch.idx[n]]++;
-        to[place] = batch.is_class(n) ? static_cast<int32_t>(batch.targets[n]) : kIgnored;
+        to[place] = batch.is_ignored(n) ? kIgnored : static_cast<int32_t>(batch.targets[n]);
         if (numbered) number[place] = n;
         return batch.is_class(n) || batch.is_ignored(n);
     });
