@@ -327,16 +327,46 @@ class TestAutograd:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 4096), (500, 70_000), (1000, 5000)])
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 4096), (65, 200_000), (500, 70_000), (1000, 100_001)])
 def test_same_bits_for_any_number_of_threads(
     vocab_size: int, num_pairs: int, reduction: str, two_threads: None
 ) -> None:
     case = make_case(vocab_size, num_pairs, reduction=reduction, label_smoothing=0.1)
-    two = case.run(functional.embedding_cross_entropy, torch.float32)
-    torch.set_num_threads(1)
-    one = case.run(functional.embedding_cross_entropy, torch.float32)
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(case.run(functional.embedding_cross_entropy, torch.float32))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("num_pairs", [65_536, 100_001])  # grouped in several chunks
+@pytest.mark.parametrize("vocab_size", [65, 1000])  # counted, listed
+def test_many_pairs_and_one_out_of_range(vocab_size: int, num_pairs: int, two_threads: None) -> None:
+    case = make_case(vocab_size, num_pairs, reduction="mean", ignore_index=3)
+    case.check(1.0)
+    for position in (0, num_pairs // 2, num_pairs - 1):
+        for name, message in (("idx", "idx holds"), ("targets", "Target")):
+            tensors = {"idx": case.idx.clone(), "targets": case.targets.clone()}
+            tensors[name][position] = vocab_size
+            with pytest.raises(IndexError, match=rf"{message} {vocab_size} .*at position {position},"):
+                functional.embedding_cross_entropy(weight=case.weight, **tensors)
+
+
+@pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, 2800), (torch.bfloat16, 5600), (torch.float64, 1400)])
+@pytest.mark.parametrize("num_classes", [3001, 3008])  # rows that begin anywhere, and at whole vectors
+def test_gradients_larger_than_the_caches(dtype: torch.dtype, num_rows: int, num_classes: int) -> None:
+    idx, targets = torch.randint(num_rows, (1000,)), torch.randint(num_classes, (1000,))
+    weight = torch.randn(num_rows, num_classes).to(dtype).requires_grad_()
+    assert weight.nbytes > 2**25
+    gradients = []
+    for tokens, rows in ((idx, weight), (torch.arange(1000), weight.detach()[idx].requires_grad_())):
+        functional.embedding_cross_entropy(tokens, rows, targets, reduction="sum").backward()
+        assert rows.grad is not None
+        gradients.append(rows.grad)
+    large = torch.zeros(num_rows, num_classes).index_add_(0, idx, gradients[1].float())
+    torch.testing.assert_close(gradients[0].float(), large, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 IDX, TARGETS, WEIGHT = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.randn(5, 5)
