@@ -36,6 +36,15 @@ class AdamW(torch.optim.AdamW):
         """
         return (_observed_step if _is_observed(self) else _step)(self, closure)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, or with ``set_to_none=False`` sets them to zero."""
+        if not set_to_none or _is_observed(self):
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
     step.hooked = True  # type: ignore[attr-defined]  # torch shall not wrap it: the wrapper takes longer than the step
 
 

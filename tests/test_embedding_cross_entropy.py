@@ -348,10 +348,10 @@ def test_many_pairs_and_one_out_of_range(vocab_size: int, num_pairs: int, two_th
     case.check(1.0)
     for position in (0, num_pairs // 2, num_pairs - 1):
         for name, message in (("idx", "idx holds"), ("targets", "Target")):
-            tensors = {"idx": case.idx.clone(), "targets": case.targets.clone()}
-            tensors[name][position] = vocab_size
+            pairs = {"idx": case.idx.clone(), "targets": case.targets.clone()}
+            pairs[name][position] = vocab_size
             with pytest.raises(IndexError, match=rf"{message} {vocab_size} .*at position {position},"):
-                functional.embedding_cross_entropy(weight=case.weight, **tensors)
+                functional.embedding_cross_entropy(pairs["idx"], case.weight, pairs["targets"])
 
 
 @pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, 2800), (torch.bfloat16, 5600), (torch.float64, 1400)])

@@ -16,7 +16,8 @@ class RowKernel {
           class_weight_(static_cast<const T*>(job.class_weight)),
           grad_losses_(static_cast<const T*>(job.grad_losses)),
           exponentials_(static_cast<T*>(scratch.exponentials)),
-          target_counts_(scratch.target_counts) {}
+          target_counts_(scratch.target_counts),
+          rows_of_scratch_(rows_of_scratch(job)) {}
 
     LossSums process(int64_t begin, int64_t end) {
         num_rows_ = 0;
@@ -81,7 +82,7 @@ class RowKernel {
         row.weight = weight_of_slot(slot);
         row.next = weight_of_slot(std::min(slot + 1, job_.num_slots - 1));
         row.exponentials = exponentials_ + next_scratch_ * padded(job_.num_classes);
-        next_scratch_ = (next_scratch_ + 1) % rows_of_scratch(job_);
+        if (++next_scratch_ == rows_of_scratch_) next_scratch_ = 0;
         ++num_rows_;
     }
 
@@ -362,7 +363,8 @@ class RowKernel {
     T* exponentials_;               // (rows_of_scratch, padded C)
     int32_t* target_counts_;        // (C), all zero between rows
     RowStream<scalar_t> outgoing_;  // a gradient row, which leaves while the next row is computed
-    int64_t next_scratch_ = 0;      // row
+    const int64_t rows_of_scratch_;
+    int64_t next_scratch_ = 0;
     Row rows_[kMaxRowsAtOnce];
     Vector<T> partial_[kMaxRowsAtOnce] = {};
     Vector<T> target_logits_[kMaxRowsAtOnce];  // by lane, where the pairs are counted
