@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,14 @@ def lacks_memory(gib: float) -> str | None:
         return None
     available = next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
     return None if available >= gib else f"needs {gib:g} GiB of memory, {available:.1f} are free"
+
+
+def busy() -> str | None:
+    """Why little can be measured here now, or None: threads that must wait for a core make others wait for them."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"this machine is busy (load {load:.1f} on {cores} cores)" if load > cores / 2 else None
 
 
 @contextmanager

@@ -146,13 +146,21 @@ def load_jax() -> Any:
     return importlib.import_module("jax")
 
 
+def jitted(function: Callable[..., Any], *arguments: Any) -> Function:
+    """Calls the compiled function with the arguments, and waits for what it returns; tensors become JAX's arrays."""
+    jax = load_jax()
+    compiled = jax.jit(function)
+    arrays = [jax_array(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
 def jax_array(tensor: Tensor) -> Any:
     """The same numbers for JAX; integers as int32."""
     array = tensor.detach().numpy()
     return load_jax().numpy.asarray(array if tensor.is_floating_point() else array.astype("int32"))
 
 
-def _jax_loss(weight: Any, idx: Any, targets: Any) -> tuple[Any, Any]:
+def jax_loss(weight: Any, idx: Any, targets: Any) -> tuple[Any, Any]:
     """The loss () and the logits (N, V). logsumexp takes less time here than log_softmax."""
     jax = load_jax()
     logits = weight[idx.reshape(-1)]
@@ -161,16 +169,15 @@ def _jax_loss(weight: Any, idx: Any, targets: Any) -> tuple[Any, Any]:
 
 
 def jax_value_and_grad(idx: Tensor, weight: Tensor, targets: Tensor, *, return_logits: bool = False) -> Function:
-    """The loss and the gradient; with ``return_logits`` they are computed too."""
+    """The loss and the gradient; with ``return_logits`` the logits are computed too."""
     jax = load_jax()
 
-    @jax.jit  # type: ignore[untyped-decorator]
     def value_and_grad(weight: Any, idx: Any, targets: Any) -> Any:
-        (loss, logits), gradient = jax.value_and_grad(_jax_loss, has_aux=True)(weight, idx, targets)
+        (loss, logits), gradient = jax.value_and_grad(jax_loss, has_aux=True)(weight, idx, targets)
         return loss, gradient, logits if return_logits else None
 
-    arrays = [jax_array(tensor) for tensor in (weight, idx, targets)]
-    return lambda: jax.block_until_ready(value_and_grad(*arrays))[:2]
+    step: Callable[[], Any] = jitted(value_and_grad, weight, idx, targets)
+    return lambda: step()[:2]
 
 
 def jax_fit(weight: Tensor, tokens: Tensor, steps: int) -> Function:
@@ -184,7 +191,7 @@ def jax_fit(weight: Tensor, tokens: Tensor, steps: int) -> Function:
     def step(tokens: Any, state: tuple[Any, ...], starts: Any) -> tuple[tuple[Any, ...], Any]:
         weight, exp_avg, exp_avg_sq, number = state
         blocks = jax.vmap(lambda start: jax.lax.dynamic_slice(tokens, (start,), (9,)))(starts)
-        (loss, _logits), gradient = jax.value_and_grad(_jax_loss, has_aux=True)(weight, blocks[:, :-1], blocks[:, 1:])
+        (loss, _logits), gradient = jax.value_and_grad(jax_loss, has_aux=True)(weight, blocks[:, :-1], blocks[:, 1:])
         number = number + 1
         exp_avg = 0.9 * exp_avg + 0.1 * gradient
         exp_avg_sq = 0.999 * exp_avg_sq + 0.001 * gradient**2
@@ -192,44 +199,42 @@ def jax_fit(weight: Tensor, tokens: Tensor, steps: int) -> Function:
         weight = weight * (1 - 1e-2 * 1e-2) - 1e-2 / (1 - 0.9**number) * exp_avg / denominator
         return (weight, exp_avg, exp_avg_sq, number), loss
 
-    @jax.jit  # type: ignore[untyped-decorator]
     def fit(weight: Any, tokens: Any, key: Any) -> Any:
         starts = jax.random.randint(key, (steps, 32), 0, len(tokens) - 8)
         state = (weight, jnp.zeros_like(weight), jnp.zeros_like(weight), jnp.float32(0))
         (weight, *_), losses = jax.lax.scan(partial(step, tokens), state, starts)
-        return weight, losses
+        return losses, weight
 
-    arrays = [jax_array(weight), jax_array(tokens), jax.random.key(0)]
-    return lambda: jax.block_until_ready(fit(*arrays))[1]
+    loop: Callable[[], Any] = jitted(fit, weight, tokens, jax.random.key(0))
+    return lambda: loop()[0]
 
 
 def jax_multinomial(probs: Tensor) -> Function:
     """A draw from each row by its running sums, for which jax.random.categorical takes six times as long; (B, 1)."""
     jax = load_jax()
 
-    @jax.jit  # type: ignore[untyped-decorator]
     def multinomial(probs: Any, key: Any) -> Any:
         sums = jax.numpy.cumsum(probs, axis=1)
         uniforms = jax.random.uniform(key, (len(probs), 1)) * sums[:, -1:]
         return (sums <= uniforms).sum(axis=1, keepdims=True)
 
-    arrays = [jax_array(probs), jax.random.key(0)]
-    return lambda: jax.block_until_ready(multinomial(*arrays))
+    return jitted(multinomial, probs, jax.random.key(0))
 
 
 def jax_choice(probs: Tensor, num_samples: int) -> Function:
-    """Draws with replacement from (V), by its running sums."""
+    """Draws with replacement from (V)."""
     jax = load_jax()
-    draw = jax.jit(lambda probs, key: jax.random.choice(key, len(probs), (num_samples,), p=probs / probs.sum()))
-    arrays = [jax_array(probs), jax.random.key(0)]
-    return lambda: jax.block_until_ready(draw(*arrays))
+
+    def choice(probs: Any, key: Any) -> Any:
+        return jax.random.choice(key, len(probs), (num_samples,), p=probs / probs.sum())
+
+    return jitted(choice, probs, jax.random.key(0))
 
 
 def jax_generate(weight: Tensor, batch_size: int, max_new_tokens: int) -> Function:
     """Chains from token 0 in one scan, by the running sums of each row of probabilities; (B, max_new_tokens)."""
     jax = load_jax()
 
-    @jax.jit  # type: ignore[untyped-decorator]
     def generate(weight: Any, key: Any) -> Any:
         sums = jax.numpy.cumsum(jax.nn.softmax(weight), axis=1)[:, :-1]
 
@@ -240,18 +245,15 @@ def jax_generate(weight: Tensor, batch_size: int, max_new_tokens: int) -> Functi
         uniforms = jax.random.uniform(key, (max_new_tokens, batch_size, 1))
         return jax.lax.scan(step, jax.numpy.zeros(batch_size, dtype="int32"), uniforms)[1].T
 
-    arrays = [jax_array(weight), jax.random.key(0)]
-    return lambda: jax.block_until_ready(generate(*arrays))
+    return jitted(generate, weight, jax.random.key(0))
 
 
 def jax_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
     """jax.numpy.bincount of the numbers of the pairs."""
     jax = load_jax()
 
-    @jax.jit  # type: ignore[untyped-decorator]
     def count(tokens: Any) -> Any:
         pairs = tokens[:-1] * vocab_size + tokens[1:]
         return jax.numpy.bincount(pairs, length=vocab_size**2).reshape(vocab_size, vocab_size)
 
-    array = jax_array(tokens)
-    return lambda: jax.block_until_ready(count(array))
+    return jitted(count, tokens)

@@ -58,7 +58,7 @@ def markdown(machine: dict[str, str], results: Sequence[Result]) -> str:
             ours(result),
             fastest_peer(result),
             "; ".join(reached(reach) for reach in result.reaches),
-            "; ".join(over_floors(result)),
+            "; ".join(over_other_floors(result)),
             f"`--only {result.bench}`",
         ]
         for result in results
@@ -70,11 +70,12 @@ def markdown(machine: dict[str, str], results: Sequence[Result]) -> str:
         if result.bytes_per_second is not None or result.peak_bytes
     ]
     curves = [f"![{r.job}](benchmarks/results/{picture(r)})" for r in results if r.series]
+    head = ["Job", "bigramx", "the fastest peer", "reach (bold: missed)", "other floors", "command"]
     return "\n\n".join(
         [
             f"Medians of alternating rounds in one run of `make bench`, on this machine: {described}.",
             "`.venv/bin/python benchmarks/run.py`, with what the last column says, measures a line again.",
-            table(["Job", "bigramx", "the fastest peer", "reach", "over the floor", "command"], times),
+            table(head, times),
             "What a call moves through memory at least, over its time, and the most memory it held at once:",
             table(["Job", "bytes a second", "memory at once", "that of others"], memory),
             *curves,
@@ -138,9 +139,9 @@ def fastest_peer(result: Result) -> str:
 
 
 def reached(reach: Reached) -> str:
-    """For people, with what was missed in bold letters."""
+    """In Markdown."""
     said = f"{figure(reach)} ({target(reach)})"
-    return said if reach.met else f"**{said}**"
+    return f"**{said}**" if reach.met is False else said
 
 
 def figure(reach: Reached) -> str:
@@ -160,6 +161,12 @@ def over_floors(result: Result) -> list[str]:
     if OURS not in result.seconds:
         return []
     return [f"{result.seconds[OURS] / seconds:.3g}x {name}" for name, seconds in result.floors.items()]
+
+
+def over_other_floors(result: Result) -> list[str]:
+    """Those that no reach names."""
+    units = [reach.unit for reach in result.reaches]
+    return [said for said in over_floors(result) if not said.endswith(tuple(units))]
 
 
 def bandwidth(result: Result) -> str:
@@ -204,6 +211,7 @@ def draw(result: Result) -> None:
     (over, sizes), *series = result.series.items()
     for (name, seconds), color in zip(series, ("#2563a8", "#d9772b", "#9aa3ad"), strict=False):
         axes.loglog(sizes, [1e3 * second for second in seconds], color=color, marker="o", markersize=4, label=name)
+    axes.set_xscale("log", base=2)
     axes.set_xlabel(over)
     axes.set_ylabel("milliseconds")
     axes.set_title(result.job)

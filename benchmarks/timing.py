@@ -28,13 +28,16 @@ def side_by_side(functions: Mapping[str, Function], *, seconds: float, min_round
     """The time that a call of each function takes.
 
     The functions take turns, so that a drift of the machine's speed meets all alike: a turn each in a round, and
-    rounds until ``seconds`` are over, but ``min_rounds`` at least.
+    rounds until ``seconds`` are over, but ``min_rounds`` at least. A turn begins with a call that does not count, since
+    the others have left their data in the caches, and their memory is perhaps the system's again: what counts is a
+    call after a call, as in a loop.
     """
     repeats = {name: _repeats(function) for name, function in functions.items()}
     rounds: dict[str, list[float]] = {name: [] for name in functions}
     num_rounds, end = 0, time.perf_counter() + seconds
     while num_rounds < min_rounds or time.perf_counter() < end:
         for name, function in functions.items():
+            function()
             rounds[name].append(_turn(function, repeats[name]) / repeats[name])
         num_rounds += 1
     return {name: _times(values) for name, values in rounds.items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, report, timing
-from benchmarks.race import OURS, Effort, Race, Reached, Result, faster_than, ns_a_token, within
+from benchmarks import peers, report, run, timing
+from benchmarks.race import OURS, Effort, Race, Reached, Result, as_tensor, faster_than, ns_a_token, within
 
 ONCE = Effort(seconds=0, min_rounds=3, quick=True)
 
@@ -43,15 +43,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 class TestSideBySide:
     def test_takes_turns_and_gives_medians_and_quartiles(self, clock: Clock) -> None:
-        functions = {"a": clock.takes("a", 9.0, 1.0, 2.0, 3.0, 4.0, 5.0), "b": clock.takes("b", 1.0)}
+        uncounted = 9.0
+        seconds = [second for counted in (1.0, 2.0, 3.0, 4.0, 5.0) for second in (uncounted, counted)]
+        functions = {"a": clock.takes("a", uncounted, *seconds), "b": clock.takes("b", 1.0)}
         times = timing.side_by_side(functions, seconds=0, min_rounds=5)
-        assert "".join(clock.calls) == "ab" + "ab" * 5  # the first call of each finds out how many fill a turn
+        assert "".join(clock.calls) == "ab" + "aabb" * 5  # the first call of each finds out how many fill a turn
         assert times["a"] == timing.Times(median=3, lower=2, upper=4)
         assert times["b"] == timing.Times(median=1, lower=1, upper=1)
 
     def test_repeats_what_is_short_until_it_fills_a_turn(self, clock: Clock) -> None:
         times = timing.side_by_side({"a": clock.takes("a", 0.003)}, seconds=0, min_rounds=2)
-        assert len(clock.calls) == 1 + 2 + 4 + 2 * 4  # 3, 6 and 12 ms to find out, 12 ms in each round
+        assert len(clock.calls) == 1 + 2 + 4 + 2 * (1 + 4)  # 3, 6 and 12 ms to find out, 12 ms in each turn
         assert times["a"].median == pytest.approx(0.003)
 
     def test_goes_on_until_the_time_is_over(self, clock: Clock) -> None:
@@ -134,8 +136,8 @@ RESULT = Result(
     "a job",
     bench="job",
     seconds={OURS: 2e-6, "eager": 8.5e-6, "JAX": 5e-6},
-    quartiles={name: [1e-6, 9e-6] for name in [OURS, "eager", "JAX", "a copy"]},
-    floors={"a copy": 1e-6},
+    quartiles={name: [1e-6, 9e-6] for name in [OURS, "eager", "JAX", "a copy", "a read"]},
+    floors={"a copy": 1e-6, "a read": 2e-6},
     reaches=[Reached("x eager", ">=", 4, 4.25), Reached("x a copy", "<=", 1.5, 2.0)],
     bytes_moved=4000,
     bytes_per_second=2e9,
@@ -153,7 +155,7 @@ class TestReport:
         text = report.markdown({"processor": "P", "cores": "2"}, [RESULT])
         assert "processor P, cores 2" in text
         assert (
-            "| a job | 2 us | 5 us, JAX: 2.5x | 4.25x eager (>= 4); **2x a copy (<= 1.5)** | 2x a copy | `--only job` |"
+            "| a job | 2 us | 5 us, JAX: 2.5x | 4.25x eager (>= 4); **2x a copy (<= 1.5)** | 1x a read | `--only job` |"
         ) in text
         assert "| a job | 2 GB/s | 1.5 KB | eager 2 MB |" in text
 
@@ -166,8 +168,8 @@ class TestReport:
     def test_plain_table(self) -> None:
         head, first, second = report.plain_table([RESULT]).splitlines()
         assert head.split() == ["job", "figure", "reach", "met", "bigramx", "times", "the", "floor"]
-        assert first == "a job  4.25x eager  >= 4    yes  2 us     2x a copy"
-        assert second == "a job  2x a copy    <= 1.5  NO   2 us     2x a copy"
+        assert first == "a job  4.25x eager  >= 4    yes  2 us     2x a copy; 1x a read"
+        assert second == "a job  2x a copy    <= 1.5  NO   2 us     2x a copy; 1x a read"
 
     def test_details(self) -> None:
         assert list(report.details(RESULT)) == [
@@ -175,6 +177,7 @@ class TestReport:
             "eager: 8.5 us (1 us to 9 us), 4.25x, 2 MB at once",
             "JAX: 5 us (1 us to 9 us), 2.5x",
             "floor: a copy: 1 us (1 us to 9 us), bigramx takes 2 times that",
+            "floor: a read: 2 us (1 us to 9 us), bigramx takes 1 times that",
             "2 GB/s",
         ]
 
@@ -189,6 +192,11 @@ class TestReport:
     )
     def test_seconds(self, seconds: float, text: str) -> None:
         assert report.format_seconds(seconds) == text
+
+
+def test_every_benchmark_is_run() -> None:
+    files = {path.stem.removeprefix("bench_") for path in Path(run.__file__).parent.glob("bench_*.py")}
+    assert sorted(run.BENCHES) == sorted(files)
 
 
 def test_text_tokens() -> None:
@@ -206,3 +214,12 @@ def test_numpy_peers_do_what_they_say() -> None:
     assert samples[1].unique().tolist() == [0, 2]
     forced = torch.full((3, 3), -1e4).scatter_(1, torch.tensor([[2], [0], [1]]), 1e4)  # 0 -> 2 -> 1 -> 0
     assert peers.numpy_generate(forced, 4)() == [[0, 2, 1, 0, 2]]
+
+
+def test_jax_peers_do_what_they_say() -> None:
+    pytest.importorskip("jax")
+    probs = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]])
+    assert as_tensor(peers.jax_multinomial(probs)()).tolist() == [[1], [2]]
+    assert (as_tensor(peers.jax_choice(probs[0], 100)()) == 1).all()
+    forced = torch.full((3, 3), -1e4).scatter_(1, torch.tensor([[2], [0], [1]]), 1e4)  # 0 -> 2 -> 1 -> 0
+    assert as_tensor(peers.jax_generate(forced, 2, 4)()).tolist() == [[2, 1, 0, 2]] * 2
