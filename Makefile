@@ -9,16 +9,17 @@ STAMPS := build/stamps
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
-CHECKED := $(CSRC) $(PACKAGE) $(wildcard tests/*.py benchmarks/*.py benchmarks/*.cpp) setup.py pyproject.toml
+CHECKED := $(CSRC) $(PACKAGE) $(wildcard tests/*.py benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint bench wheel clean tools
+.PHONY: help train test lint bench bench-quick wheel clean tools peers
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train [TEXT=path]   train a model, write a sample, leave the model and pictures in runs/"
 	@echo "make test                build what is stale, then linters, types, tests"
 	@echo "make lint                linters and types alone"
-	@echo "make bench               time and memory against plain PyTorch"
+	@echo "make bench               time and memory against PyTorch, JAX and NumPy, some ten minutes"
+	@echo "make bench-quick         the same with few rounds, under three minutes"
 	@echo "make wheel               an sdist and a wheel in dist/"
 	@echo "make clean               remove what was built, the virtual environment included"
 
@@ -30,8 +31,15 @@ test: $(STAMPS)/linted $(STAMPS)/tested
 
 lint: $(STAMPS)/linted
 
-bench: $(STAMPS)/built
+bench: $(STAMPS)/built peers
 	$(BIN)/python benchmarks/run.py
+
+bench-quick: $(STAMPS)/built peers
+	$(BIN)/python benchmarks/run.py --quick
+
+# Others that the benchmarks compare with; one that cannot be installed is named there as skipped.
+peers: $(STAMPS)/built
+	@$(BIN)/python -c 'import jax, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench]" || echo "make bench: goes on without the peers that are missing"
 
 wheel: $(STAMPS)/built
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -62,7 +70,7 @@ $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
 $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) benchmarks/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) benchmarks/*.cpp benchmarks/*.h
 	$(BIN)/mypy
 	@touch $@
 

@@ -1,32 +1,110 @@
-"""Generation of text: the lecture's loop and the native chain, the same tokens from the same seed."""
+"""Generation: the lecture's tokens from the same seed, and long chains by a counter."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
+from torch import Tensor
 
 import bigramx
-from benchmarks.timing import side_by_side
-from bigramx import reference
+from benchmarks import floors, peers
+from benchmarks.machine import lacks_memory, threads
+from benchmarks.race import OURS, Effort, Race, Result, assert_means_within, faster_than, ns_a_token, within
+from benchmarks.timing import peak_bytes
+from bigramx import functional, reference
 
 
-def one_start(rounds: int) -> dict[str, Any]:
-    """500 tokens from one start, sampler "torch", V = 65."""
-    eager = reference.BigramLanguageModel(65)
-    ours = bigramx.BigramLanguageModel(65)
-    ours.load_state_dict(eager.state_dict())
-    idx = torch.zeros((1, 1), dtype=torch.long)
-    seconds = side_by_side(
-        {
-            "bigramx": lambda: ours.generate(idx, 500, sampler="torch"),
-            "eager": lambda: eager.generate(idx, 500),
-        },
-        rounds=rounds,
+def same_tokens(effort: Effort, batch_size: int, target: float) -> Result:
+    """Sampler "torch": the tokens of the lecture's loop."""
+    vocab_size, num_tokens = 65, 500
+    race = Race(
+        f'generate {num_tokens} tokens, sampler "torch", V={vocab_size} B={batch_size}',
+        [faster_than("the lecture's loop", target)],
     )
-    return {
-        "job": 'generate 500 tokens from one start, sampler "torch", V=65',
-        "seconds": seconds,
-        "ratio": seconds["eager"] / seconds["bigramx"],
-        "reach": 30.0,
-    }
+    eager, ours = reference.BigramLanguageModel(vocab_size), bigramx.BigramLanguageModel(vocab_size)
+    ours.load_state_dict(eager.state_dict())
+    idx = torch.zeros((batch_size, 1), dtype=torch.long)
+    race.add(OURS, lambda: ours.generate(idx, num_tokens, sampler="torch"))
+    race.add("the lecture's loop", torch.no_grad()(lambda: eager.generate(idx, num_tokens)))
+    num_words = 2 * vocab_size * num_tokens * batch_size
+    race.add_floor("2 V words of the Mersenne Twister a token", lambda: floors.twister(num_words))
+    return race.run(effort)
+
+
+def own_tokens(effort: Effort, batch_size: int) -> Result:
+    """The same job for those who draw otherwise than torch.multinomial."""
+    vocab_size, num_tokens = 65, 500
+    race = Race(
+        f'generate {num_tokens} tokens, sampler "philox", V={vocab_size} B={batch_size}',
+        same=assert_means_within(0.1 * vocab_size),
+    )
+    model = bigramx.BigramLanguageModel(vocab_size)
+    weight, idx = model.token_embedding_table.weight, torch.zeros((batch_size, 1), dtype=torch.long)
+    race.add(OURS, lambda: model.generate(idx, num_tokens, sampler="philox"))
+    race.add_peer("JAX lax.scan", lambda: peers.jax_generate(weight, batch_size, num_tokens))
+    if batch_size == 1:
+        race.add_peer("NumPy", lambda: peers.numpy_generate(weight, num_tokens))
+    return race.run(effort)
+
+
+def long_chain(effort: Effort, vocab_size: int, num_threads: int, target: float) -> Result:
+    """One chain of 10^7 tokens, sampler "philox"."""
+    num_tokens = 10**7
+    race = Race(
+        f'generate 10^7 tokens in one chain, sampler "philox", V={vocab_size}, {num_threads} thread'
+        + "s" * (num_threads > 1),
+        [ns_a_token(num_tokens, target)],
+    )
+    weight = torch.randn(vocab_size, vocab_size)
+
+    def ours() -> Tensor:
+        with threads(num_threads):
+            return chain(weight, num_tokens)
+
+    race.add(OURS, ours)
+    race.add_floor("a dependent load from L1 a token", lambda: floors.dependent_loads(num_tokens))
+    return race.run(effort, memory=peak_bytes, memory_of=(OURS,))
+
+
+def large_vocabulary(effort: Effort) -> Result:
+    """V = 50257: a row costs its exponentials when a chain first meets it."""
+    vocab_size, num_tokens = 50_257, 20_000
+    passes = "torch.exp of each row met"
+    race = Race(f'generate {num_tokens} tokens in one chain, sampler "philox", V={vocab_size}', [within(passes, 1.0)])
+    if effort.quick:
+        return race.skip("takes a table of 10 GB: in the full run alone")
+    if reason := lacks_memory(12):
+        return race.skip(reason)
+    weight, some_rows = torch.empty(vocab_size, vocab_size), torch.randn(1000, vocab_size)
+    for rows in weight.split(1000):
+        rows.copy_(some_rows[: len(rows)])
+    rows_met, buffer = chain(weight, num_tokens)[0, :-1].unique().tolist(), torch.empty(vocab_size)
+
+    def exponentials(num_threads: int) -> None:
+        with threads(num_threads):
+            for row in rows_met:
+                torch.exp(weight[row], out=buffer)
+
+    race.add(OURS, lambda: chain(weight, num_tokens))
+    race.add_floor(passes, lambda: exponentials(torch.get_num_threads()))
+    race.add_floor(f"{passes}, one thread", lambda: exponentials(1))
+    return race.run(effort, memory=peak_bytes, memory_of=(OURS,))
+
+
+def chain(weight: Tensor, num_tokens: int) -> Tensor:
+    """The same tokens at each call."""
+    idx, generator = torch.zeros((1, 1), dtype=torch.long), torch.Generator().manual_seed(1)
+    return functional.generate(idx, weight, num_tokens, sampler="philox", generator=generator)
+
+
+JOBS = [
+    partial(same_tokens, batch_size=1, target=100),
+    partial(same_tokens, batch_size=32, target=10),
+    partial(own_tokens, batch_size=1),
+    partial(own_tokens, batch_size=32),
+    partial(long_chain, vocab_size=65, num_threads=1, target=10),
+    partial(long_chain, vocab_size=65, num_threads=2, target=3),
+    partial(long_chain, vocab_size=1000, num_threads=2, target=60),
+    large_vocabulary,
+]

@@ -1,60 +1,93 @@
-"""Runs the benchmarks, prints them as a table, and keeps them in benchmarks/results/ with the machine's description.
+"""Runs the benchmarks, prints them as tables, and keeps them with the machine's description.
 
-python benchmarks/run.py
+    python benchmarks/run.py                 # all, some ten minutes, into benchmarks/results/cpu.json
+    python benchmarks/run.py --quick         # all that fits into three minutes, kept nowhere
+    python benchmarks/run.py --only adamw    # bench_adamw.py alone, kept nowhere
+
+A peer that is not installed, and a job that does not fit into memory, are named as skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
+import time
+import traceback
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import bench_embedding_cross_entropy, bench_generate
-from benchmarks.timing import machine
+from benchmarks import report
+from benchmarks.machine import busy, machine
+from benchmarks.race import Effort, Job, Result
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+BENCHES = [
+    "embedding_cross_entropy",
+    "adamw",
+    "get_batch",
+    "training",
+    "generate",
+    "multinomial",
+    "count_bigrams",
+    "evaluate",
+    "tokenizer",
+    "import",
+    "exp",
+    "cost_curves",
+]
+FULL = Effort(seconds=8, min_rounds=5, quick=False)
+QUICK = Effort(seconds=0.5, min_rounds=2, quick=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31, help="alternating rounds, of which the median counts")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go, as JSON")
+    parser.add_argument("--quick", action="store_true", help="few rounds")
+    parser.add_argument("--only", choices=BENCHES, metavar="NAME", help=f"one of {', '.join(BENCHES)}")
+    parser.add_argument("--out", type=Path, help="where the results go, as JSON")
     arguments = parser.parse_args()
 
-    results = [
-        bench_embedding_cross_entropy.lecture_step(arguments.rounds),
-        bench_embedding_cross_entropy.large_table(max(3, arguments.rounds // 3)),
-        bench_generate.one_start(arguments.rounds),
-    ]
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    for result in results:
-        print_result(result)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
+    benches = [arguments.only] if arguments.only else BENCHES
+    effort = QUICK if arguments.quick else FULL
+    complete = not (arguments.quick or arguments.only)
+    out = arguments.out or (report.RESULTS / "cpu.json" if complete else None)
+
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    if load := busy():
+        print(f"{load}: these figures mean little", flush=True)
+    start = time.perf_counter()
+    results = run(benches, effort)
+    print(f"\n{report.plain_table([result for result in results if result is not None])}")
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    if None in results:
+        sys.exit(f"{results.count(None)} of {len(results)} jobs failed (see above); nothing is written")
+    if out is not None:
+        contents = [result.to_json() for result in results if result is not None]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": machine(), "results": contents}, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
 
 
-def print_result(result: dict[str, Any]) -> None:
-    seconds = result["seconds"]
-    print(
-        f"{result['job']}: {seconds['bigramx'] * 1e6:.1f} us, eager {seconds['eager'] * 1e6:.1f} us, "
-        f"{result['ratio']:.1f}x (reach {result['reach']:g}x)"
-    )
-    if "no-op" in seconds:
-        no_op = seconds["no-op"]
-        print(
-            f"    floor, a C++ autograd function that computes nothing: {no_op * 1e6:.1f} us, "
-            f"{seconds['eager'] / no_op:.1f}x; bigramx takes {seconds['bigramx'] / no_op:.2f} times that"
-        )
-    if "peak_bytes_beyond_gradient" in result:
-        print(
-            f"    peak memory beyond table and gradient: {result['peak_bytes_beyond_gradient']:,} bytes "
-            f"(reach {result['peak_bytes_reach']:,}), eager {result['eager_peak_bytes_beyond_gradient']:,}"
-        )
+def run(benches: list[str], effort: Effort) -> list[Result | None]:
+    """The results of all jobs of the files; None for one that failed, whose error is printed."""
+    results: list[Result | None] = []
+    for bench in benches:
+        jobs: list[Job] = importlib.import_module(f"benchmarks.bench_{bench}").JOBS
+        for job in jobs:
+            start = time.perf_counter()
+            try:
+                result = job(effort)
+            except Exception:
+                print(f"\n{bench}: failed\n{traceback.format_exc()}", flush=True)
+                results.append(None)
+                continue
+            result.bench = bench
+            results.append(result)
+            print(f"\n{result.job}  [{time.perf_counter() - start:.1f} s]", flush=True)
+            for line in report.details(result):
+                print(f"    {line}", flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""What others make of the same jobs: the lecture's script in eager PyTorch, NumPy, JAX.
+
+Each at its best: of several ways of writing it, the one that was fastest. JAX and NumPy are imported by the functions
+that make their contestants, which raise a ModuleNotFoundError where they are not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import Function
+from bigramx import CharTokenizer, data
+
+GetBatch = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def text_tokens(num_tokens: int, vocab_size: int = 65) -> Tensor:
+    """(N) int64 tokens of a text, so that some are rare and some are not, below ``vocab_size``."""
+    text = data.default_text()
+    tokens = CharTokenizer.from_text(text).encode(text) % vocab_size
+    return tokens.repeat(-(-num_tokens // len(tokens)))[:num_tokens].clone()
+
+
+# ---------------------------------------------------------------------------------------- the lecture
+
+
+def lecture_get_batch(tokens: Tensor, batch_size: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Two stacks of slices."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size,))
+    idx = torch.stack([tokens[i : i + block_size] for i in starts])
+    targets = torch.stack([tokens[i + 1 : i + block_size + 1] for i in starts])
+    return idx, targets
+
+
+def lecture_step(model: nn.Module, optimizer: torch.optim.Optimizer, get_batch: GetBatch, tokens: Tensor) -> Tensor:
+    """The body of the training loop, B = 32, T = 8; the loss."""
+    idx, targets = get_batch(tokens, 32, 8)
+    _logits, loss = model(idx, targets)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    detached: Tensor = loss.detach()
+    return detached
+
+
+@torch.no_grad()
+def lecture_estimate_loss(model: nn.Module, split: Tensor) -> float:
+    """The mean over 200 batches."""
+    losses = torch.zeros(200)
+    for k in range(200):
+        _logits, loss = model(*lecture_get_batch(split, 32, 8))
+        losses[k] = loss.item()
+    return losses.mean().item()
+
+
+def eager_loss(idx: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss without the model around it."""
+    return F.cross_entropy(F.embedding(idx, weight), targets)
+
+
+# ----------------------------------------------------------------------------------------------- NumPy
+
+
+def numpy_get_batch(tokens: Tensor) -> Function:
+    """B = 32, T = 8, the starts drawn by PyTorch so that the draws are the same."""
+    import numpy
+
+    array, steps = tokens.numpy(), numpy.arange(8)
+
+    def get_batch() -> object:
+        positions = torch.randint(len(array) - 8, (32, 1)).numpy() + steps
+        return array[positions], array[positions + 1]
+
+    return get_batch
+
+
+def numpy_multinomial(probs: Tensor, num_samples: int) -> Function:
+    """Draws with replacement by the running sums of each row of (B, V)."""
+    import numpy
+
+    array, generator = probs.numpy(), numpy.random.default_rng(0)
+
+    def multinomial() -> object:
+        sums = array.cumsum(axis=1)
+        uniforms = generator.random((len(array), num_samples), dtype=numpy.float32) * sums[:, -1:]
+        return numpy.stack([row.searchsorted(draws) for row, draws in zip(sums, uniforms, strict=True)])
+
+    return multinomial
+
+
+def numpy_generate(weight: Tensor, max_new_tokens: int) -> Function:
+    """One chain from token 0 by the running sums of each row of probabilities; (1, 1 + max_new_tokens)."""
+    import numpy
+
+    logits, generator = weight.detach().numpy(), numpy.random.default_rng(0)
+
+    def generate() -> object:
+        sums = numpy.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
+        sums /= sums[:, -1:]
+        sums[:, -1] = 1
+        rows, tokens = list(sums), [0]
+        for uniform in generator.random(max_new_tokens, dtype=numpy.float32):
+            tokens.append(int(rows[tokens[-1]].searchsorted(uniform, side="right")))
+        return [tokens]
+
+    return generate
+
+
+def numpy_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
+    """numpy.bincount of the numbers of the pairs."""
+    import numpy
+
+    array = tokens.numpy()
+
+    def count() -> object:
+        pairs = array[:-1] * numpy.int64(vocab_size) + array[1:]
+        return numpy.bincount(pairs, minlength=vocab_size**2).reshape(vocab_size, vocab_size)
+
+    return count
+
+
+def numpy_encode(text: str) -> Function:
+    """A table from code points to tokens."""
+    import numpy
+
+    characters = numpy.array([ord(character) for character in sorted(set(text))])
+    tokens = numpy.zeros(characters.max() + 1, dtype=numpy.int64)
+    tokens[characters] = numpy.arange(len(characters))
+    return lambda: tokens[numpy.frombuffer(text.encode("utf-32-le"), dtype=numpy.uint32)]
+
+
+# ------------------------------------------------------------------------------------------------- JAX
+
+
+def load_jax() -> Any:
+    """JAX on as many threads as PyTorch."""
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))  # the size of its pool, read when it starts
+    return importlib.import_module("jax")
+
+
+def jitted(function: Callable[..., Any], *arguments: Any) -> Function:
+    """Calls the compiled function with the arguments, and waits for what it returns; tensors become JAX's arrays."""
+    jax = load_jax()
+    compiled = jax.jit(function)
+    arrays = [jax_array(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+    return lambda: jax.block_until_ready(compiled(*arrays))
+
+
+def jax_array(tensor: Tensor) -> Any:
+    """The same numbers for JAX; integers as int32."""
+    array = tensor.detach().numpy()
+    return load_jax().numpy.asarray(array if tensor.is_floating_point() else array.astype("int32"))
+
+
+def jax_loss(weight: Any, idx: Any, targets: Any) -> tuple[Any, Any]:
+    """The loss () and the logits (N, V). logsumexp takes less time here than log_softmax."""
+    jax = load_jax()
+    logits = weight[idx.reshape(-1)]
+    correct = jax.numpy.take_along_axis(logits, targets.reshape(-1, 1), axis=1)[:, 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - correct).mean(), logits
+
+
+def jax_value_and_grad(idx: Tensor, weight: Tensor, targets: Tensor, *, return_logits: bool = False) -> Function:
+    """The loss and the gradient; with ``return_logits`` the logits are computed too."""
+    jax = load_jax()
+
+    def value_and_grad(weight: Any, idx: Any, targets: Any) -> Any:
+        (loss, logits), gradient = jax.value_and_grad(jax_loss, has_aux=True)(weight, idx, targets)
+        return loss, gradient, logits if return_logits else None
+
+    step: Callable[[], Any] = jitted(value_and_grad, weight, idx, targets)
+    return lambda: step()[:2]
+
+
+def jax_fit(weight: Tensor, tokens: Tensor, steps: int) -> Function:
+    """The whole loop in one scan, B = 32, T = 8: the losses.
+
+    The starts of all batches are drawn at once, and each batch is a slice: of four ways the fastest.
+    """
+    jax = load_jax()
+    jnp = jax.numpy
+
+    def step(tokens: Any, state: tuple[Any, ...], starts: Any) -> tuple[tuple[Any, ...], Any]:
+        weight, exp_avg, exp_avg_sq, number = state
+        blocks = jax.vmap(lambda start: jax.lax.dynamic_slice(tokens, (start,), (9,)))(starts)
+        (loss, _logits), gradient = jax.value_and_grad(jax_loss, has_aux=True)(weight, blocks[:, :-1], blocks[:, 1:])
+        number = number + 1
+        exp_avg = 0.9 * exp_avg + 0.1 * gradient
+        exp_avg_sq = 0.999 * exp_avg_sq + 0.001 * gradient**2
+        denominator = jnp.sqrt(exp_avg_sq / (1 - 0.999**number)) + 1e-8
+        weight = weight * (1 - 1e-2 * 1e-2) - 1e-2 / (1 - 0.9**number) * exp_avg / denominator
+        return (weight, exp_avg, exp_avg_sq, number), loss
+
+    def fit(weight: Any, tokens: Any, key: Any) -> Any:
+        starts = jax.random.randint(key, (steps, 32), 0, len(tokens) - 8)
+        state = (weight, jnp.zeros_like(weight), jnp.zeros_like(weight), jnp.float32(0))
+        (weight, *_), losses = jax.lax.scan(partial(step, tokens), state, starts)
+        return losses, weight
+
+    loop: Callable[[], Any] = jitted(fit, weight, tokens, jax.random.key(0))
+    return lambda: loop()[0]
+
+
+def jax_multinomial(probs: Tensor) -> Function:
+    """A draw from each row by its running sums, for which jax.random.categorical takes six times as long; (B, 1)."""
+    jax = load_jax()
+
+    def multinomial(probs: Any, key: Any) -> Any:
+        sums = jax.numpy.cumsum(probs, axis=1)
+        uniforms = jax.random.uniform(key, (len(probs), 1)) * sums[:, -1:]
+        return (sums <= uniforms).sum(axis=1, keepdims=True)
+
+    return jitted(multinomial, probs, jax.random.key(0))
+
+
+def jax_choice(probs: Tensor, num_samples: int) -> Function:
+    """Draws with replacement from (V)."""
+    jax = load_jax()
+
+    def choice(probs: Any, key: Any) -> Any:
+        return jax.random.choice(key, len(probs), (num_samples,), p=probs / probs.sum())
+
+    return jitted(choice, probs, jax.random.key(0))
+
+
+def jax_generate(weight: Tensor, batch_size: int, max_new_tokens: int) -> Function:
+    """Chains from token 0 in one scan, by the running sums of each row of probabilities; (B, max_new_tokens)."""
+    jax = load_jax()
+
+    def generate(weight: Any, key: Any) -> Any:
+        sums = jax.numpy.cumsum(jax.nn.softmax(weight), axis=1)[:, :-1]
+
+        def step(last: Any, uniforms: Any) -> tuple[Any, Any]:
+            following = (sums[last] <= uniforms).sum(axis=1, dtype="int32")
+            return following, following
+
+        uniforms = jax.random.uniform(key, (max_new_tokens, batch_size, 1))
+        return jax.lax.scan(step, jax.numpy.zeros(batch_size, dtype="int32"), uniforms)[1].T
+
+    return jitted(generate, weight, jax.random.key(0))
+
+
+def jax_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
+    """jax.numpy.bincount of the numbers of the pairs."""
+    jax = load_jax()
+
+    def count(tokens: Any) -> Any:
+        pairs = tokens[:-1] * vocab_size + tokens[1:]
+        return jax.numpy.bincount(pairs, length=vocab_size**2).reshape(vocab_size, vocab_size)
+
+    return jitted(count, tokens)
