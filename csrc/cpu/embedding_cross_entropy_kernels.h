@@ -304,29 +304,38 @@ class RowKernel {
         const Vector<T> scale = broadcast(static_cast<T>(mass / row.sum));
         const Vector<T> smooth_part = broadcast(static_cast<T>(smooth));
         T* const exponentials = row.exponentials;
-        scalar_t* const gradient = row.gradient;
         const auto spread = [&](Lanes<T> lanes) {
             Vector<T> result = load(exponentials + lanes.begin) * scale;
             if (smooth != 0) result -= load_class_weights(lanes) * smooth_part;
             return result;
         };
         if (row.counts != nullptr) {
-            const Vector<T> target_part = broadcast(static_cast<T>(target_unit()));
-            for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-                const Vector<T> counts = load_counts(row, lanes);
-                lanes.store(gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
-            });
+            write_counted_gradient(row, spread);
         } else {
             for_each_vector<T>(job_.num_classes,
                                [&](Lanes<T> lanes) { store(exponentials + lanes.begin, spread(lanes)); });
             subtract_targets(row, exponentials);
-            if (job_.stream_gradient) {
-                outgoing_.start(gradient, exponentials, job_.num_classes);
-            } else {
-                for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-                    lanes.store(gradient, load(exponentials + lanes.begin));
-                });
-            }
+            write_listed_gradient(row);
+        }
+    }
+
+    template <typename Spread>
+    void write_counted_gradient(const Row& row, const Spread& spread) const {
+        scalar_t* const gradient = row.gradient;
+        const Vector<T> target_part = broadcast(static_cast<T>(target_unit()));
+        for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+            const Vector<T> counts = load_counts(row, lanes);
+            lanes.store(gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
+        });
+    }
+
+    void write_listed_gradient(const Row& row) {
+        if (job_.stream_gradient) {
+            outgoing_.start(row.gradient, row.exponentials, job_.num_classes);
+        } else {
+            for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+                lanes.store(row.gradient, load(row.exponentials + lanes.begin));
+            });
         }
     }
 
@@ -352,7 +361,10 @@ class RowKernel {
     }
 
     void clear_counts(const Row& row) const {
-        if (row.counts != nullptr) std::fill(row.counts, row.counts + job_.pairs->stride, 0);
+        if (row.counts == nullptr) return;
+        for (int64_t k = 0; k < job_.pairs->stride; k += kLanes<int32_t>) {
+            store(row.counts + k, Vector<int32_t>{});
+        }
     }
 
     static constexpr T kLowest = -std::numeric_limits<T>::infinity();
