@@ -17,6 +17,7 @@ from bigramx.tokenizer import CharTokenizer
 
 _KIND = "model"
 _WEIGHT = "token_embedding_table.weight"
+_NO_TOKEN = torch.iinfo(torch.int64).min
 
 
 class BigramLanguageModel(nn.Module):
@@ -122,7 +123,8 @@ class BigramLanguageModel(nn.Module):
     def evaluate(self, tokens: Tensor) -> float:
         """The exact mean cross-entropy of each token of ``tokens``, (N), given the one before it, in nats.
 
-        Every pair counts, at the cost of its distinct rows: no batches are drawn. A table of 16-bit floats is read in
+        Every pair counts, at the cost of its distinct rows: no batches are drawn. Where the table is small against the
+        tokens, the pairs are counted, and the loss is taken in float64; else a table of 16-bit floats is read in
         float32. NaN for fewer than two tokens.
 
         Raises:
@@ -130,10 +132,16 @@ class BigramLanguageModel(nn.Module):
             IndexError: A token is out of range.
         """
         check_tokens(tokens)
-        tokens = tokens.to(self.device, torch.int64)
+        tokens = tokens.to(self.device)
         weight = self.token_embedding_table.weight
+        if 4 * weight.numel() <= len(tokens):
+            counts = functional.count_bigrams(tokens, self.vocab_size)
+            losses = -weight.double().log_softmax(dim=1)
+            losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # a pair that never occurs may be impossible
+            return (losses.sum(dim=1).sum() / (len(tokens) - 1)).item()  # by rows: no thread adds up a part of one
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:]).item()
+        tokens = tokens.long()
+        return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:], ignore_index=_NO_TOKEN).item()
 
     @classmethod
     @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigramx import ops
+from bigramx import functional, ops
 from bigramx.data import check_tokens, get_batch
 from bigramx.model import BigramLanguageModel
 from bigramx.optim import AdamW, state_of
@@ -24,7 +24,7 @@ _KIND = "history"
 
 
 def optimal_loss(tokens: Tensor) -> float:
-    """The least mean cross-entropy, in nats, that any bigram table has on ``tokens``, (N), with no table made.
+    """The least mean cross-entropy, in nats, that any bigram table has on ``tokens``, (N), whatever integers they are.
 
     It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN for fewer
     than two tokens.
@@ -35,20 +35,30 @@ def optimal_loss(tokens: Tensor) -> float:
     check_tokens(tokens)
     if len(tokens) < 2:
         return float("nan")
+    pair_counts, last_counts = _pair_counts(tokens)
+    return float((_sum_n_log_n(last_counts) - _sum_n_log_n(pair_counts)) / (len(tokens) - 1))
+
+
+def _pair_counts(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each pair occurs, and each of its first tokens: from a table where that is small, else by sorting."""
+    smallest, largest = (int(token) for token in tokens.long().aminmax())
+    if smallest >= 0 and 4 * (largest + 1) ** 2 <= len(tokens):
+        counts = functional.count_bigrams(tokens, largest + 1)
+        return counts, counts.sum(dim=1)
     values, ranks = torch.unique(tokens.long(), return_inverse=True)  # small numbers, whatever the tokens are
     last, following = ranks[:-1], ranks[1:]
-    pair_counts = _occurrences(last * len(values) + following)
-    last_counts = _occurrences(last)
-    pairs = len(tokens) - 1
-    return float(
-        (torch.special.xlogy(last_counts, last_counts).sum() - (pair_counts * pair_counts.log()).sum()) / pairs
-    )
+    return _occurrences(last * len(values) + following), _occurrences(last)
 
 
 def _occurrences(values: Tensor) -> Tensor:
-    """How often each distinct value occurs, float64."""
+    """How often each distinct value occurs."""
     counts: Tensor = torch.unique(values, return_counts=True)[1]
-    return counts.double()
+    return counts
+
+
+def _sum_n_log_n(counts: Tensor) -> Tensor:
+    total: Tensor = torch.special.xlogy(counts, counts.double()).sum()
+    return total
 
 
 @dataclass(eq=False)  # it holds tensors

@@ -69,3 +69,20 @@ def test_make_names_what_is_missing(checkout: Path, variables: list[str], messag
     assert result.returncode == 2
     assert result.stderr.startswith(message)
     assert len(result.stderr.splitlines()) == 2  # and make's own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
+def test_kernels_have_threads() -> None:
+    script = """
+import os, torch
+from bigramx import functional
+tokens = torch.frombuffer(bytearray(2**19), dtype=torch.uint8)
+threads = []
+for num_threads in (1, 2):
+    torch.set_num_threads(num_threads)
+    functional.count_bigrams(tokens, 5)
+    threads.append(len(os.listdir("/proc/self/task")))
+print(threads[1] - threads[0])
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == "1\n", result.stderr

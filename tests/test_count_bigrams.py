@@ -1,33 +1,82 @@
-"""functional.count_bigrams against bincount."""
+"""functional.count_bigrams against a Counter and bincount."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
 from bigramx import functional, reference
 
 DTYPES = [torch.uint8, torch.uint16, torch.int32, torch.int64]
+BLOCK = 256  # pairs
+JOB = 2**17  # pairs that a thread is woken for, where there are no more pairs of tokens than that
+
+
+@pytest.fixture(params=[1, 2, 3])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads, whatever the machine has; restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def counted(tokens: Tensor, vocab_size: int) -> Tensor:
+    counts = torch.zeros(vocab_size, vocab_size, dtype=torch.int64)
+    values = tokens.tolist()
+    for pair, count in Counter(itertools.pairwise(values)).items():
+        counts[pair] = count
+    return counts
 
 
 @given(
     seed=st.integers(0, 2**32),
-    vocab_size=st.sampled_from([1, 2, 65, 67, 127, 256]),
-    num_tokens=st.sampled_from([0, 1, 2, 3, 100, 4097]),
+    vocab_size=st.sampled_from([1, 2, 65, 67, 127, 256, 1000]),
+    num_tokens=st.sampled_from([0, 1, 2, 3, 100, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 1, 4097]),
     dtype=st.sampled_from(DTYPES),
     step=st.sampled_from([1, 2]),
 )
-def test_equals_reference(seed: int, vocab_size: int, num_tokens: int, dtype: torch.dtype, step: int) -> None:
+def test_equals_a_counter(seed: int, vocab_size: int, num_tokens: int, dtype: torch.dtype, step: int) -> None:
     torch.manual_seed(seed)
     tokens = torch.randint(vocab_size, (num_tokens * step,)).to(dtype)[::step]
     counts = functional.count_bigrams(tokens, vocab_size)
     assert counts.dtype == torch.int64
+    assert torch.equal(counts, counted(tokens, vocab_size))
     assert torch.equal(counts, reference.count_bigrams(tokens, vocab_size))
-    assert counts.sum() == max(num_tokens - 1, 0)
+
+
+# Where one job becomes two, where 16-bit counters become 8-bit ones, and where a job's table becomes worth its memory.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("vocab_size", "num_pairs"),
+    [
+        *[(65, jobs * JOB + extra) for jobs in (1, 2, 3) for extra in (-1, 0, 1, BLOCK)],
+        *[(vocab_size, 2 * JOB + 7) for vocab_size in (1, 2, 67, 128, 129, 256)],
+        *[(1000, pairs) for pairs in (10**6 - 1, 10**6, 2 * 10**6)],
+    ],
+)
+def test_large(vocab_size: int, num_pairs: int, dtype: torch.dtype, num_threads: int) -> None:
+    tokens = torch.randint(vocab_size, (num_pairs + 1,)).to(dtype)
+    assert torch.equal(functional.count_bigrams(tokens, vocab_size), reference.count_bigrams(tokens, vocab_size))
+
+
+@pytest.mark.parametrize("vocab_size", [65, 256])
+@pytest.mark.parametrize("num_pairs", [255, 256, 65535, 65536, 70_000, JOB - 1, JOB, JOB + 1, 200_000, 4 * JOB + 3])
+def test_a_pair_that_outgrows_its_counter(vocab_size: int, num_pairs: int, num_threads: int) -> None:
+    expected = torch.zeros(vocab_size, vocab_size, dtype=torch.int64)
+    expected[3, 3] = num_pairs
+    assert torch.equal(functional.count_bigrams(torch.full((num_pairs + 1,), 3), vocab_size), expected)
+    expected[3, 3] = 0
+    expected[0, 64], expected[64, 0] = (num_pairs + 1) // 2, num_pairs // 2
+    assert torch.equal(functional.count_bigrams(64 * (torch.arange(num_pairs + 1) % 2), vocab_size), expected)
 
 
 def test_large_vocabulary() -> None:
@@ -37,15 +86,28 @@ def test_large_vocabulary() -> None:
     assert torch.equal(counts, reference.count_bigrams(tokens % 3001, 3001))
 
 
-@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("num_tokens", [1, 3, 2 * BLOCK + 9, 2 * JOB + 9])
 @pytest.mark.parametrize(
-    ("dtype", "value"), [(torch.int64, -1), (torch.int32, 5), (torch.uint16, 65535), (torch.uint8, 5)]
+    ("dtype", "values"),
+    [
+        (torch.uint8, [65, 255]),
+        (torch.uint16, [65, 65535]),
+        (torch.int32, [-1, 65, -(2**31), 2**31 - 1]),
+        (torch.int64, [-1, 65, -(2**63), 2**63 - 1, 2**32 + 3, 2**16, 2**8]),
+    ],
 )
-def test_token_out_of_range(dtype: torch.dtype, value: int, position: int) -> None:
-    tokens = torch.tensor([1, 2, 3])
-    tokens[position] = value
-    with pytest.raises(IndexError, match=rf"holds {value} at position {position}, expected 0 <= token < 5"):
-        functional.count_bigrams(tokens.to(dtype), 5)
+def test_token_out_of_range(dtype: torch.dtype, values: list[int], num_tokens: int, num_threads: int) -> None:
+    borders = [0, 1, 2, num_tokens // 2, num_tokens - 2, num_tokens - 1]
+    borders += [border + offset for border in (BLOCK, 2 * BLOCK, JOB + 4) for offset in (-1, 0, 1)]
+    for position in sorted({border for border in borders if 0 <= border < num_tokens}):
+        for value in values:
+            tokens = torch.randint(65, (num_tokens,)).to(dtype)
+            if value != values[0]:
+                tokens[-1] = torch.tensor(values[0]).to(dtype)  # the first of them is the one that is named
+            tokens[position] = torch.tensor(value).to(dtype)
+            message = rf"tokens holds {value} at position {position}, expected 0 <= token < 65"
+            with pytest.raises(IndexError, match=message):
+                functional.count_bigrams(tokens, 65)
 
 
 @pytest.mark.parametrize(

@@ -96,19 +96,62 @@ def test_errors_name_the_argument() -> None:
         model(idx, idx[:, :1])
 
 
-def test_evaluate_is_exact() -> None:
-    model = BigramLanguageModel(65)
-    tokens = torch.randint(65, (5000,))
-    exact = reference.embedding_cross_entropy(tokens[:-1], model.token_embedding_table.weight.double(), tokens[1:])
-    assert isinstance(exact, torch.Tensor)
-    for dtype in (torch.int64, torch.int32, torch.uint16, torch.uint8):
-        assert model.evaluate(tokens.to(dtype)) == pytest.approx(exact.item(), rel=1e-6)
-    assert math.isnan(model.evaluate(tokens[:1]))
-    assert model.bfloat16().evaluate(tokens) == pytest.approx(model.float().evaluate(tokens), rel=1e-6)
-    with pytest.raises(RuntimeError, match="1-D"):
-        model.evaluate(tokens.view(50, 100))
-    with pytest.raises(RuntimeError, match=r"got torch\.float32"):
-        model.evaluate(tokens.float())
+# Fewer tokens than a table of counts is worth, and more.
+@pytest.mark.parametrize("num_tokens", [5000, 20_000])
+class TestEvaluate:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_is_exact(self, num_tokens: int, dtype: torch.dtype) -> None:
+        model = BigramLanguageModel(65, dtype=dtype)
+        tokens = torch.randint(65, (2 * num_tokens,))[::2]
+        exact = reference.embedding_cross_entropy(tokens[:-1], model.token_embedding_table.weight.double(), tokens[1:])
+        assert isinstance(exact, torch.Tensor)
+        for tokens_dtype in (torch.int64, torch.int32, torch.uint16, torch.uint8):
+            assert model.evaluate(tokens.to(tokens_dtype)) == pytest.approx(exact.item(), rel=1e-6)
+
+    def test_impossible_pairs(self, num_tokens: int) -> None:
+        model = BigramLanguageModel(65)
+        with torch.no_grad():
+            model.token_embedding_table.weight[:, 7] = -torch.inf
+            model.token_embedding_table.weight[8] = torch.nan
+        tokens = torch.randint(7, (num_tokens,))
+        exact = reference.embedding_cross_entropy(tokens[:-1], model.token_embedding_table.weight, tokens[1:])
+        assert isinstance(exact, torch.Tensor)
+        assert model.evaluate(tokens) == pytest.approx(exact.item(), rel=1e-5)
+        tokens[-1] = 7
+        assert model.evaluate(tokens) == math.inf
+        tokens[-1], tokens[-2] = 0, 8
+        assert math.isnan(model.evaluate(tokens))
+
+    def test_one_token_in_the_vocabulary(self, num_tokens: int) -> None:
+        assert BigramLanguageModel(1).evaluate(torch.zeros(num_tokens, dtype=torch.int32)) == 0
+
+    @pytest.mark.parametrize("position", [0, 2500, -1])
+    def test_token_out_of_range(self, num_tokens: int, position: int) -> None:
+        tokens = torch.randint(65, (num_tokens,))
+        for value in (-1, 65, -100):
+            tokens[position] = value
+            with pytest.raises(IndexError, match=f" {value} .*at position"):
+                BigramLanguageModel(65).evaluate(tokens)
+
+    def test_bad_tokens(self, num_tokens: int) -> None:
+        model = BigramLanguageModel(65)
+        with pytest.raises(RuntimeError, match="1-D"):
+            model.evaluate(torch.zeros(num_tokens, 1, dtype=torch.long))
+        with pytest.raises(RuntimeError, match=r"got torch\.float32"):
+            model.evaluate(torch.zeros(num_tokens))
+
+
+def test_evaluate_too_few_tokens() -> None:
+    for vocab_size in (1, 65):
+        for num_tokens in (0, 1):
+            assert math.isnan(BigramLanguageModel(vocab_size).evaluate(torch.zeros(num_tokens, dtype=torch.uint8)))
+
+
+def test_evaluate_does_not_depend_on_threads(two_threads: None) -> None:
+    model, tokens = BigramLanguageModel(250), torch.randint(250, (250_001,))
+    loss = model.evaluate(tokens)
+    torch.set_num_threads(1)
+    assert model.evaluate(tokens) == loss
 
 
 def test_padding_idx_of_the_table() -> None:

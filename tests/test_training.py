@@ -39,7 +39,8 @@ def test_optimal_loss_is_that_of_the_closed_form(corpus: tuple[torch.Tensor, int
     assert optimal_loss(tokens) == pytest.approx(model.evaluate(tokens), rel=1e-6)
     assert math.isnan(optimal_loss(tokens[:1]))
     assert optimal_loss(torch.arange(10).repeat(5)) == pytest.approx(0, abs=1e-12)
-    assert optimal_loss(tokens * 2**40) == pytest.approx(optimal_loss(tokens))
+    for same in (tokens * 2**40, tokens - 1, tokens.int(), tokens.to(torch.uint16), tokens.to(torch.uint8)):
+        assert optimal_loss(same) == pytest.approx(optimal_loss(tokens), rel=1e-12)
     for wrong in (tokens[:100].view(2, 50), tokens.float()):
         with pytest.raises(RuntimeError, match="expected tokens to be"):
             optimal_loss(wrong)

@@ -91,12 +91,12 @@ inline Capability cpu_capability() {
 #pragma GCC pop_options
 #endif
 
-#define BIGRAMX_DISPATCH(kernel)                                                               \
-    (::bigramx::cpu_capability() == ::bigramx::Capability::avx512 ? &::bigramx::avx512::kernel \
-     : ::bigramx::cpu_capability() == ::bigramx::Capability::avx2 ? &::bigramx::avx2::kernel   \
-                                                                  : &::bigramx::portable::kernel)
+#define BIGRAMX_DISPATCH(...)                                                                       \
+    (::bigramx::cpu_capability() == ::bigramx::Capability::avx512 ? &::bigramx::avx512::__VA_ARGS__ \
+     : ::bigramx::cpu_capability() == ::bigramx::Capability::avx2 ? &::bigramx::avx2::__VA_ARGS__   \
+                                                                  : &::bigramx::portable::__VA_ARGS__)
 #else
-#define BIGRAMX_DISPATCH(kernel) (&::bigramx::portable::kernel)
+#define BIGRAMX_DISPATCH(...) (&::bigramx::portable::__VA_ARGS__)
 #endif
 
 #pragma GCC diagnostic pop
