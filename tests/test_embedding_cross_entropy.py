@@ -354,6 +354,16 @@ def test_many_pairs_and_one_out_of_range(vocab_size: int, num_pairs: int, two_th
                 functional.embedding_cross_entropy(pairs["idx"], case.weight, pairs["targets"])
 
 
+@pytest.mark.parametrize("first", [-100.0, -5.0, 0.0, float("-inf")])
+@pytest.mark.parametrize("last", [0.0, 3.0, 100.0, float("inf"), float("nan")])
+def test_long_rows_whose_largest_logit_comes_late(first: float, last: float) -> None:
+    weight = torch.randn(3, 3000)
+    weight[1, :2500] = first
+    weight[1, 2999] = last
+    idx, targets = torch.tensor([0, 1, 1, 2]), torch.tensor([5, 2999, 2600, 2999])
+    Case(idx, weight, targets, {"reduction": "sum"}).check()
+
+
 @pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, 2800), (torch.bfloat16, 5600), (torch.float64, 1400)])
 @pytest.mark.parametrize("num_classes", [3001, 3008])  # rows that begin anywhere, and at whole vectors
 def test_gradients_larger_than_the_caches(dtype: torch.dtype, num_rows: int, num_classes: int) -> None:

@@ -17,13 +17,19 @@ class RowKernel {
           grad_losses_(static_cast<const T*>(job.grad_losses)),
           exponentials_(static_cast<T*>(scratch.exponentials)),
           target_counts_(scratch.target_counts),
+          is_plain_(class_weight_ == nullptr && grad_losses_ == nullptr && job.label_smoothing == 0 &&
+                    job.z_loss == 0),
           rows_of_scratch_(rows_of_scratch(job)) {}
 
     LossSums process(int64_t begin, int64_t end) {
         num_rows_ = 0;
         for (int64_t slot = begin; slot < end; ++slot) add_row(slot);
-        find_maxima();
+        find_maxima(std::min(job_.num_classes, kFirstPart));
         exponentiate();
+        if (kFirstPart < job_.num_classes && !sums_are_moderate()) {
+            find_maxima(job_.num_classes);
+            exponentiate();
+        }
         if (class_weight_ != nullptr) for_each_row([&](Row& row) { sum_class_weights(row); });
         if (!job_.pairs->counted) for_each_row([&](Row& row) { sum_listed_pairs(row); });
         LossSums sums;
@@ -55,7 +61,7 @@ class RowKernel {
         int64_t begin, end;      // its pairs in the list
         int32_t* counts;         // (padded C): of its pairs by target; or null
         T* exponentials;         // (padded C): e^(W[i, j] - max)
-        T max, sum, log_sum;     // of W[i, :], of the exponentials
+        T max, sum, log_sum;     // of W[i, :], or near it; of the exponentials
         PairSums pairs;
 
         double lse() const { return static_cast<double>(max) + log_sum; }
@@ -128,15 +134,23 @@ class RowKernel {
         for (int64_t k = 0; k < num_rows_; ++k) rows_[k].*number = numbers[k];
     }
 
-    void find_maxima() {
+    // Of the first `size` logits of each row.
+    void find_maxima(int64_t size) {
         for (int64_t k = 0; k < num_rows_; ++k) {
             const scalar_t* weight = rows_[k].weight;
             Vector<T> largest = broadcast(kLowest);
-            for_each_vector<T>(job_.num_classes,
+            for_each_vector<T>(size,
                                [&](Lanes<T> lanes) { largest = max(largest, lanes.load(weight, kLowest)); });
             partial_[k] = largest;
         }
         reduce([](Vector<T> a, Vector<T> b) { return max(a, b); }, &Row::max);
+    }
+
+    // Whether the maxima of the first parts are near enough to those of the rows. If not, sums lose digits;
+    // or overflow, or are NaN.
+    bool sums_are_moderate() const {
+        const T most = static_cast<T>(16 * job_.num_classes);
+        return std::all_of(rows_, rows_ + num_rows_, [&](const Row& row) { return row.sum < most; });
     }
 
     void exponentiate() {
@@ -301,21 +315,24 @@ class RowKernel {
         const double mass = (1 - epsilon) * row.pairs.weighted * job_.loss_scale +
                             smooth * job_.class_weight_sum +
                             2 * job_.z_loss * row.lse() * row.pairs.plain * job_.z_loss_scale;
-        const Vector<T> scale = broadcast(static_cast<T>(mass / row.sum));
-        const Vector<T> smooth_part = broadcast(static_cast<T>(smooth));
+        const T scale = static_cast<T>(mass / row.sum);
         T* const exponentials = row.exponentials;
-        const auto spread = [&](Lanes<T> lanes) {
+        const auto spread = [&, scale = broadcast(scale),
+                             smooth_part = broadcast(static_cast<T>(smooth))](Lanes<T> lanes) {
             Vector<T> result = load(exponentials + lanes.begin) * scale;
             if (smooth != 0) result -= load_class_weights(lanes) * smooth_part;
             return result;
         };
         if (row.counts != nullptr) {
             write_counted_gradient(row, spread);
+        } else if (is_plain_ && std::isnormal(scale)) {
+            subtract_targets(row, exponentials, target_unit() / scale);
+            write_scratch(row, scale);
         } else {
             for_each_vector<T>(job_.num_classes,
                                [&](Lanes<T> lanes) { store(exponentials + lanes.begin, spread(lanes)); });
-            subtract_targets(row, exponentials);
-            write_listed_gradient(row);
+            subtract_targets(row, exponentials, target_unit());
+            write_scratch(row, T(1));
         }
     }
 
@@ -329,12 +346,13 @@ class RowKernel {
         });
     }
 
-    void write_listed_gradient(const Row& row) {
+    // gradient = scratch * scale
+    void write_scratch(const Row& row, T scale) {
         if (job_.stream_gradient) {
-            outgoing_.start(row.gradient, row.exponentials, job_.num_classes);
+            outgoing_.start(row.gradient, row.exponentials, job_.num_classes, scale);
         } else {
             for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
-                lanes.store(row.gradient, load(row.exponentials + lanes.begin));
+                lanes.store(row.gradient, load(row.exponentials + lanes.begin) * broadcast(scale));
             });
         }
     }
@@ -342,8 +360,8 @@ class RowKernel {
     // What a pair of class weight 1 takes from its target.
     double target_unit() const { return (1 - job_.label_smoothing) * job_.loss_scale; }
 
-    void subtract_targets(const Row& row, T* row_gradient) {
-        const double unit = target_unit();
+    // unit: what a pair of class weight 1 takes.
+    void subtract_targets(const Row& row, T* row_gradient, double unit) {
         if (grad_losses_ != nullptr) {
             for_each_target(row, [&](int64_t k, int64_t target) {
                 const double g = grad_losses_[job_.pairs->numbers[k]];
@@ -368,6 +386,8 @@ class RowKernel {
     }
 
     static constexpr T kLowest = -std::numeric_limits<T>::infinity();
+    // Any number near its maximum will do to shift a long row: that of this many logits, to save a pass.
+    static constexpr int64_t kFirstPart = 1 << 11;
 
     const LossJob& job_;
     const T* class_weight_;
@@ -375,6 +395,7 @@ class RowKernel {
     T* exponentials_;               // (rows_of_scratch, padded C)
     int32_t* target_counts_;        // (C), all zero between rows
     RowStream<scalar_t> outgoing_;  // a gradient row, which leaves while the next row is computed
+    const bool is_plain_;           // all pairs weigh the same, and nothing is added to the cross entropy
     const int64_t rows_of_scratch_;
     int64_t next_scratch_ = 0;
     Row rows_[kMaxRowsAtOnce];

@@ -174,18 +174,19 @@ class RowStream {
   public:
     using T = Accumulator<scalar_t>;
 
-    void start(scalar_t* to, const T* from, int64_t size) {
+    void start(scalar_t* to, const T* from, int64_t size, T scale) {
         finish();
         to_ = to;
         from_ = from;
         left_ = size;
+        scale_ = scale;
         while (left_ > 0 && reinterpret_cast<uintptr_t>(to_) % kBytes != 0) store_one();
     }
 
     inline __attribute__((always_inline)) void step() {
         if (left_ < kLanes<T>) return;
         scalar_t lanes[kLanes<T>];
-        store(lanes, load(from_));
+        store(lanes, load(from_) * broadcast(scale_));
         stream<kBytes>(to_, lanes);
         advance(kLanes<T>);
     }
@@ -199,7 +200,7 @@ class RowStream {
     static constexpr int64_t kBytes = kLanes<T> * sizeof(scalar_t);
 
     void store_one() {
-        *to_ = static_cast<scalar_t>(*from_);
+        *to_ = static_cast<scalar_t>(*from_ * scale_);
         advance(1);
     }
 
@@ -212,6 +213,7 @@ class RowStream {
     scalar_t* to_ = nullptr;
     const T* from_ = nullptr;
     int64_t left_ = 0;
+    T scale_ = 1;
 };
 
 // Copies short rows without a call; the last vector may overlap the one before.
