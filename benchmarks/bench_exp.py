@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.floors import compile_ops
+from benchmarks.floors import compile_module
 from benchmarks.race import Effort, Reached, Result
 
 CAPABILITIES = ["plain vectors", "AVX2", "AVX-512"]
@@ -11,7 +11,7 @@ SAMPLE = 1009  # a prime: the sample meets every exponent
 
 def error(effort: Effort) -> Result:
     """Against std::exp in double, over all 2^32 float32 numbers, or a sample of them."""
-    errors = compile_ops("exp_error").exp_error(SAMPLE if effort.quick else 1)
+    errors = compile_module("exp_error").exp_error(SAMPLE if effort.quick else 1)
     what = f"every {SAMPLE}th of" if effort.quick else "all"
     return Result(
         f"the exponential's error over {what} 2^32 float32 numbers",

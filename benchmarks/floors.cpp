@@ -14,6 +14,7 @@
 #include <random>
 
 #include "cpu/huge_pages.h"
+#include "direct_op.h"
 
 namespace {
 
@@ -153,11 +154,17 @@ double exp_and_adamw(int64_t num_elements) {
 
 TORCH_LIBRARY(bigramx_benchmarks_floors, m) {
     m.def("noop(Tensor idx, Tensor weight, Tensor targets) -> (Tensor loss, Tensor logits)", &noop);
-    m.def("advise_huge_pages(Tensor tensor) -> ()", &advise_huge_pages);
-    m.def("read(Tensor tensor) -> int", &read);
-    m.def("dependent_loads(int num_loads) -> int", &dependent_loads);
-    m.def("twister(int num_words) -> int", &twister);
-    m.def("exp_and_adamw(int num_elements) -> float", &exp_and_adamw);
 }
 
 }  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    using at::Tensor;
+    bigramx::DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>::define(
+        m, "noop", "bigramx_benchmarks_floors::noop");
+    m.def("advise_huge_pages", &advise_huge_pages);
+    m.def("read", &read);
+    m.def("dependent_loads", &dependent_loads);
+    m.def("twister", &twister);
+    m.def("exp_and_adamw", &exp_and_adamw);
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,30 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import load
 
-from bigramx import reference
+from bigramx import ops, reference
 
 ROOT = Path(__file__).parents[1]
+OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 
-def compile_ops(name: str, *flags: str) -> Any:
-    """Compiles ``<name>.cpp`` of this folder into build/benchmarks; its ops."""
+def compile_module(name: str, *flags: str) -> Any:
+    """Compiles ``<name>.cpp`` of this folder into build/benchmarks, and imports it."""
     folder = ROOT / "build" / "benchmarks" / name
     folder.mkdir(parents=True, exist_ok=True)
-    load(
+    return load(
         name=f"bigramx_benchmarks_{name}",
         sources=[str(Path(__file__).with_name(f"{name}.cpp"))],
-        extra_cflags=["-O3", "-g0", *flags],
+        extra_cflags=["-O3", "-g0", *OPENMP, *flags],
+        extra_ldflags=OPENMP,
         extra_include_paths=[str(ROOT / "csrc")],
         build_directory=str(folder),
-        is_python_module=False,
     )
-    return getattr(torch.ops, f"bigramx_benchmarks_{name}")
 
 
 @functools.cache
-def _ops() -> Any:
+def _floors() -> Any:
     widest = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    return compile_ops("floors", "-march=native", "-fno-math-errno", "-fno-trapping-math", *widest)
+    return compile_module("floors", "-march=native", "-fno-math-errno", "-fno-trapping-math", *widest)
 
 
 class NoopModel(reference.BigramLanguageModel):
@@ -42,7 +43,8 @@ class NoopModel(reference.BigramLanguageModel):
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self.noop = _ops().noop.default
+        native = _floors().noop
+        self.noop = ops.direct(torch.ops.bigramx_benchmarks_floors.noop.default, native)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns memory of the right shapes."""
@@ -53,26 +55,26 @@ class NoopModel(reference.BigramLanguageModel):
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Fresh memory, huge pages advised, as the gradient of a large table gets it."""
     tensor = torch.empty(shape, dtype=dtype)
-    _ops().advise_huge_pages(tensor)
+    _floors().advise_huge_pages(tensor)
     return tensor
 
 
 def read(*tensors: Tensor) -> None:
     """Reads each tensor once."""
     for tensor in tensors:
-        _ops().read(tensor)
+        _floors().read(tensor)
 
 
 def twister(num_words: int) -> None:
     """Draws words of the Mersenne Twister, in vectors."""
-    _ops().twister(num_words)
+    _floors().twister(num_words)
 
 
 def exp_and_adamw(num_elements: int) -> None:
     """An exponential and an AdamW update for each of so many elements, in L1, in vectors, on one thread."""
-    _ops().exp_and_adamw(num_elements)
+    _floors().exp_and_adamw(num_elements)
 
 
 def dependent_loads(num_loads: int) -> None:
     """Loads from L1, each from the place that the one before names."""
-    _ops().dependent_loads(num_loads)
+    _floors().dependent_loads(num_loads)

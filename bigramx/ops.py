@@ -23,7 +23,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _Result = TypeVar("_Result")
 
 
-def _direct(op: Callable[..., _Result], native: Callable[..., _Result]) -> Callable[..., _Result]:
+def direct(op: Callable[..., _Result], native: Callable[..., _Result]) -> Callable[..., _Result]:
     """The op without torch.ops, whose parsing of the arguments takes as long as a small kernel.
 
     torch.ops serves those who listen there: torch.compile and overrides of __torch_function__. And it says what is
@@ -41,13 +41,13 @@ def _direct(op: Callable[..., _Result], native: Callable[..., _Result]) -> Calla
     return call
 
 
-embedding_cross_entropy = _direct(torch.ops.bigramx.embedding_cross_entropy.default, _C.embedding_cross_entropy)
+embedding_cross_entropy = direct(torch.ops.bigramx.embedding_cross_entropy.default, _C.embedding_cross_entropy)
 multinomial = torch.ops.bigramx.multinomial.default
 generate = torch.ops.bigramx.generate.default
 count_bigrams = torch.ops.bigramx.count_bigrams.default
 adamw_ = torch.ops.bigramx.adamw_.default
 count_and_step_adamw = _C.count_and_step_adamw
-get_batch = _direct(torch.ops.bigramx.get_batch.default, _C.get_batch)
+get_batch = direct(torch.ops.bigramx.get_batch.default, _C.get_batch)
 fit_ = torch.ops.bigramx.fit_.default
 Alphabet = _C.Alphabet
 

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "adamw.h"
+#include "direct_op.h"
 #include "tokenizer.h"
 
 TORCH_LIBRARY(bigramx, m) {
@@ -113,23 +114,7 @@ BIGRAMX_NO_KERNELS(MPS)
 BIGRAMX_NO_KERNELS(XPU)
 
 namespace py = pybind11;
-
-// An op as a function of the module: into the dispatcher as torch.ops goes, but without its parsing of the
-// arguments by the schema, which takes as long as a small kernel.
-template <typename Signature>
-struct DirectOp;
-
-template <typename Return, typename... Arguments>
-struct DirectOp<Return(Arguments...)> {
-    static void define(py::module& m, const char* name) {
-        const auto op = c10::Dispatcher::singleton()
-                            .findSchemaOrThrow((std::string("bigramx::") + name).c_str(), "")
-                            .typed<Return(Arguments...)>();
-        m.def(
-            name, [op](Arguments... arguments) { return op.call(arguments...); },
-            py::call_guard<py::gil_scoped_release>());
-    }
-};
+using bigramx::DirectOp;
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using at::Tensor;
@@ -138,9 +123,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("count_and_step_adamw", &bigramx::count_and_step_adamw, py::call_guard<py::gil_scoped_release>());
     DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                         const std::optional<Tensor>&, int64_t, int64_t, double, double,
-                                        int64_t, bool, bool)>::define(m, "embedding_cross_entropy");
+                                        int64_t, bool, bool)>::define(m, "embedding_cross_entropy",
+                                                                      "bigramx::embedding_cross_entropy");
     DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, int64_t, int64_t,
-                                        const std::optional<at::Generator>&)>::define(m, "get_batch");
+                                        const std::optional<at::Generator>&)>::define(m, "get_batch",
+                                                                                      "bigramx::get_batch");
     py::class_<bigramx::Alphabet>(m, "Alphabet")
         .def(py::init<py::handle>())
         .def("encode", &bigramx::Alphabet::encode)
