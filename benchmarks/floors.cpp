@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> noop(const at::Tensor& idx, const at::Tensor&
 void advise_huge_pages(const at::Tensor& tensor) { bigramx::advise_huge_pages(tensor); }
 
 // Sums the 64-bit words of a tensor.
-int64_t read(const at::Tensor& tensor) {
+int64_t read_words(const at::Tensor& tensor) {
     const auto* words = static_cast<const uint64_t*>(tensor.const_data_ptr());
     const auto sum = [words](int64_t begin, int64_t end, uint64_t start) {
         return std::accumulate(words + begin, words + end, start);
@@ -163,7 +163,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     bigramx::DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>::define(
         m, "noop", "bigramx_benchmarks_floors::noop");
     m.def("advise_huge_pages", &advise_huge_pages);
-    m.def("read", &read);
+    m.def("read_words", &read_words);
     m.def("dependent_loads", &dependent_loads);
     m.def("twister", &twister);
     m.def("exp_and_adamw", &exp_and_adamw);

@@ -26,7 +26,7 @@ def compile_module(name: str, *flags: str) -> Any:
         name=f"bigramx_benchmarks_{name}",
         sources=[str(Path(__file__).with_name(f"{name}.cpp"))],
         extra_cflags=["-O3", "-g0", *OPENMP, *flags],
-        extra_ldflags=OPENMP,
+        extra_ldflags=[*OPENMP],
         extra_include_paths=[str(ROOT / "csrc")],
         build_directory=str(folder),
     )
@@ -62,7 +62,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def read(*tensors: Tensor) -> None:
     """Reads each tensor once."""
     for tensor in tensors:
-        _floors().read(tensor)
+        _floors().read_words(tensor)
 
 
 def twister(num_words: int) -> None:
