@@ -120,6 +120,27 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf"), -1.0, -(2.0**-20)])
+def test_bad_probs_anywhere(value: float, dtype: torch.dtype) -> None:
+    for position in range(67):
+        probs = torch.zeros(3, 67, dtype=dtype)
+        probs[:, 5] = 1
+        probs[1, position] = value
+        with pytest.raises(RuntimeError, match=f"in row 1 at position {position}"):
+            functional.multinomial(probs, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_zeros_and_negative_zeros(dtype: torch.dtype) -> None:
+    probs = torch.zeros(3, 67, dtype=dtype)
+    probs[:, ::2] = -0.0
+    probs[:2, 66] = torch.finfo(dtype).smallest_normal
+    assert functional.multinomial(probs[:2], 1).tolist() == [[66], [66]]
+    with pytest.raises(RuntimeError, match=r"sum of probabilities <= 0\) in row 2"):
+        functional.multinomial(probs, 1)
+
+
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_probs_that_require_grad(num_samples: int) -> None:
     probs = torch.rand(5, 3).t().requires_grad_()

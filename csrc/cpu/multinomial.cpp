@@ -11,23 +11,31 @@
 
 #include "noise.h"
 
+#define BIGRAMX_KERNELS "multinomial_kernels.h"
+#include "for_each_capability.h"
+
 namespace bigramx {
 namespace {
 
 template <typename scalar_t>
+[[noreturn]] void refuse_row(const scalar_t* probs, int64_t vocab_size, int64_t b) {
+    for (int64_t j = 0; j < vocab_size; ++j) {
+        const double prob = static_cast<double>(probs[j]);
+        TORCH_CHECK(
+            prob >= 0 && prob < std::numeric_limits<double>::infinity(),
+            "multinomial: probability tensor contains either `inf`, `nan` or element < 0: probs holds ", prob,
+            " in row ", b, " at position ", j);
+    }
+    TORCH_CHECK(false, "multinomial: invalid multinomial distribution (sum of probabilities <= 0) in row ",
+                b);
+}
+
+template <typename scalar_t>
 void check_probs(const scalar_t* probs, int64_t num_rows, int64_t vocab_size) {
+    const auto kernel = BIGRAMX_DISPATCH(is_distribution<scalar_t>);
     for (int64_t b = 0; b < num_rows; ++b) {
-        bool any_positive = false;
-        for (int64_t j = 0; j < vocab_size; ++j) {
-            const double prob = static_cast<double>(probs[b * vocab_size + j]);
-            TORCH_CHECK(
-                prob >= 0 && prob < std::numeric_limits<double>::infinity(),
-                "multinomial: probability tensor contains either `inf`, `nan` or element < 0: probs holds ",
-                prob, " in row ", b, " at position ", j);
-            any_positive |= prob > 0;
-        }
-        TORCH_CHECK(any_positive,
-                    "multinomial: invalid multinomial distribution (sum of probabilities <= 0) in row ", b);
+        const scalar_t* row = probs + b * vocab_size;
+        if (!kernel(row, vocab_size)) refuse_row(row, vocab_size, b);
     }
 }
 
