@@ -13,7 +13,14 @@ import torch
 import bigramx
 
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
-VECTORISED = ["test_embedding_cross_entropy.py", "test_adamw.py", "test_fit.py", "test_count_bigrams.py"]
+VECTORISED = [
+    "test_embedding_cross_entropy.py",
+    "test_adamw.py",
+    "test_fit.py",
+    "test_count_bigrams.py",
+    "test_multinomial.py",
+    "test_generate.py",
+]
 
 
 def can_run(capability: str) -> bool:

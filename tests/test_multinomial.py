@@ -57,12 +57,167 @@ def test_default_generator() -> None:
     assert torch.equal(actual, torch.multinomial(probs, 1))
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-44, 1e30])
-def test_tiny_and_huge_weights(scale: float) -> None:
-    """Ratios that are subnormal, or near the largest float32."""
-    probs = torch.rand(200, 67) * scale
-    actual = functional.multinomial(probs, 1, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(actual, torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1)))
+def assert_equals_torch(
+    probs: torch.Tensor, num_samples: int = 1, replacement: bool = False, generator: torch.Generator | None = None
+) -> None:
+    """The samples, and the generator's state afterwards."""
+    ours = generator or torch.Generator().manual_seed(1)
+    torchs = torch.Generator()
+    torchs.set_state(ours.get_state())
+    actual = functional.multinomial(probs, num_samples, replacement, generator=ours)
+    assert torch.equal(actual, torch.multinomial(probs, num_samples, replacement, generator=torchs))
+    assert torch.equal(ours.get_state(), torchs.get_state())
+
+
+@pytest.mark.parametrize("words_before", [0, 1, 2, 311, 622, 623, 624, 625, 1248])
+@pytest.mark.parametrize("vocab_size", [1, 2, 311, 312, 313, 1024, 1025, 3000])
+def test_the_generators_state(vocab_size: int, words_before: int) -> None:
+    """The Mersenne Twister makes 624 words at a time; a draw takes two."""
+    for num_rows in range(4):
+        generator = torch.Generator().manual_seed(1)
+        torch.rand(words_before, generator=generator)
+        assert_equals_torch(torch.rand(num_rows, vocab_size), generator=generator)
+
+
+def test_a_normal_sample_that_waits_in_the_generator_stays() -> None:
+    generator = torch.Generator().manual_seed(1)
+    torch.randn(1, generator=generator)  # makes two
+    state = generator.get_state()
+    assert_equals_torch(torch.rand(3, 65), generator=generator)
+    assert_equals_torch(torch.rand(65), 10, replacement=True, generator=generator)
+    assert torch.equal(generator.get_state()[-24:], state[-24:])
+
+
+def hard_rows(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Rows of 1500: more than are searched at once."""
+    limits = torch.finfo(dtype)
+    smallest = limits.smallest_normal * limits.eps
+    zeros, powers = torch.zeros(1500, dtype=torch.float64), torch.rand(1500, dtype=torch.float64)
+    low, high = (torch.tensor(bound, dtype=torch.float64).log2() for bound in (limits.smallest_normal, limits.max))
+    return {
+        "equal": zeros + 1,
+        "one": zeros.index_fill(0, torch.tensor([1200]), 1),
+        "one that is subnormal": zeros.index_fill(0, torch.tensor([1200]), smallest),
+        "few": zeros.index_fill(0, torch.tensor([3, 1100, 1499]), 1),
+        "one likely": (zeros + 1e-4).index_fill(0, torch.tensor([77]), 50),
+        "largest": zeros + limits.max,
+        "smallest": zeros + smallest,
+        "smallest normal": zeros + limits.smallest_normal,
+        "subnormal": powers * limits.smallest_normal,
+        "all magnitudes": torch.exp2(low - 10 + powers * (high - low + 10)),
+        "all small magnitudes": torch.exp2(low - 10 + powers * (10 - low)),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", hard_rows(torch.float32))
+def test_hard_rows(name: str, dtype: torch.dtype) -> None:
+    row = hard_rows(dtype)[name].to(dtype)
+    assert_equals_torch(row.expand(300, -1))
+    assert_equals_torch(row[-3:].index_fill(0, torch.tensor([2]), row.max()).expand(300, -1))
+    assert_equals_torch(row, 3000, replacement=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows(dtype: torch.dtype) -> None:
+    assert_equals_torch(torch.rand(20_000, 65).to(dtype))
+
+
+def probs_like_the_noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """So that all ratios are equal but for a few roundings."""
+    state = generator.get_state()
+    noise = torch.empty(shape, dtype=dtype).exponential_(generator=generator)
+    generator.set_state(state)
+    roundings = torch.randint(-4, 5, shape) * torch.finfo(dtype).eps
+    return noise * (1 + roundings).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [2.0**-13, 1.0, 2.0**10])
+def test_ratios_that_are_nearly_equal(scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    probs = probs_like_the_noise(generator, (300, 1500), dtype) * scale
+    assert_equals_torch(probs, generator=generator)
+
+
+def generator_that_draws(draws: list[int]) -> torch.Generator:
+    """Its next draws are these, in units of 2^-53; at most 311."""
+
+    def raw(word: int) -> int:
+        """Of which the Mersenne Twister makes this word."""
+        word ^= word >> 18
+        word ^= word << 15 & 0xEFC60000
+        shifted = word
+        for _ in range(4):
+            shifted = word ^ (shifted << 7 & 0x9D2C5680)
+        return shifted ^ shifted >> 11 ^ shifted >> 22
+
+    generator = torch.Generator().manual_seed(1)
+    torch.rand(1, generator=generator)  # 623 words are left of the state
+    state = generator.get_state()
+    words = torch.tensor([raw(word) for draw in draws for word in (draw >> 32, draw & 0xFFFFFFFF)])
+    state.view(torch.int64)[4 : 4 + len(words)] = words  # after seed, number of words left, of words taken, first word
+    generator.set_state(state)
+    drawn = torch.rand(len(draws), dtype=torch.float64, generator=generator) * 2.0**53
+    assert drawn.long().tolist() == draws
+    generator.set_state(state)
+    return generator
+
+
+# The draws that round to zero or to a subnormal number as float16, whose first word says nothing, the largest.
+RARE_DRAWS = [0, 1, 2**27, 2**28, 2**28 + 1, 2**29, 2**32 - 1, 2**32, 2**33, 2**39 - 1, 2**39, 2**52, 2**53 - 1]
+
+
+@given(
+    row=st.lists(
+        st.tuples(
+            st.sampled_from(RARE_DRAWS) | st.integers(0, 2**53 - 1),
+            st.sampled_from([0.0, 0.0, 2.0**-149, 2.0**-24, 2.0**-14, 1.0, 1.0, 1.0078125, 65504.0, 2.0**127]),
+        ),
+        min_size=1,
+        max_size=70,
+    ),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_rare_draws(row: list[tuple[int, float]], dtype: torch.dtype) -> None:
+    """Infinite ratios, 0 / 0, ties."""
+    draws, values = zip(*row, strict=True)
+    probs = torch.tensor(values, dtype=torch.float64).clamp(max=torch.finfo(dtype).max).to(dtype)
+    if not probs.any():
+        probs[-1] = 1
+    assert_equals_torch(probs, generator=generator_that_draws(list(draws)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("largest", [2.0**-22, 2.0**-18, 2.0**-14, 2.0**-10])
+def test_ratios_of_small_noise_that_are_nearly_equal(largest: float, dtype: torch.dtype) -> None:
+    """Down to noise that is subnormal as float16."""
+    for _ in range(50):
+        draws = torch.randint(int(largest * 2**52), int(largest * 2**53), (67,))
+        generator = generator_that_draws(draws.tolist())
+        probs = probs_like_the_noise(generator, (67,), dtype) * 2.0**10
+        assert_equals_torch(probs, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 4096])
+@pytest.mark.parametrize("num_samples", [1, 7, 311])
+def test_draws_that_equal_a_cumulative_sum(num_samples: int, vocab_size: int, dtype: torch.dtype) -> None:
+    parts = [draw + k for draw in range(0, 2**53, 2**53 // 64) for k in (0, 1, -1, 2**46)]
+    generator = generator_that_draws([draw % 2**53 for draw in parts[: max(num_samples, 2)]])
+    assert_equals_torch(torch.ones(vocab_size, dtype=dtype), num_samples, replacement=True, generator=generator)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 67, 5000])
+@pytest.mark.parametrize("num_samples", [2, 600, 1024, 1025, 5000])
+def test_replacement(num_samples: int, vocab_size: int) -> None:
+    """Few samples and many, of even and of very uneven rows."""
+    for exponent in (0, 1, 30):
+        assert_equals_torch(torch.rand(3, vocab_size) ** exponent, num_samples, replacement=True)
+
+
+def test_replacement_where_the_sum_overflows() -> None:
+    assert_equals_torch(torch.full((70,), 3e38), 100, replacement=True)
 
 
 def test_many_samples_follow_the_distribution() -> None:
@@ -118,6 +273,27 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
     with pytest.raises(error, match=message):
         functional.multinomial(*arguments)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf"), -1.0, -(2.0**-20)])
+def test_bad_probs_anywhere(value: float, dtype: torch.dtype) -> None:
+    for position in range(67):
+        probs = torch.zeros(3, 67, dtype=dtype)
+        probs[:, 5] = 1
+        probs[1, position] = value
+        with pytest.raises(RuntimeError, match=f"in row 1 at position {position}"):
+            functional.multinomial(probs, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_zeros_and_negative_zeros(dtype: torch.dtype) -> None:
+    probs = torch.zeros(3, 67, dtype=dtype)
+    probs[:, ::2] = -0.0
+    probs[:2, 66] = torch.finfo(dtype).smallest_normal
+    assert functional.multinomial(probs[:2], 1).tolist() == [[66], [66]]
+    with pytest.raises(RuntimeError, match=r"sum of probabilities <= 0\) in row 2"):
+        functional.multinomial(probs, 1)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])

@@ -1,9 +1,8 @@
 // The noise that torch.multinomial draws: token = argmax_j probs[j] / q[j], q exponentially distributed.
 //
 // ATen's serial kernel makes q[j] = -log1p(-u) in float64, rounded to the dtype, from one 64-bit draw an
-// element. ReplayedNoise makes the same draws, but takes the logarithm only where probs[j] can still win: q
-// >= u, so probs / q <= probs / u. Other builds of ATen fill q by a library; DrawnNoise then asks ATen for
-// it.
+// element. ReplayedNoise makes the same draws, and takes the logarithm only where it decides between tokens
+// (noise_kernels.h). Other builds of ATen fill q by a library; DrawnNoise then asks ATen for it.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -11,9 +10,10 @@
 #include <ATen/ops/empty.h>
 
 #include <cmath>
-#include <limits>
 #include <mutex>
 #include <optional>
+
+#include "mersenne_twister.h"
 
 namespace bigramx {
 
@@ -22,27 +22,32 @@ inline at::CPUGeneratorImpl* cpu_generator(const std::optional<at::Generator>& g
                                                               at::detail::getDefaultCPUGenerator());
 }
 
-// Holds the generator while it lives, and leaves it advanced by what was drawn.
+// Holds the generator while it lives, and leaves it advanced by the words that were taken.
 class GeneratorStream {
   public:
     explicit GeneratorStream(at::CPUGeneratorImpl* generator)
-        : generator_(generator), lock_(generator->mutex_), engine_(generator->engine()) {}
-    ~GeneratorStream() { generator_->set_engine(engine_); }
+        : generator_(generator), lock_(generator->mutex_), twister_(generator->engine()) {}
+    ~GeneratorStream() { generator_->set_engine(twister_.engine()); }
     GeneratorStream(const GeneratorStream&) = delete;
     GeneratorStream& operator=(const GeneratorStream&) = delete;
 
-    // [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>.
-    double uniform() {
-        const uint64_t high = engine_();
-        const uint64_t bits = high << 32 | engine_();
-        return static_cast<double>(bits & ((1ull << 53) - 1)) * 0x1p-53;
-    }
+    static constexpr int64_t kMaxDraws = MersenneTwister::kMaxWords / 2;
+
+    // The words of the next `count` <= kMaxDraws draws, two each, raw.
+    const uint32_t* take(int64_t count) { return twister_.take(2 * count); }
 
   private:
     at::CPUGeneratorImpl* generator_;
     std::lock_guard<std::mutex> lock_;
-    at::mt19937 engine_;
+    MersenneTwister twister_;
 };
+
+// [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>; count <= kMaxDraws.
+void draw_uniforms(GeneratorStream& stream, int64_t count, double* draws);
+
+// The token with the largest of probs (V) / q.
+template <typename scalar_t>
+int64_t sample_token(GeneratorStream& stream, const scalar_t* probs, int64_t vocab_size);
 
 // argmax as ATen takes it: the first of equals, and a NaN (0 / 0) before all.
 template <typename scalar_t>
@@ -56,12 +61,11 @@ class BestRatio {
         }
     }
 
-    scalar_t best() const { return best_; }
     int64_t token() const { return token_; }
 
   private:
-    scalar_t best_ = -1;
-    int64_t token_ = 0;
+    scalar_t best_ = 0;
+    int64_t token_ = 0;  // of equals that are all zero, too
 };
 
 template <typename scalar_t>
@@ -70,29 +74,9 @@ class ReplayedNoise {
     ReplayedNoise(at::CPUGeneratorImpl* generator, int64_t vocab_size)
         : stream_(generator), vocab_size_(vocab_size) {}
 
-    int64_t sample(const scalar_t* probs) {
-        BestRatio<scalar_t> winner;
-        double bound = bound_of(winner.best());
-        for (int64_t j = 0; j < vocab_size_; ++j) {
-            const double u = stream_.uniform();
-            if (static_cast<double>(probs[j]) >= bound * u) {
-                winner.offer(j, probs[j], static_cast<scalar_t>(-std::log1p(-u)));
-                bound = bound_of(winner.best());
-            }
-        }
-        return winner.token();
-    }
+    int64_t sample(const scalar_t* probs) { return sample_token(stream_, probs, vocab_size_); }
 
   private:
-    // prob / u must reach this bound to win: the best so far, less what rounding of q and of the ratio may
-    // hide. Coarse types and subnormal ratios round by more, and are always computed.
-    static double bound_of(scalar_t best) {
-        constexpr bool coarse = sizeof(scalar_t) < sizeof(float);
-        if (coarse || best < 1e-30) return best == best ? -1.0 : std::numeric_limits<double>::quiet_NaN();
-        return static_cast<double>(best) *
-               (1 - 4 * static_cast<double>(std::numeric_limits<scalar_t>::epsilon()));
-    }
-
     GeneratorStream stream_;
     int64_t vocab_size_;
 };
@@ -134,12 +118,14 @@ bool replays_exponential() {
         constexpr int64_t kSize = 1000, kCalls = 2;
         at::Generator drawn = at::detail::createCPUGenerator(), replayed = at::detail::createCPUGenerator();
         GeneratorStream stream(at::check_generator<at::CPUGeneratorImpl>(replayed));
+        double draws[kSize];
         for (int64_t call = 0; call < kCalls; ++call) {
             const at::Tensor noise = at::empty({kSize}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value));
             noise.exponential_(1, drawn);
+            draw_uniforms(stream, kSize, draws);
             const scalar_t* q = noise.const_data_ptr<scalar_t>();
             for (int64_t j = 0; j < kSize; ++j) {
-                if (q[j] != static_cast<scalar_t>(-std::log1p(-stream.uniform()))) return false;
+                if (q[j] != static_cast<scalar_t>(-std::log1p(-draws[j]))) return false;
             }
         }
         return true;

@@ -277,6 +277,28 @@ inline Vector<T> swap_lanes(Vector<T> vector, std::index_sequence<lane...>) {
 #endif
 }
 
+// The lanes that are at least `bound`, as bits.
+template <typename T>
+inline uint64_t lanes_reaching(Vector<T> vector, T bound) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+        return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(vector), _mm512_set1_ps(bound), _CMP_GE_OQ);
+    } else {
+        return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(vector), _mm512_set1_pd(bound), _CMP_GE_OQ);
+    }
+#elif BIGRAMX_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) {
+        return _mm256_movemask_ps(reinterpret_cast<__m256>(vector >= bound));
+    } else {
+        return _mm256_movemask_pd(reinterpret_cast<__m256d>(vector >= bound));
+    }
+#else
+    uint64_t bits = 0;
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) bits |= uint64_t{vector[lane] >= bound} << lane;
+    return bits;
+#endif
+}
+
 // Combines each lane with the one at a distance of 1, 2, 4, ...: log2(lanes) steps, all in registers.
 template <typename T, int64_t distance = 1, typename Combine>
 inline T reduce(Vector<T> vector, const Combine& combine) {
