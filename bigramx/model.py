@@ -131,17 +131,32 @@ class BigramLanguageModel(nn.Module):
             RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
             IndexError: A token is out of range.
         """
-        check_tokens(tokens)
-        tokens = tokens.to(self.device)
+        counts = self.count_pairs(tokens)
+        if counts is not None:
+            return self.evaluate_counts(counts)
         weight = self.token_embedding_table.weight
-        if 4 * weight.numel() <= len(tokens):
-            counts = functional.count_bigrams(tokens, self.vocab_size)
-            losses = -weight.double().log_softmax(dim=1)
-            losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # a pair that never occurs may be impossible
-            return (losses.sum(dim=1).sum() / (len(tokens) - 1)).item()  # by rows: no thread adds up a part of one
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        tokens = tokens.long()
+        tokens = tokens.to(self.device, torch.int64)
         return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:], ignore_index=_NO_TOKEN).item()
+
+    def count_pairs(self, tokens: Tensor) -> Tensor | None:
+        """The pair counts of ``tokens``, (V, V), on the table's device, where they are small against them; else None.
+
+        Raises:
+            RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
+            IndexError: A token is out of range.
+        """
+        check_tokens(tokens)
+        if 4 * self.vocab_size**2 > len(tokens):
+            return None
+        return functional.count_bigrams(tokens.to(self.device), self.vocab_size)
+
+    @torch.no_grad()
+    def evaluate_counts(self, counts: Tensor) -> float:
+        """What ``evaluate`` gives for tokens with these pair counts, (V, V), in float64. NaN for no pairs."""
+        losses = -self.token_embedding_table.weight.double().log_softmax(dim=1)
+        losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # a pair that never occurs may be impossible
+        return (losses.sum(dim=1).sum() / counts.sum()).item()  # by rows: no thread adds up a part of one
 
     @classmethod
     @torch.no_grad()

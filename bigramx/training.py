@@ -35,19 +35,22 @@ def optimal_loss(tokens: Tensor) -> float:
     check_tokens(tokens)
     if len(tokens) < 2:
         return float("nan")
-    pair_counts, last_counts = _pair_counts(tokens)
-    return float((_sum_n_log_n(last_counts) - _sum_n_log_n(pair_counts)) / (len(tokens) - 1))
-
-
-def _pair_counts(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """How often each pair occurs, and each of its first tokens: from a table where that is small, else by sorting."""
     smallest, largest = (int(token) for token in tokens.long().aminmax())
     if smallest >= 0 and 4 * (largest + 1) ** 2 <= len(tokens):
-        counts = functional.count_bigrams(tokens, largest + 1)
-        return counts, counts.sum(dim=1)
+        return _optimal_loss_of_counts(functional.count_bigrams(tokens, largest + 1))
     values, ranks = torch.unique(tokens.long(), return_inverse=True)  # small numbers, whatever the tokens are
     last, following = ranks[:-1], ranks[1:]
-    return _occurrences(last * len(values) + following), _occurrences(last)
+    return _conditional_entropy(_occurrences(last * len(values) + following), _occurrences(last))
+
+
+def _optimal_loss_of_counts(counts: Tensor) -> float:
+    """The same from pair counts, (V, V)."""
+    return _conditional_entropy(counts, counts.sum(dim=1))
+
+
+def _conditional_entropy(pair_counts: Tensor, last_counts: Tensor) -> float:
+    """Of how often each pair occurs, and each of its first tokens."""
+    return float((_sum_n_log_n(last_counts) - _sum_n_log_n(pair_counts)) / last_counts.sum())
 
 
 def _occurrences(values: Tensor) -> Tensor:
@@ -218,7 +221,8 @@ def fit(
     if max_steps < 0 or eval_interval < 1:
         raise ValueError(f"expected max_steps >= 0 and eval_interval >= 1, got {max_steps} and {eval_interval}")
     history = History() if resume is None else copy.deepcopy(resume)
-    history.optimum = optimal_loss(train_tokens)
+    train, val = _Corpus(model, train_tokens), None if val_tokens is None else _Corpus(model, val_tokens)
+    history.optimum = train.optimal_loss()
     history.interrupted = False
     optimizer = _optimizer(model, history, lr)
     if history.generator_state is not None:
@@ -230,13 +234,13 @@ def fit(
         with _Interrupt() as interrupt:
             while history.step < max_steps and not interrupt.requested:
                 if history.step % eval_interval == 0:
-                    _evaluate(model, history, train_tokens, val_tokens, on_evaluation)
+                    _evaluate(history, train, val, on_evaluation)
                 most = min(max_steps - history.step, eval_interval - history.step % eval_interval)
                 take_steps(model, optimizer, history, train_tokens, (batch_size, block_size), generator, most)
                 if on_progress is not None:
                     on_progress(history)
             if not interrupt.requested:
-                _evaluate(model, history, train_tokens, val_tokens, on_evaluation)
+                _evaluate(history, train, val, on_evaluation)
             history.interrupted = interrupt.requested
     except KeyboardInterrupt:
         history.interrupted = True
@@ -330,18 +334,29 @@ def _optimizer(model: BigramLanguageModel, history: History, lr: float) -> torch
     return optimizer
 
 
+class _Corpus:
+    """Tokens to evaluate a model on, again and again: where that pays their pairs are counted, once."""
+
+    def __init__(self, model: BigramLanguageModel, tokens: Tensor) -> None:
+        self._model, self._tokens, self._counts = model, tokens, model.count_pairs(tokens)
+
+    def loss(self) -> float:
+        if self._counts is None:
+            return self._model.evaluate(self._tokens)
+        return self._model.evaluate_counts(self._counts)
+
+    def optimal_loss(self) -> float:
+        return optimal_loss(self._tokens) if self._counts is None else _optimal_loss_of_counts(self._counts)
+
+
 def _evaluate(
-    model: BigramLanguageModel,
-    history: History,
-    train_tokens: Tensor,
-    val_tokens: Tensor | None,
-    on_evaluation: Callable[[History], None] | None,
+    history: History, train: _Corpus, val: _Corpus | None, on_evaluation: Callable[[History], None] | None
 ) -> None:
     if history.steps and history.steps[-1] == history.step:
         return
-    train_loss = model.evaluate(train_tokens)
-    val_loss = float("nan") if val_tokens is None else model.evaluate(val_tokens)
-    if val_tokens is not None or history.val_losses:
+    train_loss = train.loss()
+    val_loss = float("nan") if val is None else val.loss()
+    if val is not None or history.val_losses:
         missing = len(history.steps) - len(history.val_losses)  # where earlier runs had no validation tokens
         history.val_losses += [float("nan")] * missing + [val_loss]
     history.steps.append(history.step)

@@ -141,6 +141,14 @@ class TestEvaluate:
             model.evaluate(torch.zeros(num_tokens))
 
 
+def test_evaluate_counts_of_any_number_of_pairs() -> None:
+    model, tokens = BigramLanguageModel(20), torch.randint(20, (50,))
+    assert model.count_pairs(tokens) is None
+    counts = functional.count_bigrams(tokens, 20)
+    assert model.evaluate_counts(counts) == pytest.approx(model.evaluate(tokens), rel=1e-6)
+    assert math.isnan(model.evaluate_counts(torch.zeros_like(counts)))
+
+
 def test_evaluate_too_few_tokens() -> None:
     for vocab_size in (1, 65):
         for num_tokens in (0, 1):

@@ -25,7 +25,7 @@ inline Vector<T> broadcast(T value) {
 // ------------------------------------------------------------------------------------- load and store
 
 // Of a row that is accumulated as it is.
-template <typename T>
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
 inline Vector<T> load(const T* from) {
     Vector<T> to;
     std::memcpy(&to, from, sizeof(to));
@@ -41,7 +41,7 @@ inline Vector<float> load(const c10::BFloat16* from) {
     return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Bits) << 16);
 }
 
-template <typename T>
+template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
 inline void store(T* to, Vector<T> from) {
     std::memcpy(to, &from, sizeof(from));
 }
