@@ -325,14 +325,16 @@ class RowKernel {
         };
         if (row.counts != nullptr) {
             write_counted_gradient(row, spread);
-        } else if (is_plain_ && std::isnormal(scale)) {
+        } else if (is_plain_ && std::isnormal(scale) && std::isfinite(row.sum)) {
             subtract_targets(row, exponentials, target_unit() / scale);
-            write_scratch(row, scale);
+            write_numbers(row, scale);
         } else {
             for_each_vector<T>(job_.num_classes,
                                [&](Lanes<T> lanes) { store(exponentials + lanes.begin, spread(lanes)); });
             subtract_targets(row, exponentials, target_unit());
-            write_scratch(row, T(1));
+            for_each_vector<T>(job_.num_classes, [&](Lanes<T> lanes) {
+                lanes.store(row.gradient, load(exponentials + lanes.begin));
+            });
         }
     }
 
@@ -346,8 +348,8 @@ class RowKernel {
         });
     }
 
-    // gradient = scratch * scale
-    void write_scratch(const Row& row, T scale) {
+    // gradient = scratch * scale, none of it NaN
+    void write_numbers(const Row& row, T scale) {
         if (job_.stream_gradient) {
             outgoing_.start(row.gradient, row.exponentials, job_.num_classes, scale);
         } else {

@@ -35,10 +35,29 @@ inline Vector<T> load(const T* from) {
 using Bits = Vector<uint32_t>;
 typedef uint16_t HalfBits __attribute__((vector_size(BIGRAMX_VECTOR_BYTES / 2)));
 
+// Widening and narrowing, which the compilers would take apart.
+inline Bits widen(HalfBits bits) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, reinterpret_cast<__m256i>(bits)));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#else
+    return __builtin_convertvector(bits, Bits);
+#endif
+}
+
+inline HalfBits narrow(Bits bits) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<HalfBits>(_mm512_maskz_cvtepi32_epi16(0xFFFF, reinterpret_cast<__m512i>(bits)));
+#else
+    return __builtin_convertvector(bits, HalfBits);
+#endif
+}
+
 inline Vector<float> load(const c10::BFloat16* from) {
     HalfBits bits;
     std::memcpy(&bits, from, sizeof(bits));
-    return reinterpret_cast<Vector<float>>(__builtin_convertvector(bits, Bits) << 16);
+    return reinterpret_cast<Vector<float>>(widen(bits) << 16);
 }
 
 template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
@@ -46,12 +65,15 @@ inline void store(T* to, Vector<T> from) {
     std::memcpy(to, &from, sizeof(from));
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
-inline void store(c10::BFloat16* to, Vector<float> from) {
+// The upper halves, rounded to nearest, ties to even; not for NaN.
+inline Bits round_to_bfloat16(Vector<float> from) {
     const Bits bits = reinterpret_cast<Bits>(from);
-    const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+inline void store(c10::BFloat16* to, Vector<float> from) {
     const Bits quiet_nan = Bits{} + 0x7FC0;
-    const HalfBits result = __builtin_convertvector(from == from ? rounded : quiet_nan, HalfBits);
+    const HalfBits result = narrow(from == from ? round_to_bfloat16(from) : quiet_nan);
     std::memcpy(to, &result, sizeof(result));
 }
 
@@ -80,6 +102,17 @@ inline void store(c10::Half* to, Vector<float> from) {
 #else
     for (int64_t lane = 0; lane < kLanes<float>; ++lane) to[lane] = from[lane];
 #endif
+}
+
+// As store, where none is NaN.
+template <typename scalar_t, typename T = Accumulator<scalar_t>>
+inline void store_numbers(scalar_t* to, Vector<T> from) {
+    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+        const HalfBits result = narrow(round_to_bfloat16(from));
+        std::memcpy(to, &result, sizeof(result));
+    } else {
+        store(to, from);
+    }
 }
 
 // The last `count` < kLanes elements of a row; the lanes beyond them hold `fill`.
@@ -186,7 +219,7 @@ class RowStream {
     inline __attribute__((always_inline)) void step() {
         if (left_ < kLanes<T>) return;
         scalar_t lanes[kLanes<T>];
-        store(lanes, load(from_) * broadcast(scale_));
+        store_numbers(lanes, load(from_) * broadcast(scale_));
         stream<kBytes>(to_, lanes);
         advance(kLanes<T>);
     }
