@@ -17,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
 HEADERS = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h"))
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# at::parallel_for is a header: compiled without OpenMP it runs everything in one thread.
+OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type
@@ -41,7 +43,8 @@ def extension_and_builder() -> tuple[Extension, type[build_ext]]:
         return Extension("bigramx._C", **arguments), MissingTorch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    return CppExtension("bigramx._C", extra_compile_args=FLAGS, **arguments), BuildExtension
+    extension = CppExtension("bigramx._C", extra_compile_args=FLAGS + OPENMP, extra_link_args=OPENMP, **arguments)
+    return extension, BuildExtension
 
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

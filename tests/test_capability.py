@@ -13,7 +13,7 @@ import torch
 import bigramx
 
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
-VECTORISED = ["test_embedding_cross_entropy.py", "test_adamw.py"]
+VECTORISED = ["test_embedding_cross_entropy.py", "test_adamw.py", "test_generate.py", "test_multinomial.py"]
 
 
 def can_run(capability: str) -> bool:
