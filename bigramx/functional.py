@@ -131,7 +131,12 @@ def embedding_cross_entropy(
 
 
 def multinomial(
-    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+    probs: Tensor,
+    num_samples: int,
+    replacement: bool = False,
+    *,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """``torch.multinomial``: the same samples for the same generator state (CPU), and any number of categories.
 
@@ -139,6 +144,9 @@ def multinomial(
         probs: (V) or (B, V) weights, finite and not negative, floating point; they need not sum to one.
         num_samples: How many tokens to draw from each row.
         replacement: Whether a token may be drawn twice.
+        sampler: ``"torch"`` draws as torch.multinomial does, and leaves the generator in the same state; the default on
+            the CPU. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b depends on (seed, b, k)
+            and the row alone (without replacement: and on the samples before it), in one pass over the row.
         generator: Where the randomness comes from; None: PyTorch's default generator.
 
     Returns:
@@ -147,10 +155,11 @@ def multinomial(
     Raises:
         RuntimeError: ``probs`` holds a NaN, an infinity or a negative number, or a row of zeros; has not 1 or 2
             dimensions; is not floating point; or ``num_samples`` is out of range.
+        ValueError: ``sampler`` is neither of the two.
         TypeError: An argument is of the wrong type.
     """
     try:
-        samples: Tensor = ops.multinomial(probs, num_samples, replacement, generator=generator)
+        samples: Tensor = ops.multinomial(probs, num_samples, replacement, sampler=sampler, generator=generator)
     except RuntimeError as error:
         raise ops.as_type_error(error) from None
     return samples
@@ -206,17 +215,7 @@ def generate(
         )
     except RuntimeError as error:
         raise ops.as_type_error(error) from None
-    if stop is not None:
-        tokens = tokens[:, : _length_to_last_stop(tokens, stop)]
-    return torch.cat((idx.to(torch.int64), tokens), dim=1)
-
-
-def _length_to_last_stop(tokens: Tensor, stop: int) -> int:
-    """How many of the (B, T) tokens to keep: up to where the last sequence meets ``stop``, that token included."""
-    if tokens.size(0) == 0:
-        return 0
-    stopped = (tokens == stop).int().cummax(dim=1).values.amin(dim=0)  # (T): whether all have
-    return min(int((1 - stopped).sum()) + 1, tokens.size(1))
+    return tokens
 
 
 def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -148,7 +148,12 @@ def _(
 
 @_fake("multinomial")
 def _(
-    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+    probs: Tensor,
+    num_samples: int,
+    replacement: bool = False,
+    *,
+    sampler: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     return probs.new_empty((*probs.shape[:-1], num_samples), dtype=torch.int64)
 
@@ -168,7 +173,9 @@ def _(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_same_device("generate", idx=idx, weight=weight)
-    return idx.new_empty((idx.shape[0], max_new_tokens), dtype=torch.int64)
+    all_steps = idx.shape[1] + max_new_tokens
+    length = all_steps if stop is None else library.get_ctx().new_dynamic_size(min=0)
+    return idx.new_empty((idx.shape[0], length), dtype=torch.int64)
 
 
 @_fake("count_bigrams")

@@ -73,10 +73,30 @@ def embedding_cross_entropy(
 
 
 def multinomial(
-    probs: Tensor, num_samples: int, replacement: bool = False, *, generator: torch.Generator | None = None
+    probs: Tensor,
+    num_samples: int,
+    replacement: bool = False,
+    *,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """See functional.multinomial."""
-    return torch.multinomial(probs, num_samples, replacement, generator=generator)
+    if sampler != "philox":
+        return torch.multinomial(probs, num_samples, replacement, generator=generator)
+    seed = _draw_seed(generator)
+    rows = probs if probs.dim() == 2 else probs[None]
+    weights = weights_of_probs(rows)
+    samples = torch.empty(len(rows), num_samples, dtype=torch.int64)
+    for k in range(num_samples):
+        r = philox(seed, torch.arange(len(rows)), k) >> 1
+        drawn = torch.searchsorted(thresholds(weights), r[:, None], right=True)
+        if not replacement:
+            weights.scatter_(1, drawn.clamp(max=rows.size(1) - 1), 0)
+        samples[:, k] = drawn[:, 0]
+    for b in range(len(rows) if not replacement else 0):  # where only zeros are left: those, in order
+        num_positive = int((rows[b] > 0).sum())
+        samples[b, num_positive:] = (rows[b] == 0).nonzero()[: max(num_samples - num_positive, 0), 0]
+    return samples if probs.dim() == 2 else samples[0]
 
 
 def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -114,24 +134,24 @@ def filter_logits(
 
 
 def philox(seed: int, sequence: Tensor, position: int) -> Tensor:
-    """The first word of Philox4x32-10 (Salmon et al., SC 2011) with the counter (position, sequence), low words first.
+    """A word of Philox4x32-10 (Salmon et al., SC 2011): the counter is (position // 4, sequence), low words first.
 
     sequence: int64 of any shape -> int64 of that shape, each 0 to 2^32 - 1.
     """
     mask = 0xFFFFFFFF
-    counter = [
-        torch.full_like(sequence, position & mask),
-        torch.full_like(sequence, position >> 32 & mask),
+    words = [
+        torch.full_like(sequence, position // 4 & mask),
+        torch.full_like(sequence, position // 4 >> 32),
         sequence & mask,
         sequence >> 32 & mask,
     ]
     key = [seed & mask, seed >> 32 & mask]
     for _ in range(10):
-        low0, high0 = _multiply(0xD2511F53, counter[0])
-        low1, high1 = _multiply(0xCD9E8D57, counter[2])
-        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        low0, high0 = _multiply(0xD2511F53, words[0])
+        low1, high1 = _multiply(0xCD9E8D57, words[2])
+        words = [high1 ^ words[1] ^ key[0], low1, high0 ^ words[3] ^ key[1], low0]
         key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
-    return counter[0]
+    return words[position % 4]
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,11 +162,54 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return product_low, product_high
 
 
-def thresholds(logits: Tensor) -> Tensor:
-    """Logits (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose threshold lies above it."""
-    weights = (torch.exp(logits.double() - logits.double().amax(-1, keepdim=True)) * 2**31 + 0.5).long()
+def _draw_seed(generator: torch.Generator | None) -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)) % 2**64
+
+
+def weights_of_logits(logits: Tensor) -> Tensor:
+    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^30, by the very operations of csrc/thresholds.h."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    x = (logits - logits.amax(-1, keepdim=True)).float().clamp(min=-25)
+    shifted = _fma(x, float.fromhex("0x1.715476p0"), 1.5 * 2**23)
+    n = shifted - 1.5 * 2**23
+    r = _fma(n, -float.fromhex("0x1.62e400p-1"), x)
+    r = _fma(n, -float.fromhex("0x1.7f7d1cp-20"), r)
+    series = torch.full_like(x, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1, 1):
+        series = _fma(series, r, coefficient)
+    return ((series * _power_of_two(n.long() + 30)).float() + 0.5).long()
+
+
+def _fma(a: Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
+    """A * b + c in float32, rounded once."""
+    a, b, c = (torch.as_tensor(value, dtype=torch.float32).double() for value in (a, b, c))
+    product = a * b  # exact
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    # To the neighbour with an odd last bit, where inexact: rounding that to float32 is as rounding the exact sum.
+    is_even = total.view(torch.int64) & 1 == 0
+    odd = torch.nextafter(total, torch.copysign(torch.full_like(total, float("inf")), error))
+    return torch.where((error != 0) & is_even, odd, total).float()
+
+
+def weights_of_probs(probs: Tensor) -> Tensor:
+    """Probabilities (..., V) -> (..., V) int64: scaled to a largest from 2^29 to 2^30; 0 only where they are."""
+    exponent = torch.frexp(probs.double().amax(-1, keepdim=True)).exponent
+    scaled = probs * _power_of_two((30 - exponent) // 2) * _power_of_two((31 - exponent) // 2)
+    return torch.maximum((scaled.float() + 0.5).long(), (probs > 0).long())
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return (exponent.long() + 1023 << 52).view(torch.float64)
+
+
+def thresholds(weights: Tensor) -> Tensor:
+    """Weights (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose threshold lies above it."""
     sums = weights.cumsum(-1)
-    return (sums.double() * 2**31 / sums[..., -1:].double()).long()
+    total = sums[..., -1:]
+    return torch.where(sums == total, 2**31, (sums.double() * (2**31 / total.double())).long())
 
 
 def generate(
@@ -165,8 +228,7 @@ def generate(
     """See functional.generate."""
     seed = 0
     if sampler == "philox" and temperature > 0 and idx.size(0) > 0 and max_new_tokens > 0:
-        full_range = torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        seed = int(full_range) % 2**64
+        seed = _draw_seed(generator)
     stopped = torch.zeros(idx.size(0), dtype=torch.bool)
     for t in range(max_new_tokens):
         if stop is not None and bool(stopped.all()):
@@ -178,7 +240,7 @@ def generate(
             idx_next = logits.argmax(-1, keepdim=True)
         elif sampler == "philox":
             r = philox(seed, torch.arange(idx.size(0)), t) >> 1
-            idx_next = torch.searchsorted(thresholds(logits), r[:, None], right=True)
+            idx_next = torch.searchsorted(thresholds(weights_of_logits(logits)), r[:, None], right=True)
         else:
             idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         if stop is not None:

@@ -11,6 +11,7 @@
 
 #include "adamw.h"
 #include "direct_op.h"
+#include "interrupt.h"
 #include "tokenizer.h"
 
 TORCH_LIBRARY(bigramx, m) {
@@ -35,12 +36,12 @@ TORCH_LIBRARY(bigramx, m) {
 
     // (V) or (B, V) probabilities -> (num_samples) or (B, num_samples) int64.
     m.def(
-        "multinomial(Tensor probs, int num_samples, bool replacement=False, *, Generator? generator=None) "
-        "-> Tensor",
+        "multinomial(Tensor probs, int num_samples, bool replacement=False, *, str? sampler=None, "
+        "Generator? generator=None) -> Tensor",
         {at::Tag::nondeterministic_seeded});
 
-    // The chains that follow idx[:, -1]: (B, T) -> (B, max_new_tokens) int64. temperature 0: the likeliest
-    // token. Once all chains have met `stop`, the rest is filled with it.
+    // idx (B, T), continued: (B, T + max_new_tokens) int64; shorter where all chains met `stop`, up to which
+    // those that met it earlier are filled with it. temperature 0: the likeliest token.
     m.def(
         "generate(Tensor idx, Tensor weight, int max_new_tokens, float temperature=1.0, int? top_k=None, "
         "float? top_p=None, float? min_p=None, int? stop=None, str? sampler=None, *, "
@@ -93,6 +94,11 @@ std::map<std::string, std::string> build_info() {
             {"torch_version", TORCH_VERSION}};
 }
 
+void run_signal_handlers() {
+    const pybind11::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+}
+
 void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack*) {
     TORCH_CHECK(false, op.schema().operator_name().name, ": no kernel is built for device ",
                 c10::DeviceTypeName(c10::dispatchKeyToDeviceType(keys.highestPriorityTypeId()), true),
@@ -133,4 +139,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("encode", &bigramx::Alphabet::encode)
         .def("decode", &bigramx::Alphabet::decode)
         .def("decode_sequence", &bigramx::Alphabet::decode_sequence);
+    bigramx::handle_signals = &run_signal_handlers;
 }

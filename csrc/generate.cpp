@@ -2,7 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/full_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/zeros_like.h>
@@ -18,10 +18,6 @@ namespace bigramx {
 
 at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options) {
     constexpr double kRemoved = -std::numeric_limits<double>::infinity();
-    if (options.temperature == 0) {
-        const at::Tensor likeliest = logits.argmax(-1, /*keepdim=*/true);
-        return at::full_like(logits, kRemoved).scatter(-1, likeliest, 0.0);
-    }
     if (options.temperature != 1) logits = logits / options.temperature;
     if (options.top_k.has_value()) {
         const int64_t k = std::min(*options.top_k, logits.size(-1));
@@ -44,14 +40,6 @@ at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options) {
 namespace {
 
 constexpr const char* kName = "generate";
-
-// On the CPU the default is the stream that the lecture's loop draws from.
-Sampler sampler_of(std::optional<c10::string_view> sampler) {
-    const c10::string_view name = sampler.value_or("torch");
-    TORCH_CHECK_VALUE(name == "torch" || name == "philox", kName,
-                      ": expected sampler to be 'torch' or 'philox', got '", name, "'");
-    return name == "torch" ? Sampler::torch : Sampler::philox;
-}
 
 void check_options(const SamplingOptions& options, int64_t vocab_size) {
     TORCH_CHECK_VALUE(options.temperature >= 0 && std::isfinite(options.temperature), kName,
@@ -87,15 +75,22 @@ at::Tensor generate_op_cpu(const at::Tensor& idx, const at::Tensor& weight, int6
                            std::optional<c10::string_view> sampler,
                            const std::optional<at::Generator>& generator) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
-    const SamplingOptions options{temperature, top_k, top_p, min_p, stop, sampler_of(sampler)};
+    const SamplingOptions options{temperature, top_k, top_p, min_p, stop, cpu_sampler(kName, sampler)};
     check_defined(kName, "weight", weight);
     check_square(kName, "weight", weight);
     check_floating(kName, "weight", weight);
     check_options(options, weight.size(0));
     check_idx(idx, weight);
     TORCH_CHECK_VALUE(max_new_tokens >= 0, kName, ": expected max_new_tokens >= 0, got ", max_new_tokens);
-    const at::Tensor starts = idx.size(0) > 0 ? idx.select(1, -1) : idx.reshape({0});
-    return generate_cpu(contiguous_int64(starts), weight, max_new_tokens, options, generator);
+    const int64_t num_given = idx.size(1);
+    at::Tensor tokens = at::empty({idx.size(0), num_given + max_new_tokens}, idx.options().dtype(at::kLong));
+    tokens.narrow(1, 0, num_given).copy_(idx);
+    int64_t num_filled = stop.has_value() ? 0 : max_new_tokens;
+    if (idx.size(0) > 0 && max_new_tokens > 0) {
+        num_filled = generate_cpu(weight, options, generator, num_given, tokens);
+    }
+    const at::Tensor filled = tokens.narrow(1, 0, num_given + num_filled);
+    return num_filled == max_new_tokens ? tokens : filled.clone(at::MemoryFormat::Contiguous);
 }
 
 TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl("generate", &generate_op_cpu); }

@@ -6,9 +6,9 @@
 
 #include <optional>
 
-namespace bigramx {
+#include "sampler.h"
 
-enum class Sampler { torch, philox };
+namespace bigramx {
 
 struct SamplingOptions {
     double temperature;  // 0: the likeliest token
@@ -19,13 +19,14 @@ struct SamplingOptions {
     Sampler sampler;
 };
 
-// (..., V) logits -> logits with the temperature applied and -inf for the tokens that the filters remove. The
-// filters depend on the previous token alone, so that this is done once for each row of the table, not for
-// each step.
+// (..., V) logits -> logits with the temperature, which is not 0, applied, and -inf for the tokens that the
+// filters remove. The filters depend on the previous token alone, so that this is done once for each row of
+// the table, not for each step.
 at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options);
 
-// starts (B) int64, weight (V, V) -> (B, max_new_tokens) int64.
-at::Tensor generate_cpu(const at::Tensor& starts, const at::Tensor& weight, int64_t max_new_tokens,
-                        const SamplingOptions& options, const std::optional<at::Generator>& generator);
+// tokens (B, T + max_new_tokens) int64, none of them 0, of which the first T are given: fills the others.
+// Returns how many of them it filled: fewer than there are where all sequences met `stop`.
+int64_t generate_cpu(const at::Tensor& weight, const SamplingOptions& options,
+                     const std::optional<at::Generator>& generator, int64_t num_given, at::Tensor& tokens);
 
 }  // namespace bigramx

@@ -9,8 +9,10 @@ namespace bigramx {
 namespace {
 
 at::Tensor multinomial_op_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement,
+                              std::optional<c10::string_view> sampler,
                               const std::optional<at::Generator>& generator) {
     constexpr const char* op = "multinomial";
+    const Sampler chosen = cpu_sampler(op, sampler);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
     check_defined(op, "probs", probs);
     TORCH_CHECK(probs.dim() == 1 || probs.dim() == 2, op, ": probs must be 1 or 2 dim, got shape ",
@@ -24,7 +26,7 @@ at::Tensor multinomial_op_cpu(const at::Tensor& probs, int64_t num_samples, bool
                 ": cannot sample num_samples > probs.size(-1) (", num_samples, " > ", vocab_size,
                 ") samples without replacement");
     const at::Tensor rows = probs.dim() == 1 ? probs.unsqueeze(0) : probs;
-    const at::Tensor samples = multinomial_cpu(rows, num_samples, replacement, generator);
+    const at::Tensor samples = multinomial_cpu(rows, num_samples, replacement, chosen, generator);
     return probs.dim() == 1 ? samples.squeeze(0) : samples;
 }
 

@@ -1,4 +1,5 @@
-// Draws tokens from rows of probabilities: the samples, the errors and the stream of torch.multinomial.
+// Draws tokens from rows of probabilities: the errors of torch.multinomial and, by the sampler "torch", its
+// samples and its stream.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -6,10 +7,12 @@
 
 #include <optional>
 
+#include "sampler.h"
+
 namespace bigramx {
 
 // probs (B, V), num_samples in range -> (B, num_samples) int64.
-at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement,
+at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement, Sampler sampler,
                            const std::optional<at::Generator>& generator);
 
 }  // namespace bigramx

@@ -1,72 +1,105 @@
-// A row of logits as integer thresholds: token j is drawn by the uniform 31-bit r with
-// thresholds[j - 1] <= r < thresholds[j]. On host and device the same, bit for bit: the sums are integers,
-// and what is rounded is rounded once, by operations that the standard fixes, fused or not.
+// How a uniform number of 31 bits, r, draws a token from a row of weights: whole numbers, so that their sums
+// are exact in any order. With the cumulative sums c of a row, and their total C, the draw is the first token
+// with threshold(c) > r. A token of weight zero has the threshold of the one before it, and is never drawn.
+//
+// On host and device the same bits: what is rounded is rounded by single operations that IEEE 754 fixes, and
+// no rounded product meets a sum that a compiler could fuse with it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "philox.h"
 
 namespace bigramx {
 
-constexpr int kThresholdBits = 31;
+constexpr int kWeightBits = 30;  // the largest weight of a row is about 2^30
 
-// e^x for x <= 0 to 1 ulp; zero below e^-23, where the weights made of it are zero too.
-BIGRAMX_HOST_DEVICE inline double exp_portable(double x) {
-    if (!(x > -23.0)) return 0.0;
-    const double n = floor(fma(x, 0x1.71547652b82fep0, 0.5));
-    const double r = fma(-n, 0x1.abc9e3b39803fp-56, fma(-n, 0x1.62e42fefa39efp-1, x));
-    constexpr int kDegree = 14;
-    double series = 1.0;
-    for (int k = kDegree; k > 0; --k) series = fma(series, r / k, 1.0);
-    const uint64_t exponent = static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52;
-    double power_of_two;
-    memcpy(&power_of_two, &exponent, sizeof(power_of_two));
-    return series * power_of_two;
+// e^logit 2^30, rounded; logit: less the largest of its row, so <= 0; -inf gives 0.
+//
+// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); n and 30 go onto the
+// exponent.
+BIGRAMX_HOST_DEVICE inline uint32_t weight_of_logit(float logit) {
+    constexpr float kVanishes = -25.0f;      // e^-25 2^30 < 1/2
+    constexpr float kToInteger = 0x1.8p23f;  // adding it leaves no bits for a fraction
+    const float bounded = logit > kVanishes ? logit : kVanishes;
+    const float shifted = fmaf(bounded, 0x1.715476p0f, kToInteger);
+    const float n = shifted - kToInteger;
+    const float r = fmaf(n, -0x1.7f7d1cp-20f, fmaf(n, -0x1.62e400p-1f, bounded));
+
+    float series = 1.9875691500e-4f;
+    series = fmaf(series, r, 1.3981999507e-3f);
+    series = fmaf(series, r, 8.3334519073e-3f);
+    series = fmaf(series, r, 4.1665795894e-2f);
+    series = fmaf(series, r, 1.6666665459e-1f);
+    series = fmaf(series, r, 5.0000001201e-1f);
+    series = fmaf(series, r, 1.0f);
+    series = fmaf(series, r, 1.0f);
+
+    uint32_t n_bits, bits;
+    memcpy(&n_bits, &shifted, sizeof(n_bits));  // its low bits are n
+    memcpy(&bits, &series, sizeof(bits));
+    bits += (n_bits + kWeightBits) << 23;
+    float weight;
+    memcpy(&weight, &bits, sizeof(weight));
+    return static_cast<uint32_t>(static_cast<int32_t>(weight + 0.5f));
 }
 
-// False where the row is no distribution: a NaN, a positive infinity, or negative infinities alone.
-template <typename scalar_t>
-BIGRAMX_HOST_DEVICE bool make_thresholds(const scalar_t* logits, int64_t vocab_size, uint32_t* thresholds) {
-    double largest = -std::numeric_limits<double>::infinity();
-    for (int64_t j = 0; j < vocab_size; ++j) {
-        const double logit = static_cast<double>(logits[j]);
-        if (!(logit < std::numeric_limits<double>::infinity())) return false;
-        largest = logit > largest ? logit : largest;
-    }
-    if (!(largest > -std::numeric_limits<double>::infinity())) return false;
+// Brings the largest probability of a row to 2^29 or more, but less than 2^30, without rounding. In two
+// factors: one alone may reach beyond the exponents of T.
+template <typename T>
+struct ProbScale {
+    T first, second;
 
-    constexpr double kOne = 1ull << kThresholdBits;
-    uint64_t total = 0;
-    for (int64_t j = 0; j < vocab_size; ++j) {
-        const double share = exp_portable(static_cast<double>(logits[j]) - largest);
-        thresholds[j] = static_cast<uint32_t>(share * kOne + 0.5);
-        total += thresholds[j];
+    BIGRAMX_HOST_DEVICE explicit ProbScale(T largest_prob) {
+        int exponent;
+        frexp(largest_prob, &exponent);
+        const int shift = kWeightBits - exponent;
+        first = static_cast<T>(ldexp(T(1), shift / 2));
+        second = static_cast<T>(ldexp(T(1), shift - shift / 2));
     }
-    uint64_t sum = 0;
-    for (int64_t j = 0; j < vocab_size; ++j) {
-        sum += thresholds[j];
-        thresholds[j] = static_cast<uint32_t>(static_cast<double>(sum) * kOne / static_cast<double>(total));
-    }
-    return true;
+};
+
+// prob >= 0, scaled and rounded; at least 1 unless it is 0.
+template <typename T>
+BIGRAMX_HOST_DEVICE inline uint32_t weight_of_prob(T prob, const ProbScale<T>& scale) {
+    const float scaled = static_cast<float>(prob * scale.first * scale.second);
+    const int32_t weight = static_cast<int32_t>(scaled + 0.5f);
+    const int32_t smallest = prob > 0 ? 1 : 0;
+    return static_cast<uint32_t>(weight > smallest ? weight : smallest);
 }
 
-// The first token whose threshold lies above r.
-BIGRAMX_HOST_DEVICE inline int64_t find_token(const uint32_t* thresholds, int64_t vocab_size, uint32_t r) {
-    int64_t begin = 0, count = vocab_size;
-    while (count > 0) {
-        const int64_t half = count / 2;
-        if (thresholds[begin + half] <= r) {
-            begin += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
+// The thresholds of a row, from its cumulative sums.
+class ThresholdScale {
+  public:
+    BIGRAMX_HOST_DEVICE explicit ThresholdScale(uint64_t total)
+        : total_(total), factor_(kEnd / to_double(total)) {}
+
+    // sum 2^31 / total, rounded down; grows with the sum.
+    BIGRAMX_HOST_DEVICE uint32_t threshold(uint64_t sum) const {
+        const auto rounded = static_cast<uint32_t>(static_cast<int64_t>(to_double(sum) * factor_));
+        return sum == total_ ? uint32_t{1} << kDrawBits : rounded;
     }
-    return begin;
-}
+
+    // The least sum whose threshold lies above r: the token that r draws is the first whose sum reaches it.
+    BIGRAMX_HOST_DEVICE uint64_t sum_to_reach(uint32_t r) const {
+        auto sum = static_cast<uint64_t>(static_cast<int64_t>((static_cast<double>(r) + 1) / factor_));
+        if (sum > total_) sum = total_;
+        while (threshold(sum) <= r) ++sum;
+        while (threshold(sum - 1) > r) --sum;
+        return sum;
+    }
+
+  private:
+    static constexpr double kEnd = 1ull << kDrawBits;
+
+    BIGRAMX_HOST_DEVICE static double to_double(uint64_t sum) {
+        return static_cast<double>(static_cast<int64_t>(sum));
+    }
+
+    uint64_t total_;
+    double factor_;
+};
 
 }  // namespace bigramx

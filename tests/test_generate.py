@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import hypothesis.strategies as st
@@ -74,15 +75,6 @@ def test_equals_the_lectures_loop() -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_philox_known_answers() -> None:
-    """Of Random123's kat_vectors: all zero, all ones, and the digits of pi."""
-    ones = 2**64 - 1
-    assert int(reference.philox(0, torch.tensor(0), 0)) == 0x6627E8D5
-    assert int(reference.philox(ones, torch.tensor(-1), ones)) == 0x408F276D
-    key, sequence, position = 0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88
-    assert int(reference.philox(key, torch.tensor(sequence), position)) == 0xD16CFE09
-
-
 def test_philox_follows_the_distribution() -> None:
     weight = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(4, 4))
     idx = torch.zeros((1000, 1), dtype=torch.long)
@@ -97,6 +89,123 @@ def test_philox_does_not_depend_on_the_other_chains() -> None:
     whole = functional.generate(idx, weight, 50, sampler="philox", generator=torch.Generator().manual_seed(1))
     part = functional.generate(idx[:3], weight, 50, sampler="philox", generator=torch.Generator().manual_seed(1))
     assert torch.equal(whole[:3], part)
+
+
+def philox_chains(
+    weight: torch.Tensor, num_tokens: int, num_chains: int = 1, *, seed: int = 1, threads: int = 1, **options: Any
+) -> torch.Tensor:
+    """From token 0 on, without it."""
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.zeros((num_chains, 1), dtype=torch.long)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return functional.generate(idx, weight, num_tokens, sampler="philox", generator=generator, **options)[:, 1:]
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+@given(
+    seed=st.integers(0, 2**62),
+    vocab_size=st.sampled_from([65, 127, 300]),
+    dtype=st.sampled_from(DTYPES),
+    filters=st.sampled_from(FILTERS),
+)
+def test_philox_many_draws_equal_few(seed: int, vocab_size: int, dtype: torch.dtype, filters: dict[str, Any]) -> None:
+    """From 32 draws a row on, whole rows are prepared, in one of two ways; else the sums of their blocks."""
+    torch.manual_seed(seed)
+    weight = (torch.randn(vocab_size, vocab_size) * 3).to(dtype)
+    many = philox_chains(weight, 40 * vocab_size, seed=seed, **filters)
+    few = philox_chains(weight, 20 * vocab_size, seed=seed, **filters)
+    assert torch.equal(many[:, : few.size(1)], few)
+
+
+def cycle_of(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The table in which each of the tokens is followed by the next."""
+    weight = torch.full((vocab_size, vocab_size), float("-inf"))
+    weight[tokens, tokens.roll(-1)] = 0
+    return weight
+
+
+def tables() -> dict[str, torch.Tensor]:
+    """Chains that meet soon, late, and never."""
+    torch.manual_seed(1)
+    vocab_size = 1000
+    late = torch.full((vocab_size, vocab_size), float("-inf"))
+    late[torch.arange(vocab_size), (torch.arange(vocab_size) + 1) % vocab_size] = 5
+    late[torch.arange(vocab_size), (torch.arange(vocab_size) + 2) % vocab_size] = 0
+    return {
+        "soon": torch.randn(vocab_size, vocab_size),
+        "late": late,
+        "never": cycle_of(torch.randperm(vocab_size), vocab_size),
+    }
+
+
+@pytest.mark.parametrize("name", ["soon", "late", "never"])
+def test_philox_parallel_over_time(name: str) -> None:
+    """One thread takes few draws a row one after the other; all else runs segments at once."""
+    weight, num_tokens = tables()[name], 31_000
+    expected = philox_chains(weight, num_tokens)
+    for threads in (2, 3):
+        assert torch.equal(philox_chains(weight, num_tokens, threads=threads), expected)
+    for threads in (1, 2, 5):
+        many = philox_chains(weight, 200_001, threads=threads)
+        assert torch.equal(many[:, :num_tokens], expected)
+        batch = philox_chains(weight, 20_001, num_chains=3, threads=threads)
+        assert torch.equal(batch[:1], expected[:, :20_001])
+        assert torch.equal(batch, philox_chains(weight, 20_001, num_chains=40, threads=threads)[:3])
+
+
+def test_philox_stops_where_the_whole_chain_meets_it() -> None:
+    weight = torch.randn(65, 65)
+    weight[:, 64] = -5
+    whole = philox_chains(weight, 100_000, num_chains=4)
+    ends = [(chain == 64).nonzero()[0].item() + 1 for chain in whole]
+    assert len(set(ends)) == 4
+    expected = whole[:, : max(ends)].clone()
+    for chain, end in zip(expected, ends, strict=True):
+        chain[int(end) :] = 64
+    for threads in (1, 2):
+        assert torch.equal(philox_chains(weight, 100_000, num_chains=4, threads=threads, stop=64), expected)
+
+
+def test_philox_raises_for_the_rows_of_the_chain_alone() -> None:
+    """0 -> 1 -> 2 -> 0, now and then -> 3, whose row is no distribution. Segments that begin out of step meet it at
+    other times than the chain does."""
+    weight = cycle_of(torch.arange(3), 1000)
+    weight[0, 3], weight[3, 0] = -8.5, float("nan")
+    num_tokens, num_raised = 31_000, 0
+    for seed in range(20):
+        try:
+            expected: Any = philox_chains(weight, num_tokens, seed=seed)
+        except RuntimeError as error:
+            expected = str(error)
+            assert "row 3 of weight" in expected
+            num_raised += 1
+        for threads, more in [(2, 0), (1, 2000), (2, 2000)]:
+            if isinstance(expected, str):
+                with pytest.raises(RuntimeError, match="row 3 of weight"):
+                    philox_chains(weight, num_tokens + more, seed=seed, threads=threads)
+            elif more == 0:
+                assert torch.equal(philox_chains(weight, num_tokens, seed=seed, threads=threads), expected)
+    assert 0 < num_raised < 20
+
+
+def test_philox_can_be_interrupted() -> None:
+    class AlarmError(Exception):
+        pass
+
+    def handle(*_: object) -> None:
+        raise AlarmError
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(AlarmError):
+            philox_chains(cycle_of(torch.arange(65), 65), 10**9)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_calls_in_sequence_equal_one() -> None:

@@ -49,7 +49,9 @@ def test_opcheck_embedding_cross_entropy_kernels(sparse: bool, reduction: int) -
 def test_opcheck_others() -> None:
     certain = torch.eye(4)  # one possible result, whatever is drawn
     library.opcheck(OPS.multinomial.default, (certain, 1))
+    library.opcheck(OPS.multinomial.default, (certain, 1), {"sampler": "philox"})
     library.opcheck(OPS.generate.default, (IDX, weight(False), 4, 0.0))
+    library.opcheck(OPS.generate.default, (IDX, weight(False), 4, 0.0, None, None, None, 3))
     library.opcheck(OPS.count_bigrams.default, (TARGETS[0], 5))
     library.opcheck(OPS.get_batch.default, (torch.arange(5), 2, 4))  # one block alone
     state = [torch.rand(3) for _ in range(4)]

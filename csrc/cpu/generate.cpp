@@ -1,15 +1,17 @@
 #include "../generate.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/softmax.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "../thresholds.h"
+#include "chains.h"
+#include "huge_pages.h"
 #include "noise.h"
+#include "seed.h"
+#include "threshold_rows.h"
 
 namespace bigramx {
 namespace {
@@ -23,22 +25,6 @@ struct PreparedRows {
 PreparedRows prepare_probs(const at::Tensor& logits) {
     const at::Tensor probs = logits.softmax(-1);
     return {probs, at::isfinite(probs.sum(-1))};
-}
-
-PreparedRows prepare_thresholds(const at::Tensor& logits) {
-    const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
-    const PreparedRows rows{at::empty({num_rows, vocab_size}, at::dtype(at::kUInt32)),
-                            at::empty({num_rows}, at::dtype(at::kBool))};
-    uint32_t* thresholds = rows.entries.data_ptr<uint32_t>();
-    bool* valid = rows.valid.data_ptr<bool>();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "generate", [&] {
-        const at::Tensor rows_of_logits = logits.contiguous();
-        const scalar_t* row = rows_of_logits.const_data_ptr<scalar_t>();
-        for (int64_t i = 0; i < num_rows; ++i) {
-            valid[i] = make_thresholds(row + i * vocab_size, vocab_size, thresholds + i * vocab_size);
-        }
-    });
-    return rows;
 }
 
 // The rows of the table, each prepared when a chain first meets it, in blocks of a size that is worth a call.
@@ -91,75 +77,66 @@ class RowCache {
 };
 
 // All chains take a step before any takes the next: the order in which the lecture's loop draws.
-// next(b, t, token): the token that follows `token` in chain b at step t.
+// next(token): the token that follows `token`, drawn. Returns how many steps it took: fewer than there are
+// where all chains met `stop`.
 template <typename Next>
-void run_chains(const at::Tensor& starts, const SamplingOptions& options, const Next& next,
-                at::Tensor& chains) {
-    const int64_t num_chains = chains.size(0), num_steps = chains.size(1);
-    int64_t* tokens = chains.data_ptr<int64_t>();
-    std::vector<int64_t> last(starts.const_data_ptr<int64_t>(),
-                              starts.const_data_ptr<int64_t>() + num_chains);
-    std::vector<char> stopped(num_chains, false);
-    int64_t num_running = num_chains;
-    for (int64_t t = 0; t < num_steps; ++t) {
-        if (num_running == 0) {
-            chains.narrow(1, t, num_steps - t).fill_(options.stop.value_or(0));
-            return;
-        }
-        for (int64_t b = 0; b < num_chains; ++b) {
-            last[b] = next(b, t, last[b]);
-            if (stopped[b]) last[b] = *options.stop;
-            if (!stopped[b] && options.stop.has_value() && last[b] == *options.stop) {
+int64_t run_in_step(const Chains& chains, std::optional<int64_t> stop, const Next& next) {
+    std::vector<char> stopped(chains.num_chains, false);
+    int64_t num_running = chains.num_chains, t = 0;
+    for (; t < chains.num_steps && num_running > 0; ++t) {
+        for (int64_t b = 0; b < chains.num_chains; ++b) {
+            const int64_t token = next(chains.before(b, t));
+            *chains.at(b, t) = stopped[b] ? *stop : token;
+            if (!stopped[b] && token == stop) {
                 stopped[b] = true;
                 --num_running;
             }
-            tokens[b * num_steps + t] = last[b];
         }
     }
+    return t;
 }
 
-uint64_t draw_seed(const std::optional<at::Generator>& generator) {
-    at::CPUGeneratorImpl* impl = cpu_generator(generator);
-    const std::lock_guard<std::mutex> lock(impl->mutex_);
-    return impl->random64();
-}
-
-void generate_by_thresholds(const at::Tensor& starts, const at::Tensor& weight,
-                            const SamplingOptions& options, const std::optional<at::Generator>& generator,
-                            at::Tensor& chains) {
-    const bool greedy = options.temperature == 0;
-    const uint64_t seed = greedy ? 0 : draw_seed(generator);
-    RowCache<uint32_t> rows(weight, options, &prepare_thresholds);
-    const auto next = [&](int64_t b, int64_t t, int64_t token) {
-        const uint32_t r = greedy ? 0 : philox(seed, b, t) >> (32 - kThresholdBits);
-        return find_token(rows.row(token), weight.size(0), r);
-    };
-    run_chains(starts, options, next, chains);
-}
-
-void generate_by_noise(const at::Tensor& starts, const at::Tensor& weight, const SamplingOptions& options,
-                       const std::optional<at::Generator>& generator, at::Tensor& chains) {
+int64_t generate_by_noise(const at::Tensor& weight, const SamplingOptions& options,
+                          const std::optional<at::Generator>& generator, const Chains& chains) {
+    int64_t length = 0;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "generate", [&] {
         RowCache<scalar_t> rows(weight, options, &prepare_probs);
-        with_noise<scalar_t>(generator, weight.size(0), chains.size(0), [&](auto& noise) {
-            const auto next = [&](int64_t, int64_t, int64_t token) { return noise.sample(rows.row(token)); };
-            run_chains(starts, options, next, chains);
+        with_noise<scalar_t>(generator, weight.size(0), chains.num_chains, [&](auto& noise) {
+            length = run_in_step(chains, options.stop,
+                                 [&](int64_t token) { return noise.sample(rows.row(token)); });
         });
     });
+    return length;
+}
+
+int64_t generate_by_thresholds(const at::Tensor& weight, const SamplingOptions& options,
+                               const std::optional<at::Generator>& generator, const Chains& chains) {
+    constexpr int64_t kMaxBytes = int64_t{1} << 30, kDrawsWorthARow = 32, kMostlySure = 200;
+    const int64_t vocab_size = weight.size(0);
+    const auto run = [&](auto&& rows, uint64_t seed) {
+        return ChainRunner(rows, seed, chains, options.stop).run();
+    };
+    if (options.temperature == 0) return run(GreedyRows(weight), 0);
+    const uint64_t seed = draw_seed(generator);
+    const bool draws_many = chains.num_chains * chains.num_steps >= kDrawsWorthARow * vocab_size;
+    if (!draws_many || WholeRows<false>::bytes(vocab_size) > kMaxBytes) {
+        return run(BlockRows(weight, options), seed);
+    }
+    if (vocab_size > kMostlySure) return run(WholeRows<false>(weight, options), seed);
+    return run(WholeRows<true>(weight, options), seed);
 }
 
 }  // namespace
 
-at::Tensor generate_cpu(const at::Tensor& starts, const at::Tensor& weight, int64_t max_new_tokens,
-                        const SamplingOptions& options, const std::optional<at::Generator>& generator) {
-    at::Tensor chains = at::empty({starts.numel(), max_new_tokens}, starts.options());
-    if (chains.numel() == 0) return chains;
+int64_t generate_cpu(const at::Tensor& weight, const SamplingOptions& options,
+                     const std::optional<at::Generator>& generator, int64_t num_given, at::Tensor& tokens) {
+    const Chains chains{tokens.data_ptr<int64_t>() + num_given, tokens.size(0), tokens.size(1) - num_given,
+                        tokens.stride(0)};
+    advise_huge_pages(tokens);
     if (options.sampler == Sampler::philox || options.temperature == 0) {
-        generate_by_thresholds(starts, weight, options, generator, chains);
-    } else {
-        generate_by_noise(starts, weight, options, generator, chains);
+        return generate_by_thresholds(weight, options, generator, chains);
     }
-    return chains;
+    return generate_by_noise(weight, options, generator, chains);
 }
 
 }  // namespace bigramx

@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "multinomial_philox.h"
 #include "noise.h"
+#include "seed.h"
 
 #define BIGRAMX_KERNELS "multinomial_kernels.h"
 #include "for_each_capability.h"
@@ -127,11 +129,14 @@ void sample_with_replacement(const at::Tensor& probs, const std::optional<at::Ge
 
 }  // namespace
 
-at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement,
+at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement, Sampler sampler,
                            const std::optional<at::Generator>& generator) {
     constexpr int64_t kFloatCounts = 1 << 24;
     at::Tensor samples = at::empty({probs.size(0), num_samples}, probs.options().dtype(at::kLong));
     const at::Tensor rows = probs.contiguous();
+    const bool are_drawn =
+        sampler == Sampler::philox && multinomial_philox(rows, replacement, draw_seed(generator), samples);
+    if (are_drawn) return samples;  // else check_probs tells why not
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), "multinomial", [&] {
         using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
         check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));

@@ -300,6 +300,22 @@ inline Vector<double> sqrt(Vector<double> x) {
     return x;
 }
 
+// Of 64-bit lanes: the products of their low words.
+inline Vector<uint64_t> multiply_low_words(Vector<uint64_t> a, Vector<uint64_t> b) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<Vector<uint64_t>>(
+        _mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    return reinterpret_cast<Vector<uint64_t>>(
+        _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+    return reinterpret_cast<Vector<uint64_t>>(
+        _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+    return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
 template <int64_t distance, typename T, size_t... lane>
 inline Vector<T> swap_lanes(Vector<T> vector, std::index_sequence<lane...>) {
 #if defined(__clang__)

@@ -1,0 +1,181 @@
+#include "threshold_rows.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/argmax.h>
+
+#include <algorithm>
+
+#include "../thresholds.h"
+#include "huge_pages.h"
+
+#define BIGRAMX_KERNELS "threshold_rows_kernels.h"
+#include "for_each_capability.h"
+
+namespace bigramx {
+namespace {
+
+// The kernel that `choose` names for the table's type.
+template <typename Choose>
+auto kernel_for(const at::Tensor& weight, const Choose& choose) {
+    decltype(choose(float{})) kernel = nullptr;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), "generate",
+                                    [&] { kernel = choose(scalar_t{}); });
+    return kernel;
+}
+
+int64_t rows_to_filter_at_once(int64_t vocab_size, bool removes_tokens) {
+    constexpr int64_t kElementsWorthACall = 1 << 13;
+    if (!removes_tokens || vocab_size == 0) return 1;
+    return std::clamp<int64_t>(kElementsWorthACall / vocab_size, 1, vocab_size);
+}
+
+}  // namespace
+
+LogitRows::LogitRows(const at::Tensor& weight, const SamplingOptions& options)
+    : weight_(weight.stride(1) == 1 ? weight : weight.contiguous()),
+      vocab_size_(weight.size(0)),
+      options_(options),
+      removes_tokens_(options.top_k.has_value() || options.top_p.has_value() || options.min_p.has_value()),
+      rows_at_once_(rows_to_filter_at_once(vocab_size_, removes_tokens_)),
+      kept_words_(removes_tokens_ ? (vocab_size_ + 63) / 64 : 0),
+      kept_(vocab_size_ * kept_words_),
+      states_(vocab_size_) {}
+
+LogitRow LogitRows::row(int64_t token) const {
+    const auto* bytes = static_cast<const char*>(weight_.const_data_ptr());
+    return {bytes + token * weight_.stride(0) * weight_.element_size(),
+            removes_tokens_ ? kept_.begin() + token * kept_words_ : nullptr, options_.temperature, 0};
+}
+
+LogitRows::State LogitRows::prepare(int64_t token) {
+    const int64_t begin = token / rows_at_once_ * rows_at_once_;
+    const int64_t end = std::min(begin + rows_at_once_, vocab_size_);
+    const std::lock_guard<std::mutex> lock(mutexes_[begin / rows_at_once_ % kNumMutexes]);
+    if (states_[token].load(std::memory_order_relaxed) == State::unprepared) {
+        if (removes_tokens_) filter(begin, end);
+        for (int64_t i = begin; i < end; ++i) {
+            LogitRow prepared = row(i);
+            const bool is_distribution = prepare_row(i, prepared);
+            if (!is_distribution) any_is_none_.store(true, std::memory_order_relaxed);
+            states_[i].store(is_distribution ? State::distribution : State::none, std::memory_order_release);
+        }
+    }
+    return states_[token].load(std::memory_order_relaxed);
+}
+
+// Marks what the filters keep of the rows from `begin` to `end`.
+void LogitRows::filter(int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
+    const at::Tensor kept =
+        filter_logits(weight_.narrow(0, begin, end - begin), options_).isneginf().logical_not_().contiguous();
+    const bool* flag = kept.const_data_ptr<bool>();
+    for (int64_t i = begin; i < end; ++i) {
+        uint64_t* words = kept_.begin() + i * kept_words_;
+        std::fill_n(words, kept_words_, 0);
+        for (int64_t j = 0; j < vocab_size_; ++j) words[j / 64] |= uint64_t{*flag++} << (j % 64);
+    }
+}
+
+template <bool has_sure_entries>
+int WholeRows<has_sure_entries>::guide_bits(int64_t vocab_size) {
+    if (has_sure_entries) return 11;
+    int bits = 0;
+    while (int64_t{2} << bits < vocab_size) ++bits;  // a bucket for two tokens
+    return bits;
+}
+
+template <bool has_sure_entries>
+WholeRows<has_sure_entries>::WholeRows(const at::Tensor& weight, const SamplingOptions& options)
+    : LogitRows(weight, options),
+      make_thresholds_(kernel_for(
+          weight, [](auto zero) { return BIGRAMX_DISPATCH(make_logit_thresholds<decltype(zero)>); })),
+      guide_bits_(guide_bits(vocab_size_)),
+      thresholds_(vocab_size_ * padded_thresholds(vocab_size_)),
+      guide_(vocab_size_ << guide_bits_) {
+    advise_huge_pages(thresholds_.begin(), thresholds_.size() * sizeof(uint32_t));
+    advise_huge_pages(guide_.begin(), guide_.size() * sizeof(uint16_t));
+    std::fill(guide_.begin(), guide_.end(), kUnprepared);
+}
+
+template <bool has_sure_entries>
+int64_t WholeRows<has_sure_entries>::bytes(int64_t vocab_size) {
+    return vocab_size * (padded_thresholds(vocab_size) * static_cast<int64_t>(sizeof(uint32_t)) +
+                         (static_cast<int64_t>(sizeof(uint16_t)) << guide_bits(vocab_size)));
+}
+
+template <bool has_sure_entries>
+bool WholeRows<has_sure_entries>::prepare_row(int64_t token, LogitRow& row) {
+    if (!make_thresholds_(row, vocab_size_, thresholds(token))) return false;
+    pad_thresholds(thresholds(token), vocab_size_);
+    if (has_sure_entries) {
+        publish_sure_entries(token);
+    } else {
+        std::vector<uint16_t> entries((int64_t{1} << guide_bits_) + 1);
+        make_guide(thresholds(token), vocab_size_, guide_bits_, entries.data());
+        entries.pop_back();
+        uint16_t* entry = guide(token);
+        for (const uint16_t made : entries) publish(entry++, made);
+    }
+    return true;
+}
+
+template <bool has_sure_entries>
+void WholeRows<has_sure_entries>::publish_sure_entries(int64_t token) {
+    const int shift = kDrawBits - guide_bits_;
+    const uint32_t* const threshold = thresholds(token);
+    uint16_t* const entries = guide(token);
+    int64_t bucket = 0;  // those before it are done
+    for (int64_t drawn = 0; drawn < vocab_size_; ++drawn) {
+        const auto entry = static_cast<uint16_t>(drawn);
+        const int64_t end = threshold[drawn] >> shift;
+        for (; bucket < end; ++bucket) publish(entries + bucket, entry);
+        const bool begins_another = bucket << shift < threshold[drawn];
+        if (begins_another) publish(entries + bucket++, entry | kMixed);
+    }
+}
+
+template <bool has_sure_entries>
+uint32_t WholeRows<has_sure_entries>::prepare_and_search(uint32_t token, uint32_t r) {
+    if (!is_distribution(token)) return 0;
+    const uint16_t entry = guide(token)[guide_bucket(r, guide_bits_)];
+    return search_thresholds(thresholds(token), entry & ~kMixed, r);
+}
+
+template class WholeRows<true>;
+template class WholeRows<false>;
+
+BlockRows::BlockRows(const at::Tensor& weight, const SamplingOptions& options)
+    : LogitRows(weight, options),
+      sum_blocks_(
+          kernel_for(weight, [](auto zero) { return BIGRAMX_DISPATCH(sum_logit_blocks<decltype(zero)>); })),
+      find_in_block_(kernel_for(
+          weight, [](auto zero) { return BIGRAMX_DISPATCH(find_in_logit_block<decltype(zero)>); })),
+      num_blocks_(num_weight_blocks(vocab_size_)),
+      ends_(vocab_size_ * num_blocks_),
+      max_(vocab_size_) {}
+
+bool BlockRows::prepare_row(int64_t token, LogitRow& row) {
+    const bool is_distribution = sum_blocks_(row, vocab_size_, ends_.begin() + token * num_blocks_);
+    max_[token] = row.max;
+    return is_distribution;
+}
+
+uint32_t BlockRows::next(uint32_t token, uint32_t r) {
+    if (!is_distribution(token)) return 0;
+    const uint64_t* ends = ends_.begin() + token * num_blocks_;
+    const uint64_t sum_to_reach = ThresholdScale(ends[num_blocks_ - 1]).sum_to_reach(r);
+    const int64_t block = std::lower_bound(ends, ends + num_blocks_, sum_to_reach) - ends;
+    LogitRow row = this->row(token);
+    row.max = max_[token];
+    return find_in_block_(row, vocab_size_, block, sum_to_reach - (block > 0 ? ends[block - 1] : 0));
+}
+
+uint32_t GreedyRows::find(uint32_t token) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
+    const auto likeliest = static_cast<uint32_t>(weight_.select(0, token).argmax().item<int64_t>());
+    likeliest_[token].store(likeliest + 1, std::memory_order_relaxed);
+    return likeliest;
+}
+
+}  // namespace bigramx

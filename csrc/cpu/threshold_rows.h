@@ -1,0 +1,154 @@
+// The rows of a table of logits, prepared for draws: each when a chain first meets it, by the thread that
+// meets it. next(token, r) is the token that r draws from the row of `token`; all kinds of rows draw the
+// same.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../generate.h"
+#include "buffer.h"
+#include "guide.h"
+#include "weights.h"
+
+namespace bigramx {
+
+// What the kinds of rows share: the table, the filters, and which rows are prepared.
+class LogitRows {
+  public:
+    virtual ~LogitRows() = default;
+
+    // A row with a NaN or an infinity, or with negative infinities alone, is none. Draws from it give token
+    // 0.
+    bool is_distribution(int64_t token) {
+        const State state = states_[token].load(std::memory_order_acquire);
+        return (state == State::unprepared ? prepare(token) : state) == State::distribution;
+    }
+
+    // Of those that were met.
+    bool all_are_distributions() const { return !any_is_none_.load(std::memory_order_relaxed); }
+
+  protected:
+    LogitRows(const at::Tensor& weight, const SamplingOptions& options);
+
+    // Sets row.max, and keeps what next() needs. False where the row is no distribution.
+    virtual bool prepare_row(int64_t token, LogitRow& row) = 0;
+
+    LogitRow row(int64_t token) const;
+
+    const at::Tensor weight_;  // (V, V), each row contiguous
+    const int64_t vocab_size_;
+
+  private:
+    enum class State : uint8_t { unprepared, distribution, none };
+    static constexpr int64_t kNumMutexes = 64;
+
+    State prepare(int64_t token);
+    void filter(int64_t begin, int64_t end);
+
+    const SamplingOptions options_;
+    const bool removes_tokens_;
+    const int64_t rows_at_once_;
+    const int64_t kept_words_;
+    const Buffer<uint64_t> kept_;  // (V, kept_words): a bit a token, where the options remove tokens
+    std::vector<std::atomic<State>> states_;
+    std::mutex mutexes_[kNumMutexes];
+    std::atomic<bool> any_is_none_{false};
+};
+
+// All thresholds of a row, and a guide to them. For many draws a row.
+//
+// has_sure_entries: the guide is so fine that most of its buckets draw one token alone, and a draw is one
+// load; the entries of the others are marked. For small vocabularies: in large ones more buckets would be
+// mixed than not, and to look at a mark that the processor cannot guess costs more than to search always.
+template <bool has_sure_entries>
+class WholeRows : public LogitRows {
+  public:
+    static constexpr int kLanes = 8;
+    static constexpr int64_t kTokensAThread = 1 << 14;
+
+    WholeRows(const at::Tensor& weight, const SamplingOptions& options);
+
+    static int64_t bytes(int64_t vocab_size);
+
+    uint32_t next(uint32_t token, uint32_t r) {
+        // Another thread may be preparing the row: the thresholds are there before the entries are.
+        const uint16_t entry = __atomic_load_n(guide(token) + guide_bucket(r, guide_bits_), __ATOMIC_ACQUIRE);
+        if (__builtin_expect(entry >= kMixed, false)) return prepare_and_search(token, r);
+        return has_sure_entries ? entry : search_thresholds(thresholds(token), entry, r);
+    }
+
+  private:
+    static constexpr uint16_t kMixed = 1 << 15, kUnprepared = std::numeric_limits<uint16_t>::max();
+
+    bool prepare_row(int64_t token, LogitRow& row) override;
+    uint32_t prepare_and_search(uint32_t token, uint32_t r);
+
+    static int guide_bits(int64_t vocab_size);
+    static void publish(uint16_t* entry, int value) {
+        __atomic_store_n(entry, static_cast<uint16_t>(value), __ATOMIC_RELEASE);
+    }
+    void publish_sure_entries(int64_t token);
+
+    uint32_t* thresholds(int64_t token) const {
+        return thresholds_.begin() + token * padded_thresholds(vocab_size_);
+    }
+    uint16_t* guide(int64_t token) const { return guide_.begin() + (token << guide_bits_); }
+
+    bool (*const make_thresholds_)(LogitRow&, int64_t, uint32_t*);
+    const int guide_bits_;
+    const Buffer<uint32_t> thresholds_;  // (V, padded V)
+    const Buffer<uint16_t> guide_;       // (V, 2^guide_bits)
+};
+
+// The sums of blocks of weights; a draw computes the weights of one block again. For few draws a row, or
+// where there is no memory for more: this is 1/16 of the table's number of elements.
+class BlockRows : public LogitRows {
+  public:
+    static constexpr int kLanes = 1;
+    static constexpr int64_t kTokensAThread = 1 << 8;
+
+    BlockRows(const at::Tensor& weight, const SamplingOptions& options);
+
+    uint32_t next(uint32_t token, uint32_t r);
+
+  private:
+    bool prepare_row(int64_t token, LogitRow& row) override;
+
+    bool (*const sum_blocks_)(LogitRow&, int64_t, uint64_t*);
+    int64_t (*const find_in_block_)(const LogitRow&, int64_t, int64_t, uint64_t);
+    const int64_t num_blocks_;
+    const Buffer<uint64_t> ends_;  // (V, blocks): cumulative sums after each
+    const Buffer<double> max_;     // (V)
+};
+
+// The likeliest token, whatever is drawn.
+class GreedyRows {
+  public:
+    static constexpr int kLanes = 8;
+    static constexpr int64_t kTokensAThread = 1 << 14;
+
+    explicit GreedyRows(const at::Tensor& weight) : weight_(weight), likeliest_(weight.size(0)) {}
+
+    uint32_t next(uint32_t token, uint32_t) {
+        const uint32_t seen = likeliest_[token].load(std::memory_order_relaxed);
+        return seen != 0 ? seen - 1 : find(token);
+    }
+
+    bool is_distribution(int64_t) const { return true; }
+    bool all_are_distributions() const { return true; }
+
+  private:
+    uint32_t find(uint32_t token);
+
+    const at::Tensor weight_;
+    std::vector<std::atomic<uint32_t>> likeliest_;  // (V): 1 more than it; 0: not met
+};
+
+}  // namespace bigramx
