@@ -84,8 +84,11 @@ class ThresholdScale {
 
     // The least sum whose threshold lies above r: the token that r draws is the first whose sum reaches it.
     BIGRAMX_HOST_DEVICE uint64_t sum_to_reach(uint32_t r) const {
-        auto sum = static_cast<uint64_t>(static_cast<int64_t>((static_cast<double>(r) + 1) / factor_));
-        if (sum > total_) sum = total_;
+        const double bound = (static_cast<double>(r) + 1) * (to_double(total_) / kEnd);
+        auto sum = static_cast<uint64_t>(static_cast<int64_t>(bound));
+        sum += to_double(sum) < bound ? 1 : 0;
+        sum = sum < total_ ? sum : total_;
+        // Hardly ever more than one look, which the processor expects: but the thresholds are rounded.
         while (threshold(sum) <= r) ++sum;
         while (threshold(sum - 1) > r) --sum;
         return sum;

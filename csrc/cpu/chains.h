@@ -133,7 +133,8 @@ class ChainRunner {
     void follow_draws(Lanes<lanes>& state, int64_t count, std::integer_sequence<int, lane...>) {
         uint32_t tokens[lanes] = {state.tokens[lane]...};
         for (int64_t k = 0; k < count; ++k) {
-            ((state.blocks[lane][k] = tokens[lane] = rows_.next(tokens[lane], state.blocks[lane][k])), ...);
+            const typename Rows::Place places[] = {rows_.locate(tokens[lane], state.blocks[lane][k])...};
+            ((state.blocks[lane][k] = tokens[lane] = rows_.find(places[lane])), ...);
         }
         ((state.tokens[lane] = tokens[lane]), ...);
     }

@@ -40,13 +40,9 @@ LogitRows::LogitRows(const at::Tensor& weight, const SamplingOptions& options)
       rows_at_once_(rows_to_filter_at_once(vocab_size_, removes_tokens_)),
       kept_words_(removes_tokens_ ? (vocab_size_ + 63) / 64 : 0),
       kept_(vocab_size_ * kept_words_),
+      logits_(static_cast<const char*>(weight_.const_data_ptr())),
+      row_bytes_(weight_.stride(0) * weight_.element_size()),
       states_(vocab_size_) {}
-
-LogitRow LogitRows::row(int64_t token) const {
-    const auto* bytes = static_cast<const char*>(weight_.const_data_ptr());
-    return {bytes + token * weight_.stride(0) * weight_.element_size(),
-            removes_tokens_ ? kept_.begin() + token * kept_words_ : nullptr, options_.temperature, 0};
-}
 
 LogitRows::State LogitRows::prepare(int64_t token) {
     const int64_t begin = token / rows_at_once_ * rows_at_once_;
@@ -152,8 +148,11 @@ BlockRows::BlockRows(const at::Tensor& weight, const SamplingOptions& options)
       find_in_block_(kernel_for(
           weight, [](auto zero) { return BIGRAMX_DISPATCH(find_in_logit_block<decltype(zero)>); })),
       num_blocks_(num_weight_blocks(vocab_size_)),
+      block_bytes_(kWeightsAtOnce * static_cast<int64_t>(weight_.element_size())),
       ends_(vocab_size_ * num_blocks_),
-      max_(vocab_size_) {}
+      max_(vocab_size_) {
+    advise_huge_pages(ends_.begin(), ends_.size() * sizeof(uint64_t));
+}
 
 bool BlockRows::prepare_row(int64_t token, LogitRow& row) {
     const bool is_distribution = sum_blocks_(row, vocab_size_, ends_.begin() + token * num_blocks_);
@@ -161,17 +160,31 @@ bool BlockRows::prepare_row(int64_t token, LogitRow& row) {
     return is_distribution;
 }
 
-uint32_t BlockRows::next(uint32_t token, uint32_t r) {
-    if (!is_distribution(token)) return 0;
+BlockRows::Place BlockRows::locate(uint32_t token, uint32_t r) {
+    if (!is_distribution(token)) return {token, 0, 0};
     const uint64_t* ends = ends_.begin() + token * num_blocks_;
     const uint64_t sum_to_reach = ThresholdScale(ends[num_blocks_ - 1]).sum_to_reach(r);
-    const int64_t block = std::lower_bound(ends, ends + num_blocks_, sum_to_reach) - ends;
-    LogitRow row = this->row(token);
-    row.max = max_[token];
-    return find_in_block_(row, vocab_size_, block, sum_to_reach - (block > 0 ? ends[block - 1] : 0));
+    int64_t block = 0;
+    for (int64_t count = num_blocks_; count > 1;) {
+        const int64_t half = count / 2;
+        block += ends[block + half - 1] < sum_to_reach ? half : 0;
+        count -= half;
+    }
+    if (num_blocks_ > 1) {
+        const auto* logits = static_cast<const char*>(row(token).logits) + block * block_bytes_;
+        for (int64_t k = 0; k < block_bytes_; k += 64) __builtin_prefetch(logits + k);
+    }
+    return {token, block, sum_to_reach - (block > 0 ? ends[block - 1] : 0)};
 }
 
-uint32_t GreedyRows::find(uint32_t token) {
+uint32_t BlockRows::find(const Place& place) const {
+    if (place.sum_to_reach == 0) return 0;
+    LogitRow row = this->row(place.row);
+    row.max = max_[place.row];
+    return find_in_block_(row, vocab_size_, place.block, place.sum_to_reach);
+}
+
+uint32_t GreedyRows::compute(uint32_t token) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
     const auto likeliest = static_cast<uint32_t>(weight_.select(0, token).argmax().item<int64_t>());
     likeliest_[token].store(likeliest + 1, std::memory_order_relaxed);

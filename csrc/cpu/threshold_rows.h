@@ -1,6 +1,6 @@
 // The rows of a table of logits, prepared for draws: each when a chain first meets it, by the thread that
-// meets it. next(token, r) is the token that r draws from the row of `token`; all kinds of rows draw the
-// same.
+// meets it. find(locate(token, r)) is the token that r draws from the row of `token`; all kinds of rows draw
+// the same. In two steps, so that while one waits for memory others can be located.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,7 +40,10 @@ class LogitRows {
     // Sets row.max, and keeps what next() needs. False where the row is no distribution.
     virtual bool prepare_row(int64_t token, LogitRow& row) = 0;
 
-    LogitRow row(int64_t token) const;
+    LogitRow row(int64_t token) const {
+        return {logits_ + token * row_bytes_, removes_tokens_ ? kept_.begin() + token * kept_words_ : nullptr,
+                options_.temperature, 0};
+    }
 
     const at::Tensor weight_;  // (V, V), each row contiguous
     const int64_t vocab_size_;
@@ -57,6 +60,8 @@ class LogitRows {
     const int64_t rows_at_once_;
     const int64_t kept_words_;
     const Buffer<uint64_t> kept_;  // (V, kept_words): a bit a token, where the options remove tokens
+    const char* const logits_;
+    const int64_t row_bytes_;
     std::vector<std::atomic<State>> states_;
     std::mutex mutexes_[kNumMutexes];
     std::atomic<bool> any_is_none_{false};
@@ -77,12 +82,15 @@ class WholeRows : public LogitRows {
 
     static int64_t bytes(int64_t vocab_size);
 
-    uint32_t next(uint32_t token, uint32_t r) {
+    using Place = uint32_t;  // the token itself
+
+    Place locate(uint32_t token, uint32_t r) {
         // Another thread may be preparing the row: the thresholds are there before the entries are.
         const uint16_t entry = __atomic_load_n(guide(token) + guide_bucket(r, guide_bits_), __ATOMIC_ACQUIRE);
         if (__builtin_expect(entry >= kMixed, false)) return prepare_and_search(token, r);
         return has_sure_entries ? entry : search_thresholds(thresholds(token), entry, r);
     }
+    uint32_t find(Place place) const { return place; }
 
   private:
     static constexpr uint16_t kMixed = 1 << 15, kUnprepared = std::numeric_limits<uint16_t>::max();
@@ -111,19 +119,26 @@ class WholeRows : public LogitRows {
 // where there is no memory for more: this is 1/16 of the table's number of elements.
 class BlockRows : public LogitRows {
   public:
-    static constexpr int kLanes = 1;
+    static constexpr int kLanes = 4;
     static constexpr int64_t kTokensAThread = 1 << 8;
 
     BlockRows(const at::Tensor& weight, const SamplingOptions& options);
 
-    uint32_t next(uint32_t token, uint32_t r);
+    struct Place {
+        uint32_t row;
+        int64_t block;
+        uint64_t sum_to_reach;  // within the block; 0 where the row is no distribution
+    };
+
+    Place locate(uint32_t token, uint32_t r);
+    uint32_t find(const Place& place) const;
 
   private:
     bool prepare_row(int64_t token, LogitRow& row) override;
 
     bool (*const sum_blocks_)(LogitRow&, int64_t, uint64_t*);
     int64_t (*const find_in_block_)(const LogitRow&, int64_t, int64_t, uint64_t);
-    const int64_t num_blocks_;
+    const int64_t num_blocks_, block_bytes_;
     const Buffer<uint64_t> ends_;  // (V, blocks): cumulative sums after each
     const Buffer<double> max_;     // (V)
 };
@@ -136,16 +151,19 @@ class GreedyRows {
 
     explicit GreedyRows(const at::Tensor& weight) : weight_(weight), likeliest_(weight.size(0)) {}
 
-    uint32_t next(uint32_t token, uint32_t) {
+    using Place = uint32_t;  // the token itself
+
+    Place locate(uint32_t token, uint32_t) {
         const uint32_t seen = likeliest_[token].load(std::memory_order_relaxed);
-        return seen != 0 ? seen - 1 : find(token);
+        return seen != 0 ? seen - 1 : compute(token);
     }
+    uint32_t find(Place place) const { return place; }
 
     bool is_distribution(int64_t) const { return true; }
     bool all_are_distributions() const { return true; }
 
   private:
-    uint32_t find(uint32_t token);
+    uint32_t compute(uint32_t token);
 
     const at::Tensor weight_;
     std::vector<std::atomic<uint32_t>> likeliest_;  // (V): 1 more than it; 0: not met
