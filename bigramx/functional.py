@@ -146,7 +146,7 @@ def multinomial(
         replacement: Whether a token may be drawn twice.
         sampler: ``"torch"`` draws as torch.multinomial does, and leaves the generator in the same state; the default on
             the CPU. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b depends on (seed, b, k)
-            and the row alone (without replacement: and on the samples before it), in one pass over the row.
+            and the row alone, without replacement also on the samples before it; faster, the more so the larger V.
         generator: Where the randomness comes from; None: PyTorch's default generator.
 
     Returns:

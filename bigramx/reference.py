@@ -91,7 +91,7 @@ def multinomial(
         r = philox(seed, torch.arange(len(rows)), k) >> 1
         drawn = torch.searchsorted(thresholds(weights), r[:, None], right=True)
         if not replacement:
-            weights.scatter_(1, drawn.clamp(max=rows.size(1) - 1), 0)
+            weights.scatter_(1, drawn, 0)
         samples[:, k] = drawn[:, 0]
     for b in range(len(rows) if not replacement else 0):  # where only zeros are left: those, in order
         num_positive = int((rows[b] > 0).sum())

@@ -18,7 +18,7 @@ constexpr int kWeightBits = 30;  // the largest weight of a row is about 2^30
 
 // e^logit 2^30, rounded; logit: less the largest of its row, so <= 0; -inf gives 0.
 //
-// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); n and 30 go onto the
+// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); n + 30 goes onto its
 // exponent.
 BIGRAMX_HOST_DEVICE inline uint32_t weight_of_logit(float logit) {
     constexpr float kVanishes = -25.0f;      // e^-25 2^30 < 1/2
@@ -88,8 +88,7 @@ class ThresholdScale {
         auto sum = static_cast<uint64_t>(static_cast<int64_t>(bound));
         sum += to_double(sum) < bound ? 1 : 0;
         sum = sum < total_ ? sum : total_;
-        // Hardly ever more than one look, which the processor expects: but the thresholds are rounded.
-        while (threshold(sum) <= r) ++sum;
+        while (threshold(sum) <= r) ++sum;  // hardly ever: what the thresholds are rounded by
         while (threshold(sum - 1) > r) --sum;
         return sum;
     }

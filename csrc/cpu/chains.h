@@ -74,7 +74,7 @@ class ChainRunner {
     }
 
   private:
-    static constexpr int64_t kBlock = 256;  // steps whose draws are made at once
+    static constexpr int64_t kBlock = 256;  // steps whose draws are made at once; more leave the cache
     static constexpr int64_t kWarmUp = 2 * kBlock;
     static constexpr int64_t kSegment = 32 * kBlock;
     static constexpr int64_t kMaxTokensARound = Rows::kTokensAThread << 10;  // signals wait so long
@@ -118,7 +118,7 @@ class ChainRunner {
         alignas(64) uint32_t blocks[lanes][kBlock];
     };
 
-    // Fills the blocks with the tokens of the `count` steps that follow; positions(lane): of the first.
+    // Fills the blocks with the tokens of `count` steps; position(segment): the first of them.
     template <int lanes, typename Position>
     void step(Lanes<lanes>& state, int64_t first, int64_t count, const Position& position) {
         for (int lane = 0; lane < lanes; ++lane) {

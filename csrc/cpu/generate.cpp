@@ -111,19 +111,19 @@ int64_t generate_by_noise(const at::Tensor& weight, const SamplingOptions& optio
 
 int64_t generate_by_thresholds(const at::Tensor& weight, const SamplingOptions& options,
                                const std::optional<at::Generator>& generator, const Chains& chains) {
-    constexpr int64_t kMaxBytes = int64_t{1} << 30, kDrawsWorthARow = 32, kMostlySure = 200;
+    constexpr int64_t kMaxBytes = int64_t{1} << 30, kDrawsWorthAWholeRow = 32, kMaxVocabOfSureEntries = 200;
     const int64_t vocab_size = weight.size(0);
     const auto run = [&](auto&& rows, uint64_t seed) {
         return ChainRunner(rows, seed, chains, options.stop).run();
     };
     if (options.temperature == 0) return run(GreedyRows(weight), 0);
     const uint64_t seed = draw_seed(generator);
-    const bool draws_many = chains.num_chains * chains.num_steps >= kDrawsWorthARow * vocab_size;
+    const bool draws_many = chains.num_chains * chains.num_steps >= kDrawsWorthAWholeRow * vocab_size;
     if (!draws_many || WholeRows<false>::bytes(vocab_size) > kMaxBytes) {
         return run(BlockRows(weight, options), seed);
     }
-    if (vocab_size > kMostlySure) return run(WholeRows<false>(weight, options), seed);
-    return run(WholeRows<true>(weight, options), seed);
+    if (vocab_size <= kMaxVocabOfSureEntries) return run(WholeRows<true>(weight, options), seed);
+    return run(WholeRows<false>(weight, options), seed);
 }
 
 }  // namespace

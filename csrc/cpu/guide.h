@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "../philox.h"
 
@@ -54,8 +53,9 @@ void make_guide(const uint32_t* thresholds, int64_t vocab_size, int guide_bits, 
         guide[first_after] = static_cast<entry_t>(token + 1);
     }
     entry_t first = 0;
-    for (int64_t bucket = 0; bucket < num_buckets; ++bucket)
+    for (int64_t bucket = 0; bucket < num_buckets; ++bucket) {
         guide[bucket] = first = std::max(first, guide[bucket]);
+    }
 }
 
 }  // namespace bigramx

@@ -75,7 +75,7 @@ void LogitRows::filter(int64_t begin, int64_t end) {
 
 template <bool has_sure_entries>
 int WholeRows<has_sure_entries>::guide_bits(int64_t vocab_size) {
-    if (has_sure_entries) return 11;
+    if (has_sure_entries) return kSureGuideBits;
     int bits = 0;
     while (int64_t{2} << bits < vocab_size) ++bits;  // a bucket for two tokens
     return bits;
@@ -150,9 +150,7 @@ BlockRows::BlockRows(const at::Tensor& weight, const SamplingOptions& options)
       num_blocks_(num_weight_blocks(vocab_size_)),
       block_bytes_(kWeightsAtOnce * static_cast<int64_t>(weight_.element_size())),
       ends_(vocab_size_ * num_blocks_),
-      max_(vocab_size_) {
-    advise_huge_pages(ends_.begin(), ends_.size() * sizeof(uint64_t));
-}
+      max_(vocab_size_) {}
 
 bool BlockRows::prepare_row(int64_t token, LogitRow& row) {
     const bool is_distribution = sum_blocks_(row, vocab_size_, ends_.begin() + token * num_blocks_);
@@ -164,7 +162,7 @@ BlockRows::Place BlockRows::locate(uint32_t token, uint32_t r) {
     if (!is_distribution(token)) return {token, 0, 0};
     const uint64_t* ends = ends_.begin() + token * num_blocks_;
     const uint64_t sum_to_reach = ThresholdScale(ends[num_blocks_ - 1]).sum_to_reach(r);
-    int64_t block = 0;
+    int64_t block = 0;  // searched without branches, which could not be foreseen
     for (int64_t count = num_blocks_; count > 1;) {
         const int64_t half = count / 2;
         block += ends[block + half - 1] < sum_to_reach ? half : 0;

@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -24,8 +23,7 @@ class LogitRows {
   public:
     virtual ~LogitRows() = default;
 
-    // A row with a NaN or an infinity, or with negative infinities alone, is none. Draws from it give token
-    // 0.
+    // A row with a NaN or an infinity, or with negative infinities alone, is none. It draws token 0.
     bool is_distribution(int64_t token) {
         const State state = states_[token].load(std::memory_order_acquire);
         return (state == State::unprepared ? prepare(token) : state) == State::distribution;
@@ -37,7 +35,7 @@ class LogitRows {
   protected:
     LogitRows(const at::Tensor& weight, const SamplingOptions& options);
 
-    // Sets row.max, and keeps what next() needs. False where the row is no distribution.
+    // Sets row.max, and keeps what draws need. False where the row is no distribution.
     virtual bool prepare_row(int64_t token, LogitRow& row) = 0;
 
     LogitRow row(int64_t token) const {
@@ -78,6 +76,7 @@ class WholeRows : public LogitRows {
     static constexpr int kLanes = 8;
     static constexpr int64_t kTokensAThread = 1 << 14;
 
+    // V < 2^15: a token and a mark share an entry.
     WholeRows(const at::Tensor& weight, const SamplingOptions& options);
 
     static int64_t bytes(int64_t vocab_size);
@@ -93,6 +92,7 @@ class WholeRows : public LogitRows {
     uint32_t find(Place place) const { return place; }
 
   private:
+    static constexpr int kSureGuideBits = 11;
     static constexpr uint16_t kMixed = 1 << 15, kUnprepared = std::numeric_limits<uint16_t>::max();
 
     bool prepare_row(int64_t token, LogitRow& row) override;
@@ -115,8 +115,8 @@ class WholeRows : public LogitRows {
     const Buffer<uint16_t> guide_;       // (V, 2^guide_bits)
 };
 
-// The sums of blocks of weights; a draw computes the weights of one block again. For few draws a row, or
-// where there is no memory for more: this is 1/16 of the table's number of elements.
+// The sums of blocks of kWeightsAtOnce weights, 8 bytes each; a draw computes the weights of one block again.
+// For few draws a row, and for large tables.
 class BlockRows : public LogitRows {
   public:
     static constexpr int kLanes = 4;

@@ -61,8 +61,9 @@ class LogitWeights {
     void weigh(int64_t begin, int64_t count, uint32_t* weights) const {
         T buffer[kWeightsAtOnce];
         const T* logits = load(begin, count, buffer);
-        for (int64_t k = 0; k < count; ++k)
+        for (int64_t k = 0; k < count; ++k) {
             weights[k] = weight_of_logit(static_cast<float>(logits[k] - max_));
+        }
     }
 
   private:
