@@ -73,8 +73,8 @@ def markdown(machine: dict[str, str], results: Sequence[Result]) -> str:
     head = ["Job", "bigramx", "the fastest peer", "reach (bold: missed)", "other floors", "command"]
     return "\n\n".join(
         [
-            f"Medians of alternating rounds in one run of `make bench`, on this machine: {described}.",
-            "`.venv/bin/python benchmarks/run.py`, with what the last column says, measures a line again.",
+            f"Medians of alternating rounds, all of a line in one run, on this machine: {described}.",
+            "`make bench` measures all; `.venv/bin/python benchmarks/run.py`, with what the last column says, a line again.",
             table(head, times),
             "What a call moves through memory at least, over its time, and the most memory it held at once:",
             table(["Job", "bytes a second", "memory at once", "that of others"], memory),

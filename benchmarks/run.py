@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                 # all, some ten minutes, into benchmarks/results/cpu.json
     python benchmarks/run.py --quick         # all that fits into three minutes, kept nowhere
-    python benchmarks/run.py --only adamw    # bench_adamw.py alone, kept nowhere
+    python benchmarks/run.py --only adamw    # bench_adamw.py alone: its lines replace those that are kept
 
 A peer that is not installed, and a job that does not fit into memory, are named as skipped.
 """
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -50,8 +51,7 @@ def main() -> None:
 
     benches = [arguments.only] if arguments.only else BENCHES
     effort = QUICK if arguments.quick else FULL
-    complete = not (arguments.quick or arguments.only)
-    out = arguments.out or (report.RESULTS / "cpu.json" if complete else None)
+    out = arguments.out or (None if arguments.quick else report.RESULTS / "cpu.json")
 
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
     if load := busy():
@@ -64,9 +64,20 @@ def main() -> None:
         sys.exit(f"{results.count(None)} of {len(results)} jobs failed (see above); nothing is written")
     if out is not None:
         contents = [result.to_json() for result in results if result is not None]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine(), "results": contents}, indent=2) + "\n", encoding="utf-8")
+        write(out, contents, kept=benches != BENCHES)
         print(f"wrote {out}")
+
+
+def write(out: Path, contents: list[dict[str, Any]], kept: bool) -> None:
+    """Writes the results; where ``kept``, those of other files that were measured on this machine stay, in place."""
+    content: dict[str, Any] = {"machine": machine(), "results": contents}
+    if kept and out.exists():
+        old = json.loads(out.read_text(encoding="utf-8"))
+        if old["machine"] == content["machine"]:
+            others = [result for result in old["results"] if result["bench"] != contents[0]["bench"]]
+            content["results"] = sorted([*others, *contents], key=lambda result: BENCHES.index(result["bench"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run(benches: list[str], effort: Effort) -> list[Result | None]:

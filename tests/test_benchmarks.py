@@ -223,3 +223,16 @@ def test_jax_peers_do_what_they_say() -> None:
     assert (as_tensor(peers.jax_choice(probs[0], 100)()) == 1).all()
     forced = torch.full((3, 3), -1e4).scatter_(1, torch.tensor([[2], [0], [1]]), 1e4)  # 0 -> 2 -> 1 -> 0
     assert as_tensor(peers.jax_generate(forced, 2, 4)()).tolist() == [[2, 1, 0, 2]] * 2
+
+
+def test_one_file_replaces_its_own_results(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    first = [{"bench": "adamw", "job": "old"}, {"bench": "exp", "job": "kept"}]
+    run.write(out, first, kept=False)
+    run.write(out, [{"bench": "adamw", "job": "new"}, {"bench": "adamw", "job": "more"}], kept=True)
+    assert [result["job"] for result in json.loads(out.read_text())["results"]] == ["new", "more", "kept"]
+    content = json.loads(out.read_text())
+    content["machine"]["processor"] = "another"
+    out.write_text(json.dumps(content))
+    run.write(out, first[:1], kept=True)
+    assert [result["job"] for result in json.loads(out.read_text())["results"]] == ["old"]
