@@ -74,7 +74,7 @@ def markdown(machine: dict[str, str], results: Sequence[Result]) -> str:
     return "\n\n".join(
         [
             f"Medians of alternating rounds, all of a line in one run, on this machine: {described}.",
-            "`make bench` measures all; `.venv/bin/python benchmarks/run.py` with the last column measures a line again.",
+            "`make bench` measures all; `.venv/bin/python benchmarks/run.py` with the last column measures one again.",
             table(head, times),
             "What a call moves through memory at least, over its time, and the most memory it held at once:",
             table(["Job", "bytes a second", "memory at once", "that of others"], memory),
