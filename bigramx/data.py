@@ -20,6 +20,11 @@ def check_tokens(tokens: Tensor) -> None:
         raise RuntimeError(f"expected tokens to be uint8, uint16, int32 or int64, got {tokens.dtype}")
 
 
+def are_worth_counting(tokens: Tensor, vocab_size: int) -> bool:
+    """Whether a table of pair counts, (V, V), is small against ``tokens``, (N)."""
+    return 4 * vocab_size**2 <= len(tokens)
+
+
 def default_text() -> str:
     """The text that ships inside CPython: the topics of the language reference, about half a million characters."""
     from pydoc_data import topics

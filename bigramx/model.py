@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from bigramx import functional
-from bigramx.data import check_tokens
+from bigramx.data import are_worth_counting, check_tokens
 from bigramx.functional import Sampler
 from bigramx.storage import read_tensors, write_tensors
 from bigramx.tokenizer import CharTokenizer
@@ -147,13 +147,19 @@ class BigramLanguageModel(nn.Module):
             IndexError: A token is out of range.
         """
         check_tokens(tokens)
-        if 4 * self.vocab_size**2 > len(tokens):
+        if not are_worth_counting(tokens, self.vocab_size):
             return None
         return functional.count_bigrams(tokens.to(self.device), self.vocab_size)
 
     @torch.no_grad()
     def evaluate_counts(self, counts: Tensor) -> float:
-        """What ``evaluate`` gives for tokens with these pair counts, (V, V), in float64. NaN for no pairs."""
+        """What ``evaluate`` gives for tokens with these pair counts, (V, V), in float64. NaN for no pairs.
+
+        Raises:
+            RuntimeError: ``counts`` is not (V, V), or lies on another device than the table.
+        """
+        if counts.shape != (self.vocab_size, self.vocab_size):
+            raise RuntimeError(f"expected counts to be (V, V) with V = {self.vocab_size}, got {tuple(counts.shape)}")
         losses = -self.token_embedding_table.weight.double().log_softmax(dim=1)
         losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # a pair that never occurs may be impossible
         return (losses.sum(dim=1).sum() / counts.sum()).item()  # by rows: no thread adds up a part of one

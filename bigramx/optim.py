@@ -48,14 +48,18 @@ class AdamW(torch.optim.AdamW):
     step.hooked = True  # type: ignore[attr-defined]  # torch shall not wrap it: the wrapper takes longer than the step
 
 
-def _is_observed(optimizer: torch.optim.Optimizer) -> bool:
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks run around a step."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
-        or profiler._is_profiler_enabled
     )
+
+
+def _is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    return has_hooks(optimizer) or profiler._is_profiler_enabled
 
 
 def _step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bigramx import functional, ops
-from bigramx.data import check_tokens, get_batch
+from bigramx.data import are_worth_counting, check_tokens, get_batch
 from bigramx.model import BigramLanguageModel
-from bigramx.optim import AdamW, state_of
+from bigramx.optim import AdamW, has_hooks, state_of
 from bigramx.storage import checksum, read_tensors, write_tensors
 
 _KIND = "history"
@@ -36,7 +36,7 @@ def optimal_loss(tokens: Tensor) -> float:
     if len(tokens) < 2:
         return float("nan")
     smallest, largest = (int(token) for token in tokens.long().aminmax())
-    if smallest >= 0 and 4 * (largest + 1) ** 2 <= len(tokens):
+    if smallest >= 0 and are_worth_counting(tokens, largest + 1):
         return _optimal_loss_of_counts(functional.count_bigrams(tokens, largest + 1))
     values, ranks = torch.unique(tokens.long(), return_inverse=True)  # small numbers, whatever the tokens are
     last, following = ranks[:-1], ranks[1:]
@@ -190,7 +190,7 @@ def fit(
     """The lecture's training loop: get_batch, forward, backward, AdamW; evaluated exactly, not on sampled batches.
 
     The steps to the next evaluation are one native call, where the table is dense, float32 or float64, and on the CPU;
-    elsewhere, and for a subclass with a ``forward`` of its own, each is a step in Python.
+    elsewhere, and where a ``forward`` of a subclass or a hook is to run, each is a step in Python.
 
     Ctrl-C ends the run between two steps: the history says so, and can be resumed. A second one ends it at once.
 
@@ -228,7 +228,8 @@ def fit(
     if history.generator_state is not None:
         _set_state(generator, history.generator_state)
 
-    take_steps = _native_steps if _has_native_steps(model, optimizer) else _python_step
+    loop = _Loop(model, optimizer, history, train_tokens, batch_size, block_size, generator)
+    take_steps = loop.native_steps if loop.has_native_steps() else loop.python_step
 
     try:
         with _Interrupt() as interrupt:
@@ -236,7 +237,7 @@ def fit(
                 if history.step % eval_interval == 0:
                     _evaluate(history, train, val, on_evaluation)
                 most = min(max_steps - history.step, eval_interval - history.step % eval_interval)
-                take_steps(model, optimizer, history, train_tokens, (batch_size, block_size), generator, most)
+                take_steps(most)
                 if on_progress is not None:
                     on_progress(history)
             if not interrupt.requested:
@@ -250,71 +251,72 @@ def fit(
     return history
 
 
-def _has_native_steps(model: BigramLanguageModel, optimizer: torch.optim.Optimizer) -> bool:
-    weight = model.token_embedding_table.weight
-    return (
-        type(model).forward is BigramLanguageModel.forward
-        and isinstance(optimizer, AdamW)
-        and isinstance(weight, torch.nn.Parameter)
-        and weight.requires_grad
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and weight.dtype in (torch.float32, torch.float64)
-    )
+@dataclass
+class _Loop:
+    """What a step needs; its two ways take steps and keep their losses."""
 
+    model: BigramLanguageModel
+    optimizer: torch.optim.Optimizer
+    history: History
+    tokens: Tensor
+    batch_size: int
+    block_size: int
+    generator: torch.Generator | None
 
-@torch.no_grad()
-def _native_steps(
-    model: BigramLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-    tokens: Tensor,
-    batch_shape: tuple[int, int],
-    generator: torch.Generator | None,
-    most: int,
-) -> None:
-    """As many steps as the time for which Ctrl-C can wait allows, at least one and at most `most`."""
-    max_seconds = 0.05
-    table, (group,) = model.token_embedding_table, optimizer.param_groups
-    state = state_of(optimizer, table.weight, group)
-    losses = torch.empty(most, dtype=torch.float64)
-    num_steps = ops.fit_(
-        table.weight,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        losses,
-        tokens.cpu(),
-        *batch_shape,
-        ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
-        state["step"].item() + 1,
-        group["lr"],
-        *group["betas"],
-        group["eps"],
-        group["weight_decay"],
-        max_seconds,
-        generator=generator,
-    )
-    state["step"] += num_steps
-    table.weight.grad = None
-    history.losses += losses[:num_steps].tolist()
+    def has_native_steps(self) -> bool:
+        """Not where something else than the kernels is to run in a step: another forward, a hook."""
+        model, weight = self.model, self.model.token_embedding_table.weight
+        return (
+            getattr(model.forward, "__func__", None) is BigramLanguageModel.forward
+            and not (model._forward_hooks or model._forward_pre_hooks)
+            and not (model._backward_hooks or model._backward_pre_hooks)
+            and not (weight._backward_hooks or weight._post_accumulate_grad_hooks)
+            and isinstance(self.optimizer, AdamW)
+            and not has_hooks(self.optimizer)
+            and isinstance(weight, torch.nn.Parameter)
+            and weight.requires_grad
+            and weight.is_cpu
+            and weight.is_contiguous()
+            and weight.dtype in (torch.float32, torch.float64)
+        )
 
+    @torch.no_grad()
+    def native_steps(self, most: int) -> None:
+        """As many as the time for which Ctrl-C can wait allows, at least one and at most `most`."""
+        max_seconds = 0.05
+        table, (group,) = self.model.token_embedding_table, self.optimizer.param_groups
+        state = state_of(self.optimizer, table.weight, group)
+        losses = torch.empty(most, dtype=torch.float64)
+        num_steps = ops.fit_(
+            table.weight,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            losses,
+            self.tokens.cpu(),
+            self.batch_size,
+            self.block_size,
+            ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
+            state["step"].item() + 1,
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            max_seconds,
+            generator=self.generator,
+        )
+        state["step"] += num_steps
+        table.weight.grad = None
+        self.history.losses += losses[:num_steps].tolist()
 
-def _python_step(
-    model: BigramLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    history: History,
-    tokens: Tensor,
-    batch_shape: tuple[int, int],
-    generator: torch.Generator | None,
-    _most: int,
-) -> None:
-    """One step, wherever the model lies, whatever its table and its optimizer."""
-    idx, targets = get_batch(tokens, *batch_shape, generator=generator)
-    _logits, loss = model(idx.to(model.device), targets.to(model.device), return_logits=False)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    history.losses.append(loss.item())
+    def python_step(self, _most: int) -> None:
+        """One, wherever the model lies, whatever its table and its optimizer."""
+        device = self.model.device
+        idx, targets = get_batch(self.tokens, self.batch_size, self.block_size, generator=self.generator)
+        _logits, loss = self.model(idx.to(device), targets.to(device), return_logits=False)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.history.losses.append(loss.item())
 
 
 def _optimizer(model: BigramLanguageModel, history: History, lr: float) -> torch.optim.Optimizer:

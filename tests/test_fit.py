@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bigramx import BigramLanguageModel, fit, ops
 
@@ -35,6 +36,28 @@ def test_equal_the_steps_in_python(vocab_size: int, dtype: torch.dtype, token_dt
     assert (native_history.optimizer_state or {})["state"][0]["step"] == 200
     torch.testing.assert_close(native_history.generator_state, python_history.generator_state)
     torch.testing.assert_close(native_history.optimizer_state, python_history.optimizer_state, rtol=1e-4, atol=1e-7)
+
+
+def test_hooks_and_an_own_forward_run_at_each_step() -> None:
+    tokens = torch.randint(20, (500,))
+
+    def count_calls(prepare: Any) -> int:
+        calls: list[int] = []
+        model = BigramLanguageModel(20)
+        handle = prepare(model, lambda *_: calls.append(1))
+        fit(model, tokens, max_steps=7)
+        if handle is not None:
+            handle.remove()
+        return len(calls)
+
+    def own_forward(model: BigramLanguageModel, called: Any) -> None:
+        forward = model.forward
+        model.forward = lambda *arguments, **options: (called(), forward(*arguments, **options))[1]  # type: ignore
+
+    assert count_calls(own_forward) == 7
+    assert count_calls(lambda model, called: model.register_forward_hook(called)) == 7
+    assert count_calls(lambda model, called: model.token_embedding_table.weight.register_hook(called)) == 7
+    assert count_calls(lambda _model, called: register_optimizer_step_post_hook(called)) == 7
 
 
 def test_padding_row_stays() -> None:

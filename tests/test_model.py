@@ -147,6 +147,8 @@ def test_evaluate_counts_of_any_number_of_pairs() -> None:
     counts = functional.count_bigrams(tokens, 20)
     assert model.evaluate_counts(counts) == pytest.approx(model.evaluate(tokens), rel=1e-6)
     assert math.isnan(model.evaluate_counts(torch.zeros_like(counts)))
+    with pytest.raises(RuntimeError, match=r"V = 20, got \(20, 1\)"):
+        model.evaluate_counts(counts[:, :1])
 
 
 def test_evaluate_too_few_tokens() -> None:

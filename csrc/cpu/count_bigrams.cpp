@@ -10,10 +10,27 @@
 #include <vector>
 
 #include "buffer.h"
-#include "count_pairs.h"
 #include "huge_pages.h"
 
-#define BIGRAMX_KERNELS "count_pairs_kernels.h"
+namespace bigramx {
+
+// What the kernel counts, and where; plain pointers, all offsets in elements.
+template <typename token_t, typename count_t>
+struct CountJob {
+    const token_t* tokens;  // (num_pairs + 1)
+    int64_t num_pairs;
+    int64_t vocab_size;
+    // (V, V), where pairs at even and at odd positions count: one table, or two to be added, as increments of
+    // one counter wait for each other. Fewer than 2^32 entries, but for 64-bit counters.
+    count_t* even;
+    count_t* odd;
+    // Where a list grows of the entries whose 8- or 16-bit counters went back to 0.
+    uint32_t* wrapped;
+};
+
+}  // namespace bigramx
+
+#define BIGRAMX_KERNELS "count_bigrams_kernels.h"
 #include "for_each_capability.h"
 
 namespace bigramx {
@@ -36,22 +53,16 @@ int64_t number_of_jobs(int64_t num_pairs, int64_t num_entries) {
     return std::min<int64_t>(num_pairs / std::max(kMinPairs, num_entries), at::get_num_threads());
 }
 
-template <typename token_t, typename count_t>
-CountJob<token_t, count_t> make_job(const token_t* tokens, int64_t num_pairs, int64_t vocab_size,
-                                    count_t* even, count_t* odd, uint32_t* wrapped) {
-    return {tokens, tokens + 1, num_pairs, vocab_size, vocab_size, vocab_size, even, odd, wrapped};
-}
-
 // Returns false where a token is out of range.
 template <typename token_t, typename count_t>
 bool run(CountJob<token_t, count_t>& job) {
-    return BIGRAMX_DISPATCH(count_pairs<token_t, count_t>)(job) == job.num_pairs;
+    return BIGRAMX_DISPATCH(count_bigrams<token_t, count_t>)(job) == job.num_pairs;
 }
 
 template <typename token_t>
 bool count_in_result(const token_t* tokens, int64_t num_pairs, const at::Tensor& counts) {
     int64_t* table = counts.zero_().data_ptr<int64_t>();
-    auto job = make_job(tokens, num_pairs, counts.size(0), table, table, nullptr);
+    CountJob<token_t, int64_t> job{tokens, num_pairs, counts.size(0), table, table, nullptr};
     return run(job);
 }
 
@@ -87,8 +98,7 @@ bool count_in_jobs(const token_t* tokens, int64_t num_pairs, int64_t num_jobs, c
             count_t* even = tables.data_ptr<count_t>() + k * tables_per_job * num_entries;
             count_t* odd = even + (tables_per_job - 1) * num_entries;
             std::fill(even, odd + num_entries, 0);
-            jobs[k] = make_job(tokens + begin, end - begin, vocab_size, even, odd,
-                               wrapped.begin() + k * max_wrapped);
+            jobs[k] = {tokens + begin, end - begin, vocab_size, even, odd, wrapped.begin() + k * max_wrapped};
             if (!run(jobs[k])) in_range = false;
         }
     });

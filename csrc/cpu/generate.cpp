@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "chains.h"
+#include "generator.h"
 #include "huge_pages.h"
 #include "noise.h"
-#include "seed.h"
 #include "threshold_rows.h"
 
 namespace bigramx {

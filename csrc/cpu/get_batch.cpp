@@ -1,13 +1,12 @@
 #include "../get_batch.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch_v2.h>
 #include <ATen/core/DistributionsHelper.h>
 
 #include <algorithm>
 #include <mutex>
 
-#include "noise.h"
+#include "generator.h"
 
 namespace bigramx {
 namespace {

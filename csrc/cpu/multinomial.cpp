@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "generator.h"
 #include "multinomial_philox.h"
 #include "noise.h"
-#include "seed.h"
 
 #define BIGRAMX_KERNELS "multinomial_kernels.h"
 #include "for_each_capability.h"

@@ -5,7 +5,6 @@
 // (noise_kernels.h). Other builds of ATen fill q by a library; DrawnNoise then asks ATen for it.
 #pragma once
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -13,14 +12,10 @@
 #include <mutex>
 #include <optional>
 
+#include "generator.h"
 #include "mersenne_twister.h"
 
 namespace bigramx {
-
-inline at::CPUGeneratorImpl* cpu_generator(const std::optional<at::Generator>& generator) {
-    return at::get_generator_or_default<at::CPUGeneratorImpl>(generator,
-                                                              at::detail::getDefaultCPUGenerator());
-}
 
 // Holds the generator while it lives, and leaves it advanced by the words that were taken.
 class GeneratorStream {
