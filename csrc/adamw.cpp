@@ -3,7 +3,14 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "checks.h"
+#include "gpu.h"
+
+#if defined(BIGRAMX_CUDA)
+#include "cuda/adamw.h"
+#endif
 
 namespace bigramx {
 namespace {
@@ -43,22 +50,70 @@ void bump_versions(const AdamWTensors& tensors) {
     }
 }
 
+#if defined(BIGRAMX_CUDA)
+
+void adamw_cuda(const AdamWTensors& tensors, const AdamWOptions& options) {
+    const GpuScope scope(tensors.param);
+    AdamWCudaJob job{};
+    job.type = float_type(tensors.param);
+    job.size = tensors.param.numel();
+    job.param = tensors.param.data_ptr();
+    job.grad = tensors.grad.const_data_ptr();
+    job.exp_avg = tensors.exp_avg.data_ptr();
+    job.exp_avg_sq = tensors.exp_avg_sq.data_ptr();
+    if (tensors.max_exp_avg_sq.defined()) job.max_exp_avg_sq = tensors.max_exp_avg_sq.data_ptr();
+    job.options = options;
+    if (tensors.step.defined()) {
+        job.step = tensors.step.const_data_ptr();
+        job.step_type = float_type(tensors.step);
+    }
+    launch_adamw(job, scope.stream());
+}
+
+#endif
+
 namespace {
 
-void checked_step(const AdamWTensors& tensors, const AdamWOptions& options) {
-    check_adamw(kName, tensors, options);
+void take_step(const AdamWTensors& tensors, const AdamWOptions& options) {
     bump_versions(tensors);
-    adamw_cpu(tensors, options);
+    BIGRAMX_BY_DEVICE(tensors.param, adamw, tensors, options);
 }
 
-void adamw_op_cpu(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
-                  const std::optional<at::Tensor>& max_exp_avg_sq, double step, double lr, double beta1,
-                  double beta2, double eps, double weight_decay, bool maximize) {
-    checked_step({param, grad.contiguous(), exp_avg, exp_avg_sq, max_exp_avg_sq.value_or(at::Tensor())},
-                 {step, lr, beta1, beta2, eps, weight_decay, maximize});
+void adamw_op(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
+              const std::optional<at::Tensor>& max_exp_avg_sq, double step, double lr, double beta1,
+              double beta2, double eps, double weight_decay, bool maximize) {
+    const AdamWTensors tensors{param, grad.contiguous(), exp_avg, exp_avg_sq,
+                               max_exp_avg_sq.value_or(at::Tensor())};
+    const AdamWOptions options{step, lr, beta1, beta2, eps, weight_decay, maximize};
+    check_adamw(kName, tensors, options);
+    take_step(tensors, options);
 }
 
-TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl("adamw_", &adamw_op_cpu); }
+void register_ops(torch::Library& m) { m.impl("adamw_", &adamw_op); }
+BIGRAMX_REGISTER(register_ops)
+
+void count_and_step_cpu(AdamWTensors tensors, AdamWOptions options) {
+    const at::Tensor step = std::exchange(tensors.step, at::Tensor());
+    TORCH_CHECK(step.is_cpu(), kName, ": expected step to be on the CPU or, with param, on a GPU, got ",
+                step.device());
+    const bool single = step.scalar_type() == at::kFloat;
+    options.step = 1 + (single ? step.const_data_ptr<float>()[0] : step.const_data_ptr<double>()[0]);
+    check_adamw(kName, tensors, options);
+    take_step(tensors, options);
+    single ? step.data_ptr<float>()[0] = static_cast<float>(options.step)
+           : step.data_ptr<double>()[0] = options.step;
+}
+
+#if defined(BIGRAMX_CUDA)
+
+void count_and_step_cuda(const AdamWTensors& tensors, const AdamWOptions& options) {
+    check_same_device(kName, "step", tensors.step, "param", tensors.param);
+    check_adamw(kName, tensors, options);
+    tensors.step.add_(1);
+    take_step(tensors, options);
+}
+
+#endif
 
 }  // namespace
 
@@ -68,15 +123,11 @@ void count_and_step_adamw(const at::Tensor& param, const at::Tensor& grad, const
                           double weight_decay, bool maximize) {
     const at::NoGradGuard no_grad;
     check_dtype(kName, "step", step, {at::kFloat, at::kDouble});
-    TORCH_CHECK(step.is_cpu() && step.numel() == 1, kName,
-                ": expected step to be one number on the CPU, got shape ", step.sizes(), " on ",
-                step.device());
-    const double next = 1 + (step.scalar_type() == at::kFloat ? step.const_data_ptr<float>()[0]
-                                                              : step.const_data_ptr<double>()[0]);
-    checked_step({param, grad.contiguous(), exp_avg, exp_avg_sq, max_exp_avg_sq.value_or(at::Tensor())},
-                 {next, lr, beta1, beta2, eps, weight_decay, maximize});
-    step.scalar_type() == at::kFloat ? step.data_ptr<float>()[0] = static_cast<float>(next)
-                                     : step.data_ptr<double>()[0] = next;
+    TORCH_CHECK(step.numel() == 1, kName, ": expected step to be one number, got shape ", step.sizes());
+    const AdamWTensors tensors{
+        param, grad.contiguous(), exp_avg, exp_avg_sq, max_exp_avg_sq.value_or(at::Tensor()), step};
+    const AdamWOptions options{/*step=*/1, lr, beta1, beta2, eps, weight_decay, maximize};
+    BIGRAMX_BY_DEVICE(step, count_and_step, tensors, options);
 }
 
 }  // namespace bigramx

@@ -86,11 +86,16 @@ constexpr const char* kParallel = "OpenMP";
 constexpr const char* kParallel = "none";
 #endif
 
+// What setup.py has the kernels in cuda/ compiled for.
+#if !defined(BIGRAMX_CUDA_ARCHITECTURES)
+#define BIGRAMX_CUDA_ARCHITECTURES ""
+#endif
+
 std::map<std::string, std::string> build_info() {
     return {{"compiler", kCompiler},
             {"parallel", kParallel},
             {"cpu_capability", at::get_cpu_capability()},
-            {"cuda_architectures", ""},
+            {"cuda_architectures", BIGRAMX_CUDA_ARCHITECTURES},
             {"torch_version", TORCH_VERSION}};
 }
 
@@ -99,25 +104,39 @@ void run_signal_handlers() {
     if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
 }
 
+#if defined(BIGRAMX_CUDA)
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
+// fit_ is a loop over the kernels of the CPU.
+bool has_cuda_kernel(const std::string& op) { return kHasCuda && op != "bigramx::fit_"; }
+
 void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack*) {
-    TORCH_CHECK(false, op.schema().operator_name().name, ": no kernel is built for device ",
+    const std::string& name = op.operator_name().name;
+    TORCH_CHECK(false, name, ": no kernel is built for device ",
                 c10::DeviceTypeName(c10::dispatchKeyToDeviceType(keys.highestPriorityTypeId()), true),
-                "; this build of bigramx has kernels for cpu");
+                "; this build of bigramx has kernels of it for ",
+                has_cuda_kernel(name) ? "cpu and cuda" : "cpu");
+}
+
+// Devices without a kernel say so, each by its name.
+void refuse(torch::Library& m, c10::DispatchKey key) {
+    for (const char* op :
+         {"bigramx::embedding_cross_entropy_forward", "bigramx::embedding_cross_entropy_backward",
+          "bigramx::multinomial", "bigramx::generate", "bigramx::count_bigrams", "bigramx::adamw_",
+          "bigramx::fit_"}) {
+        if (key == c10::DispatchKey::CUDA && has_cuda_kernel(op)) continue;
+        m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_kernel>());
+    }
 }
 
 }  // namespace
 
-// Devices without a kernel say so, each by its name.
-#define BIGRAMX_NO_KERNELS(key)                                                                       \
-    TORCH_LIBRARY_IMPL(bigramx, key, m) {                                                             \
-        for (const char* op : {"embedding_cross_entropy_forward", "embedding_cross_entropy_backward", \
-                               "multinomial", "generate", "count_bigrams", "adamw_", "fit_"}) {       \
-            m.impl(op, torch::CppFunction::makeFromBoxedFunction<&no_kernel>());                      \
-        }                                                                                             \
-    }
-BIGRAMX_NO_KERNELS(CUDA)
-BIGRAMX_NO_KERNELS(MPS)
-BIGRAMX_NO_KERNELS(XPU)
+TORCH_LIBRARY_IMPL(bigramx, CUDA, m) { refuse(m, c10::DispatchKey::CUDA); }
+TORCH_LIBRARY_IMPL(bigramx, MPS, m) { refuse(m, c10::DispatchKey::MPS); }
+TORCH_LIBRARY_IMPL(bigramx, XPU, m) { refuse(m, c10::DispatchKey::XPU); }
 
 namespace py = pybind11;
 using bigramx::DirectOp;

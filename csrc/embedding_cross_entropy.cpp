@@ -10,6 +10,14 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "gpu.h"
+
+#if defined(BIGRAMX_CUDA)
+#include <ATen/Context.h>
+#include <ATen/ops/index_select.h>
+
+#include "cuda/embedding_cross_entropy.h"
+#endif
 
 namespace bigramx {
 namespace {
@@ -75,7 +83,86 @@ LossInputs prepare(const at::Tensor& idx, const at::Tensor& weight, const at::Te
                                      : at::Tensor()};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op_cpu(
+#if defined(BIGRAMX_CUDA)
+
+LossCall make_call(const LossInputs& inputs, const LossOptions& options) {
+    const at::Tensor& weight = inputs.weight;
+    const int64_t num_pairs = inputs.idx.numel();
+    TORCH_CHECK(num_pairs <= std::numeric_limits<uint32_t>::max(), kName,
+                ": expected fewer than 2^32 pairs on a GPU, got ", num_pairs);
+    TORCH_CHECK(weight.size(1) <= std::numeric_limits<int32_t>::max(), kName,
+                ": expected weight to have at most 2147483647 columns, got ", weight.size(1));
+    LossCall call{};
+    call.type = float_type(weight);
+    call.weight = weight.const_data_ptr();
+    call.row_stride = weight.stride(0);
+    call.num_rows = weight.size(0);
+    call.num_classes = weight.size(1);
+    call.idx = inputs.idx.const_data_ptr<int64_t>();
+    call.targets = inputs.targets.const_data_ptr<int64_t>();
+    call.num_pairs = num_pairs;
+    if (inputs.class_weight.defined()) call.class_weight = inputs.class_weight.const_data_ptr();
+    call.ignore_index = options.ignore_index;
+    call.is_mean = options.reduction == at::Reduction::Mean;
+    call.is_reduced = options.reduction != at::Reduction::None;
+    call.label_smoothing = options.label_smoothing;
+    call.z_loss = options.z_loss;
+    call.padding_idx = options.padding_idx;
+    return call;
+}
+
+void set_gradient(LossCall& call, const WeightGradient& gradient, bool sparse) {
+    call.gradient = gradient.values.data_ptr();
+    if (sparse) call.grad_rows = gradient.rows.data_ptr<int64_t>();
+}
+
+// Allocates it, and has the call write it.
+WeightGradient make_gradient(LossCall& call, const at::Tensor& weight, bool sparse) {
+    const int64_t num_slots = sparse ? std::min(call.num_pairs, call.num_rows) : call.num_rows;
+    WeightGradient gradient{at::empty({sparse ? num_slots : 0}, weight.options().dtype(at::kLong)),
+                            at::empty({num_slots, call.num_classes}, weight.options())};
+    set_gradient(call, gradient, sparse);
+    return gradient;
+}
+
+void launch(const LossCall& call, const GpuScope& scope, const at::Tensor& weight) {
+    const at::Tensor scratch =
+        at::empty({embedding_cross_entropy_scratch_bytes(call)}, weight.options().dtype(at::kByte));
+    launch_embedding_cross_entropy(call, scratch.data_ptr(), scope.stream());
+}
+
+at::Tensor embedding_cross_entropy_cuda(const LossInputs& inputs, const LossOptions& options,
+                                        const LossExtras& extras) {
+    const GpuScope scope(inputs.weight);
+    LossCall call = make_call(inputs, options);
+    const at::IntArrayRef shape = call.is_reduced ? at::IntArrayRef() : inputs.targets.sizes();
+    const at::Tensor loss = at::empty(shape, inputs.weight.options());
+    call.loss = loss.data_ptr();
+    if (extras.gradient != nullptr) {
+        *extras.gradient = make_gradient(call, inputs.weight, options.sparse);
+    }
+    launch(call, scope, inputs.weight);
+    if (extras.logits != nullptr) *extras.logits = inputs.weight.index_select(0, inputs.idx.reshape(-1));
+    return loss;
+}
+
+WeightGradient embedding_cross_entropy_backward_cuda(const at::Tensor& grad_loss, const LossInputs& inputs,
+                                                     const LossOptions& options) {
+    const GpuScope scope(inputs.weight);
+    LossCall call = make_call(inputs, options);
+    if (!call.is_reduced) {  // the pairs of a row are added up in no fixed order
+        at::globalContext().alertNotDeterministic("embedding_cross_entropy_backward with reduction='none'");
+    }
+    const at::Tensor grad_losses = grad_loss.to(inputs.weight.scalar_type()).contiguous();
+    call.grad_loss = grad_losses.const_data_ptr();
+    WeightGradient gradient = make_gradient(call, inputs.weight, options.sparse);
+    launch(call, scope, inputs.weight);
+    return gradient;
+}
+
+#endif
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op(
     const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
     const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits,
@@ -86,28 +173,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op_cpu(
     const LossInputs inputs = prepare(idx, weight, targets, class_weight);
     at::Tensor logits;
     WeightGradient gradient;
-    const at::Tensor loss = embedding_cross_entropy_cpu(
-        inputs, options, {compute_grad ? &gradient : nullptr, return_logits ? &logits : nullptr});
+    const LossExtras extras{compute_grad ? &gradient : nullptr, return_logits ? &logits : nullptr};
+    const at::Tensor loss = BIGRAMX_BY_DEVICE(weight, embedding_cross_entropy, inputs, options, extras);
     if (!return_logits) logits = at::empty({0}, weight.options());
     if (!compute_grad)
         gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
     return {loss, logits, gradient.rows, gradient.values};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward_op_cpu(const at::Tensor& grad_loss, const at::Tensor& idx,
-                                                   const at::Tensor& weight, const at::Tensor& targets,
-                                                   const std::optional<at::Tensor>& class_weight,
-                                                   int64_t ignore_index, int64_t reduction,
-                                                   double label_smoothing, double z_loss, int64_t padding_idx,
-                                                   bool sparse) {
+std::tuple<at::Tensor, at::Tensor> backward_op(const at::Tensor& grad_loss, const at::Tensor& idx,
+                                               const at::Tensor& weight, const at::Tensor& targets,
+                                               const std::optional<at::Tensor>& class_weight,
+                                               int64_t ignore_index, int64_t reduction,
+                                               double label_smoothing, double z_loss, int64_t padding_idx,
+                                               bool sparse) {
     const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
     check_tensors(idx, weight, targets, class_weight);
     check_options(options, weight.size(0));
     const int64_t num_gradients = reduction == at::Reduction::None ? targets.numel() : 1;
     TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
                 " elements, got shape ", grad_loss.sizes());
-    WeightGradient gradient =
-        embedding_cross_entropy_backward_cpu(grad_loss, prepare(idx, weight, targets, class_weight), options);
+    const LossInputs inputs = prepare(idx, weight, targets, class_weight);
+    const WeightGradient gradient =
+        BIGRAMX_BY_DEVICE(weight, embedding_cross_entropy_backward, grad_loss, inputs, options);
     return {gradient.rows, gradient.values};
 }
 
@@ -126,7 +214,7 @@ struct LossArguments {
     // loss, logits, grad_rows, grad_values
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(bool compute_grad) const {
         static const auto op =
-            find_op("bigramx::embedding_cross_entropy_forward").typed<decltype(forward_op_cpu)>();
+            find_op("bigramx::embedding_cross_entropy_forward").typed<decltype(forward_op)>();
         return op.call(idx, weight, targets, class_weight, options.ignore_index, options.reduction,
                        options.label_smoothing, options.z_loss, options.padding_idx, options.sparse,
                        return_logits, compute_grad);
@@ -134,19 +222,21 @@ struct LossArguments {
 
     std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss) const {
         static const auto op =
-            find_op("bigramx::embedding_cross_entropy_backward").typed<decltype(backward_op_cpu)>();
+            find_op("bigramx::embedding_cross_entropy_backward").typed<decltype(backward_op)>();
         return op.call(grad_loss, idx, weight, targets, class_weight, options.ignore_index, options.reduction,
                        options.label_smoothing, options.z_loss, options.padding_idx, options.sparse);
     }
 };
 
-// One sparse dimension, over the rows, as nn.Embedding(sparse=True) gives it; the rows are distinct.
+// One sparse dimension, over the rows, as nn.Embedding(sparse=True) gives it; on the CPU the rows are
+// distinct.
 at::Tensor assemble(const std::tuple<at::Tensor, at::Tensor>& gradient, const at::Tensor& weight,
                     bool sparse) {
     const auto& [rows, values] = gradient;
     if (!sparse) return values;
     return at::_sparse_coo_tensor_unsafe_symint(rows.unsqueeze(0), values, weight.sym_sizes(),
-                                                values.options().layout(at::kSparse), /*is_coalesced=*/true);
+                                                values.options().layout(at::kSparse),
+                                                /*is_coalesced=*/!is_on_gpu(values));
 }
 
 // Whether the tensor may be a stand-in for tracing (torch.compile, torch.export), whose value cannot be read.
@@ -226,16 +316,45 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     }
 
     static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss, at::Tensor gradient) {
-        if (gradient.defined()) {
-            if (is_traced(grad_loss)) return gradient.mul(grad_loss);
-            const double scale = grad_loss.item<double>();
-            if (scale == 1.0) return gradient;
-            // Not by an infinity: rows without pairs must stay zero.
-            if (may_scale(gradient) && std::isfinite(scale)) return gradient.mul_(scale);
-        }
+        if (gradient.defined() && is_traced(grad_loss)) return gradient.mul(grad_loss);
+        if (gradient.defined()) gradient = BIGRAMX_BY_DEVICE(gradient, scaled, ctx, grad_loss, gradient);
+        if (gradient.defined()) return gradient;
         const LossArguments arguments = saved_arguments(ctx);
         return assemble(arguments.backward(grad_loss), arguments.weight, arguments.options.sparse);
     }
+
+    // The gradient for `grad_loss`, from that for 1; undefined where it must be computed anew.
+    static at::Tensor scaled_cpu(AutogradContext*, const at::Tensor& grad_loss, const at::Tensor& gradient) {
+        const double scale = grad_loss.item<double>();
+        if (scale == 1.0) return gradient;
+        // Not by an infinity: rows without pairs must stay zero.
+        return may_scale(gradient) && std::isfinite(scale) ? gradient.mul_(scale) : at::Tensor();
+    }
+
+#if defined(BIGRAMX_CUDA)
+    // Without the host knowing `grad_loss`. bfloat16 has the exponents of float32: scaling it loses nothing
+    // that a loss scale is there to save.
+    static at::Tensor scaled_cuda(AutogradContext* ctx, const at::Tensor& grad_loss,
+                                  const at::Tensor& gradient) {
+        const GpuScope scope(gradient);
+        const at::Tensor values = gradient.is_sparse() ? gradient._values() : gradient;
+        if (values.scalar_type() != at::kHalf) {
+            launch_scale_gradient(float_type(values), values.data_ptr(), values.numel(),
+                                  grad_loss.const_data_ptr(), scope.stream());
+            return gradient;
+        }
+        const LossArguments arguments = saved_arguments(ctx);
+        const LossInputs inputs =
+            prepare(arguments.idx, arguments.weight, arguments.targets, arguments.class_weight);
+        LossCall call = make_call(inputs, arguments.options);
+        call.grad_loss = grad_loss.const_data_ptr();
+        call.unless_one = true;
+        set_gradient(call, {gradient.is_sparse() ? gradient._indices().select(0, 0) : at::Tensor(), values},
+                     gradient.is_sparse());
+        launch(call, scope, inputs.weight);
+        return gradient;
+    }
+#endif
 
     static at::Tensor embedding_gradient(AutogradContext* ctx, const at::Tensor& grad_logits) {
         const LossArguments arguments = saved_arguments(ctx);
@@ -287,10 +406,12 @@ TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) {
     m.impl("embedding_cross_entropy", &embedding_cross_entropy);
 }
 
-TORCH_LIBRARY_IMPL(bigramx, CPU, m) {
-    m.impl("embedding_cross_entropy_forward", &forward_op_cpu);
-    m.impl("embedding_cross_entropy_backward", &backward_op_cpu);
+void register_ops(torch::Library& m) {
+    m.impl("embedding_cross_entropy_forward", &forward_op);
+    m.impl("embedding_cross_entropy_backward", &backward_op);
 }
+
+BIGRAMX_REGISTER(register_ops)
 
 }  // namespace
 }  // namespace bigramx

@@ -36,7 +36,8 @@ struct LossInputs {
 };
 
 // The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their numbers
-// (K).
+// (K). On a GPU, where K is not known to the host, there are min(N, R): the ones too many are zero, and have
+// the number of a row that occurs.
 struct WeightGradient {
     at::Tensor rows;
     at::Tensor values;

@@ -22,4 +22,12 @@ void get_batch_cpu(const at::Tensor& tokens, const BatchShape& shape,
                    const std::optional<at::Generator>& generator, const at::Tensor& idx,
                    const at::Tensor& targets);
 
+#if defined(BIGRAMX_CUDA)
+// Without a generator, or by one on the CPU, the batches that get_batch_cpu draws; by one on the GPU others,
+// which a captured graph draws anew at each replay.
+void get_batch_cuda(const at::Tensor& tokens, const BatchShape& shape,
+                    const std::optional<at::Generator>& generator, const at::Tensor& idx,
+                    const at::Tensor& targets);
+#endif
+
 }  // namespace bigramx

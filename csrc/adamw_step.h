@@ -1,0 +1,47 @@
+// What a step of AdamW computes with: host and device.
+#pragma once
+
+#include <cmath>
+
+#include "philox.h"  // BIGRAMX_HOST_DEVICE
+
+namespace bigramx {
+
+struct AdamWOptions {
+    double step;  // counts from 1
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay;
+    bool maximize;
+};
+
+template <typename scalar_t>
+struct AdamWConstants {
+    scalar_t grad_sign;
+    scalar_t decay;  // 1 - lr * weight_decay
+    scalar_t one_minus_beta1, beta2, one_minus_beta2;
+    scalar_t step_size;                 // lr / (1 - beta1^step)
+    scalar_t inverse_root_correction2;  // 1 / sqrt(1 - beta2^step)
+    scalar_t eps;
+};
+
+// Each is computed in double, and rounded once.
+template <typename scalar_t>
+BIGRAMX_HOST_DEVICE inline AdamWConstants<scalar_t> adamw_constants(const AdamWOptions& options) {
+    const double correction1 = 1 - std::pow(options.beta1, options.step);
+    const double correction2 = 1 - std::pow(options.beta2, options.step);
+    AdamWConstants<scalar_t> constants{};
+    constants.grad_sign = options.maximize ? -1 : 1;
+    constants.decay = static_cast<scalar_t>(1 - options.lr * options.weight_decay);
+    constants.one_minus_beta1 = static_cast<scalar_t>(1 - options.beta1);
+    constants.beta2 = static_cast<scalar_t>(options.beta2);
+    constants.one_minus_beta2 = static_cast<scalar_t>(1 - options.beta2);
+    constants.step_size = static_cast<scalar_t>(options.lr / correction1);
+    constants.inverse_root_correction2 = static_cast<scalar_t>(1 / std::sqrt(correction2));
+    constants.eps = static_cast<scalar_t>(options.eps);
+    return constants;
+}
+
+}  // namespace bigramx

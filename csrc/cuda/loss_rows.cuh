@@ -1,0 +1,500 @@
+// A row of the table: its logsumexp, the losses of the pairs that start in it, its gradient. A warp takes a
+// row of at most kMaxWarpRow elements, and keeps it in registers; a block takes a longer one, and keeps it in
+// shared memory where it fits.
+//
+// With s_j the sum over the pairs of row i that have the target j (of ones or, where each pair has a gradient
+// of its own, of those), g = sum_j s_j and u = sum_j class_weight_j s_j:
+//
+//     dW[i, j] = (mass / sum) e^(W[i, j] - max) - class_weight_j (smooth + unit s_j)
+//
+// mass being what all pairs of the row give to its softmax.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "block.cuh"
+#include "numbers.cuh"
+#include "pairs.cuh"
+
+namespace bigramx {
+
+// What all rows share, known once the pairs are counted.
+struct LossTotals {
+    double num_targets;       // pairs that are not ignored
+    double target_weight;     // the sum of their class weights
+    double class_weight_sum;  // over all classes
+};
+
+// Of the pairs of some rows, before the scale of the reduction.
+struct RowLoss {
+    double cross_entropy = 0, z_loss = 0;
+
+    __device__ friend RowLoss operator+(const RowLoss& a, const RowLoss& b) {
+        RowLoss both;
+        both.cross_entropy = a.cross_entropy + b.cross_entropy;
+        both.z_loss = a.z_loss + b.z_loss;
+        return both;
+    }
+};
+
+// What the losses of single pairs need of their row.
+template <typename T>
+struct RowStats {
+    T max, log_sum;
+    T rest;  // what all pairs of the row share: label smoothing, z-loss
+};
+
+template <typename scalar_t>
+struct RowsJob {
+    using T = Accumulator<scalar_t>;
+
+    const scalar_t* weight;  // (R, C)
+    int64_t row_stride, num_rows, num_classes;
+    const T* class_weight;  // (C), or null: all ones
+    bool is_mean;
+    double label_smoothing, z_loss;
+    int64_t padding_idx;
+    const LossTotals* totals;
+
+    // The pairs: counted, (R, C), or grouped.
+    const uint32_t* counts;  // null: grouped
+    PairGroups groups;
+
+    // () or, where the losses are not reduced, (N); null: ones.
+    const scalar_t* grad_loss;
+    bool has_grad_losses;  // (N)
+    bool unless_one;       // nothing is to be done where *grad_loss is 1
+
+    // A slot is a row that is worked on: each of the table or, with has_slot_rows, of groups.slot_rows,
+    // behind which there may be slots without a row.
+    int64_t max_slots;
+    bool has_slot_rows;
+
+    // Results, each null where it is not wanted.
+    RowLoss* losses_of_blocks;  // (blocks of the launch), summed in order by the last of them
+    scalar_t* loss;             // ()
+    unsigned* ticket;           // (): 0 before
+    RowStats<T>* stats;         // (R), and then nothing else
+    scalar_t* gradient;         // (max_slots, C)
+    int64_t* grad_rows;         // (max_slots)
+
+    __device__ int64_t num_slots() const { return has_slot_rows ? *groups.num_slots : max_slots; }
+    // -1: none.
+    __device__ int64_t row_of_slot(int64_t slot) const {
+        if (slot >= num_slots()) return -1;
+        return has_slot_rows ? groups.slot_rows[slot] : slot;
+    }
+    // Of the grouped pairs.
+    __device__ bool has_pairs(int64_t row) const {
+        return row >= 0 && groups.row_begin[row] < groups.row_begin[row + 1];
+    }
+    __device__ const scalar_t* weight_row(int64_t row) const { return weight + row * row_stride; }
+    __device__ scalar_t* gradient_row(int64_t slot) const {
+        return gradient != nullptr ? gradient + slot * num_classes : nullptr;
+    }
+
+    __device__ T class_weight_of(int64_t j) const { return class_weight != nullptr ? class_weight[j] : T(1); }
+    // What the k-th of the grouped pairs adds to the sum of its class.
+    template <typename sum_t>
+    __device__ sum_t value_of_pair(int64_t k) const {
+        if constexpr (std::is_same_v<sum_t, uint32_t>) {
+            return 1;
+        } else {
+            return widen(grad_loss[groups.numbers[k]]);
+        }
+    }
+    __device__ double grad_of_all() const {
+        return grad_loss != nullptr && !has_grad_losses ? static_cast<double>(widen(*grad_loss)) : 1.0;
+    }
+    __device__ bool is_done() const { return unless_one && grad_of_all() == 1.0; }
+    __device__ double loss_scale() const { return is_mean ? 1.0 / totals->target_weight : 1.0; }
+    __device__ double z_loss_scale() const { return is_mean ? 1.0 / totals->num_targets : 1.0; }
+    __device__ double smoothing_of_class() const {
+        return label_smoothing / static_cast<double>(num_classes);
+    }
+};
+
+// The maximum of logits, and the sum of e^(logit - max), as they come along.
+template <typename T>
+struct OnlineSum {
+    T max = -kInfinity<T>;
+    T sum = 0;
+
+    template <int count>
+    __device__ void include(const T (&logits)[count]) {
+        T largest = max;
+        for (int k = 0; k < count; ++k) largest = logits[k] > largest ? logits[k] : largest;
+        if (largest > max) {
+            sum *= std::exp(max - largest);
+            max = largest;
+        }
+        for (int k = 0; k < count; ++k) sum += std::exp(logits[k] - shift());
+    }
+
+    // Negative infinities add nothing, even to one another.
+    __device__ T shift() const { return max > -kInfinity<T> ? max : T(0); }
+};
+
+template <typename T>
+struct MergeOnlineSums {
+    __device__ OnlineSum<T> operator()(const OnlineSum<T>& a, const OnlineSum<T>& b) const {
+        OnlineSum<T> both;
+        both.max = a.max > b.max ? a.max : b.max;
+        both.sum = a.sum * std::exp(a.max - both.shift()) + b.sum * std::exp(b.max - both.shift());
+        return both;
+    }
+};
+
+// Sums over the classes that the losses and the gradient of a row need.
+struct RowSums {
+    double pairs = 0;          // g
+    double weighted = 0;       // u
+    double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
+    double surprise = 0;       // of class_weight_j (lse - W[i, j]): what label smoothing spreads
+
+    __device__ friend RowSums operator+(const RowSums& a, const RowSums& b) {
+        RowSums both;
+        both.pairs = a.pairs + b.pairs;
+        both.weighted = a.weighted + b.weighted;
+        both.target_logits = a.target_logits + b.target_logits;
+        both.surprise = a.surprise + b.surprise;
+        return both;
+    }
+
+    template <typename T, typename sum_t>
+    __device__ void add_pairs(T class_weight, sum_t s) {
+        pairs += static_cast<double>(s);
+        weighted += static_cast<double>(class_weight * static_cast<T>(s));
+    }
+};
+
+// A row whose logits have been read.
+template <typename scalar_t>
+struct MeasuredRow {
+    using T = Accumulator<scalar_t>;
+
+    const RowsJob<scalar_t>& job;
+    const T max, sum, log_sum;
+
+    __device__ MeasuredRow(const RowsJob<scalar_t>& job, const OnlineSum<T>& online)
+        : job(job), max(online.max), sum(online.sum), log_sum(std::log(online.sum)) {}
+
+    __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
+
+    // What class j, with the sum s over its pairs, adds to the sums of the losses.
+    template <typename sum_t>
+    __device__ void add_losses(RowSums& sums, T logit, T class_weight, sum_t s) const {
+        if (s != sum_t(0)) {  // 0 times an infinity is none
+            sums.target_logits += static_cast<double>(class_weight * static_cast<T>(s) * (logit - max));
+        }
+        if (job.label_smoothing > 0) {
+            sums.surprise += static_cast<double>(class_weight * (static_cast<T>(lse()) - logit));
+        }
+    }
+
+    __device__ double smooth_loss(const RowSums& sums) const {
+        return job.label_smoothing > 0 ? job.smoothing_of_class() * sums.surprise : 0.0;
+    }
+
+    __device__ double z_loss() const { return job.z_loss * lse() * lse(); }
+
+    __device__ RowStats<T> stats(const RowSums& sums) const {
+        return {max, log_sum, static_cast<T>(smooth_loss(sums) + z_loss())};
+    }
+
+    __device__ RowLoss loss(const RowSums& sums) const {
+        const double epsilon = job.label_smoothing;
+        RowLoss loss;
+        loss.z_loss = sums.pairs * z_loss();
+        if (epsilon > 0) loss.cross_entropy = sums.pairs * smooth_loss(sums);
+        if (epsilon < 1) {
+            loss.cross_entropy +=
+                (1 - epsilon) * (sums.weighted * static_cast<double>(log_sum) - sums.target_logits);
+        }
+        return loss;
+    }
+};
+
+// The elements of a gradient row.
+template <typename T>
+struct GradientTerms {
+    T max, scale, smooth, unit;
+
+    template <typename scalar_t>
+    __device__ GradientTerms(const MeasuredRow<scalar_t>& row, const RowSums& sums) : max(row.max) {
+        const RowsJob<scalar_t>& job = row.job;
+        const double loss_scale = job.loss_scale() * job.grad_of_all();
+        const double z_loss_scale = job.z_loss_scale() * job.grad_of_all();
+        const double smooth_part = job.smoothing_of_class() * sums.pairs * loss_scale;
+        const double target_part = (1 - job.label_smoothing) * loss_scale;
+        const double mass = target_part * sums.weighted + smooth_part * job.totals->class_weight_sum +
+                            2 * job.z_loss * row.lse() * sums.pairs * z_loss_scale;
+        scale = static_cast<T>(mass / static_cast<double>(row.sum));
+        smooth = static_cast<T>(smooth_part);
+        unit = static_cast<T>(target_part);
+    }
+
+    template <typename sum_t>
+    __device__ T element(T logit, T class_weight, sum_t s) const {
+        return scale * std::exp(logit - max) - class_weight * (smooth + unit * static_cast<T>(s));
+    }
+};
+
+// ------------------------------------------------------------------------------------------ a warp, a row
+
+// The most elements of a row that the registers of a warp hold beside all else.
+template <typename T>
+constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
+
+// The lanes take every 32nd column, kItems each.
+template <int kItems, typename scalar_t>
+class WarpRow {
+  public:
+    using T = Accumulator<scalar_t>;
+
+    __device__ WarpRow(const RowsJob<scalar_t>& job, int64_t row) : job_(job), row_(row) {
+        const scalar_t* const weight = job.weight_row(row);
+        for (int k = 0; k < kItems; ++k) {
+            logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<T>;
+        }
+    }
+
+    // sums (C): s_j. gradient (C), or null. Returns the same to all lanes.
+    template <typename sum_t>
+    __device__ RowLoss process(const sum_t* sums, scalar_t* gradient) const {
+        const MeasuredRow<scalar_t> row = measure();
+        RowSums own;
+        for (int k = 0; k < kItems; ++k) {
+            if (!has(k)) continue;
+            const sum_t s = sums[column(k)];
+            const T class_weight = job_.class_weight_of(column(k));
+            if (s != sum_t(0)) own.add_pairs(class_weight, s);
+            row.add_losses(own, logits_[k], class_weight, s);
+        }
+        const RowSums total = warp_sum(own);
+        if (gradient != nullptr) write_gradient(GradientTerms<T>(row, total), sums, gradient);
+        return row.loss(total);
+    }
+
+    __device__ RowStats<T> stats() const {
+        const MeasuredRow<scalar_t> row = measure();
+        RowSums own;
+        for (int k = 0; k < kItems; ++k) {
+            if (has(k)) row.add_losses(own, logits_[k], job_.class_weight_of(column(k)), 0);
+        }
+        return row.stats(warp_sum(own));
+    }
+
+  private:
+    __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
+    __device__ bool has(int k) const { return column(k) < job_.num_classes; }
+
+    __device__ MeasuredRow<scalar_t> measure() const {
+        OnlineSum<T> own;
+        own.include(logits_);
+        return {job_, warp_reduce(own, MergeOnlineSums<T>())};
+    }
+
+    template <typename sum_t>
+    __device__ void write_gradient(const GradientTerms<T>& terms, const sum_t* sums,
+                                   scalar_t* gradient) const {
+        const bool is_padding = row_ == job_.padding_idx;
+        for (int k = 0; k < kItems; ++k) {
+            if (!has(k)) continue;
+            const int j = column(k);
+            const T element = terms.element(logits_[k], job_.class_weight_of(j), sums[j]);
+            gradient[j] = narrow<scalar_t>(is_padding ? T(0) : element);
+        }
+    }
+
+    const RowsJob<scalar_t>& job_;
+    const int64_t row_;
+    T logits_[kItems];
+};
+
+// ------------------------------------------------------------------------------------------ a block, a row
+
+// How a block goes about its row.
+struct BlockPlan {
+    int threads;
+    int64_t tile;  // how many classes are summed at once: whole chunks
+    bool caches_row;
+};
+
+// The shared memory of a block.
+template <typename scalar_t, typename sum_t>
+struct BlockMemory {
+    using T = Accumulator<scalar_t>;
+
+    OnlineSum<T>* online_sums;  // (kMaxWarps)
+    RowSums* row_sums;          // (kMaxWarps)
+    RowLoss* losses;            // (kMaxWarps)
+    int* is_last;               // ()
+    sum_t* tile;                // (tile)
+    scalar_t* row;  // (C, and a chunk to begin where the row of the table begins within a chunk); or null
+
+    __device__ BlockMemory(const BlockPlan& plan, int64_t num_classes) {
+        SharedMemory shared;
+        online_sums = shared.take<OnlineSum<T>>(kMaxWarps);
+        row_sums = shared.take<RowSums>(kMaxWarps);
+        losses = shared.take<RowLoss>(kMaxWarps);
+        is_last = shared.take<int>(1);
+        tile = shared.take<sum_t>(plan.tile);
+        row = plan.caches_row ? shared.take<scalar_t>(num_classes + kChunk<scalar_t>) : nullptr;
+    }
+
+    static int64_t bytes(const BlockPlan& plan, int64_t num_classes) {
+        return SharedMemory::bytes<OnlineSum<T>>(kMaxWarps) + SharedMemory::bytes<RowSums>(kMaxWarps) +
+               SharedMemory::bytes<RowLoss>(kMaxWarps) + SharedMemory::bytes<int>(1) +
+               SharedMemory::bytes<sum_t>(plan.tile) +
+               (plan.caches_row ? SharedMemory::bytes<scalar_t>(num_classes + kChunk<scalar_t>) : 0);
+    }
+};
+
+template <typename scalar_t, typename sum_t>
+class BlockRow {
+  public:
+    using T = Accumulator<scalar_t>;
+
+    __device__ BlockRow(const RowsJob<scalar_t>& job, const BlockPlan& plan,
+                        const BlockMemory<scalar_t, sum_t>& memory, int64_t row)
+        : job_(job),
+          plan_(plan),
+          memory_(memory),
+          row_(row),
+          source_(job.weight_row(row)),
+          first_pair_(job.groups.row_begin[row]),
+          num_pairs_(job.groups.row_begin[row + 1] - first_pair_) {}
+
+    // gradient (C), or null. Returns the same to all threads.
+    __device__ RowLoss process(scalar_t* gradient) {
+        const MeasuredRow<scalar_t> row = measure();
+        RowSums total = pair_sums();
+        RowSums own;
+        if (gradient != nullptr) {
+            const bool is_padding = row_ == job_.padding_idx;
+            const GradientTerms<T> terms(row, total);
+            sweep(gradient, [&](int64_t j, T logit, sum_t s) {
+                const T class_weight = job_.class_weight_of(j);
+                row.add_losses(own, logit, class_weight, s);
+                return is_padding ? T(0) : terms.element(logit, class_weight, s);
+            });
+        } else {
+            sweep(nullptr, [&](int64_t j, T logit, sum_t s) {
+                row.add_losses(own, logit, job_.class_weight_of(j), s);
+                return T(0);
+            });
+        }
+        total = total + block_sum(own, memory_.row_sums);
+        return row.loss(total);
+    }
+
+    __device__ RowStats<T> stats() {
+        const MeasuredRow<scalar_t> row = measure();
+        RowSums own;
+        if (job_.label_smoothing > 0) {
+            for (int64_t j = threadIdx.x; j < job_.num_classes; j += blockDim.x) {
+                row.add_losses(own, widen(source_[j]), job_.class_weight_of(j), 0);
+            }
+        }
+        return row.stats(block_sum(own, memory_.row_sums));
+    }
+
+  private:
+    // Reads the row, into shared memory where it is to be kept.
+    __device__ MeasuredRow<scalar_t> measure() {
+        constexpr int kInFlight = sizeof(T) == sizeof(double) ? 2 : 4;
+        OnlineSum<T> own;
+        scalar_t* const kept = place_in_shared_memory();
+        for_each_chunk<kInFlight>(
+            source_, job_.num_classes,
+            [&](int64_t first, const Chunk<scalar_t>& chunk) {
+                T logits[kChunk<scalar_t>];
+                for (int k = 0; k < kChunk<scalar_t>; ++k) logits[k] = widen(chunk.elements[k]);
+                own.include(logits);
+                if (kept != nullptr) store_chunk(kept + first, chunk);
+            },
+            [&](int64_t j) {
+                const T logit[1] = {widen(source_[j])};
+                own.include(logit);
+                if (kept != nullptr) kept[j] = source_[j];
+            });
+        const OnlineSum<T> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<T>());
+        if (kept != nullptr) source_ = kept;
+        return {job_, total};
+    }
+
+    // So that its chunks are those of the table.
+    __device__ scalar_t* place_in_shared_memory() const {
+        if (memory_.row == nullptr) return nullptr;
+        return memory_.row + reinterpret_cast<uintptr_t>(source_) % kChunkBytes / sizeof(scalar_t);
+    }
+
+    // Without class weights and gradients of single pairs, their number says all.
+    __device__ RowSums pair_sums() const {
+        RowSums own;
+        if (job_.class_weight == nullptr && !job_.has_grad_losses) {
+            own.pairs = own.weighted = static_cast<double>(num_pairs_);
+            return own;
+        }
+        sweep(nullptr, [&](int64_t j, T, sum_t s) {
+            if (s != sum_t(0)) own.add_pairs(job_.class_weight_of(j), s);
+            return T(0);
+        });
+        return block_sum(own, memory_.row_sums);
+    }
+
+    // visit(j, W[i, j], s_j) for each class; what it returns is written to out (C), where that is not null.
+    template <typename Visit>
+    __device__ void sweep(scalar_t* out, const Visit& visit) const {
+        for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
+            const int64_t end = begin + plan_.tile < job_.num_classes ? begin + plan_.tile : job_.num_classes;
+            sum_tile(begin, end);
+            const auto visit_element = [&](int64_t k) {
+                const int64_t j = begin + k;
+                const T element = visit(j, widen(source_[j]), memory_.tile[k]);
+                if (out != nullptr) out[j] = narrow<scalar_t>(element);
+            };
+            if (has_the_chunks_of(out)) {
+                for_each_chunk(
+                    source_ + begin, end - begin,
+                    [&](int64_t first, const Chunk<scalar_t>& chunk) {
+                        Chunk<scalar_t> elements;
+                        for (int k = 0; k < kChunk<scalar_t>; ++k) {
+                            elements.elements[k] = narrow<scalar_t>(
+                                visit(begin + first + k, widen(chunk.elements[k]), memory_.tile[first + k]));
+                        }
+                        if (out != nullptr) store_chunk(out + begin + first, elements);
+                    },
+                    visit_element);
+            } else {
+                for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) visit_element(k);
+            }
+            __syncthreads();  // the tile is free for the next columns
+        }
+    }
+
+    // memory_.tile: s_j of the columns from begin to end.
+    __device__ void sum_tile(int64_t begin, int64_t end) const {
+        for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) memory_.tile[k] = 0;
+        __syncthreads();
+        add_targets(job_.groups.targets + first_pair_, num_pairs_, begin, end, memory_.tile,
+                    [&](int64_t k) { return job_.template value_of_pair<sum_t>(first_pair_ + k); });
+        __syncthreads();
+    }
+
+    __device__ bool has_the_chunks_of(const scalar_t* out) const {
+        const auto distance = reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(source_);
+        return out == nullptr || distance % kChunkBytes == 0;
+    }
+
+    const RowsJob<scalar_t>& job_;
+    const BlockPlan& plan_;
+    const BlockMemory<scalar_t, sum_t>& memory_;
+    const int64_t row_;
+    const scalar_t* source_;  // (C): the row in the table, or kept in shared memory
+    const int64_t first_pair_, num_pairs_;
+};
+
+}  // namespace bigramx
