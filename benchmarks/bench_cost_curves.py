@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from benchmarks import peers
-from benchmarks.bench_embedding_cross_entropy import backward
-from benchmarks.race import OURS, Effort, Result
-from benchmarks.timing import side_by_side
+from benchmarks.bench_embedding_cross_entropy import LIGER, TOLERANCES, Pairs, backward
+from benchmarks.race import OURS, Effort, Race, Result, assert_within
 from bigramx import functional
 
 
-def over_tokens(effort: Effort) -> Result:
+def over_tokens(effort: Effort, sizes: Sequence[int]) -> Result:
     """V = 1024: eager's time grows with N * V."""
-    sizes = [2**k for k in range(6, 15 if effort.quick else 19)]
-    return curve("forward + backward, no logits, V=1024, over N", "N", sizes, ((n, 1024) for n in sizes), effort)
+    job = "forward + backward, no logits, V=1024, over N"
+    return curve(job, "N", {num_tokens: (num_tokens, 1024) for num_tokens in sizes}, effort)
 
 
-def over_vocabulary(effort: Effort) -> Result:
+def over_vocabulary(effort: Effort, sizes: Sequence[int]) -> Result:
     """N = 4096: ours grows with the table."""
-    sizes = [2**k for k in range(6, 13 if effort.quick else 15)]
-    return curve("forward + backward, no logits, N=4096, over V", "V", sizes, ((4096, v) for v in sizes), effort)
+    job = "forward + backward, no logits, N=4096, over V"
+    return curve(job, "V", {vocab_size: (4096, vocab_size) for vocab_size in sizes}, effort)
 
 
-def curve(job: str, over: str, sizes: list[int], cases: Iterable[tuple[int, int]], effort: Effort) -> Result:
-    """The times of (N, V) after (N, V)."""
-    series: dict[str, list[float]] = {over: [float(size) for size in sizes]}
-    for num_tokens, vocab_size in cases:
-        weight = torch.randn(vocab_size, vocab_size, requires_grad=True)
-        idx, targets = (torch.randint(vocab_size, (num_tokens,)) for _ in range(2))
-        contestants = {
-            OURS: backward(functional.embedding_cross_entropy, idx, weight, targets),
-            "eager": backward(peers.eager_loss, idx, weight, targets),
-        }
-        times = side_by_side(contestants, seconds=effort.seconds / len(sizes), min_rounds=effort.min_rounds)
-        for name, time in times.items():
-            series.setdefault(name, []).append(time.median)
-    return Result(job, series=series)
+def curve(job: str, over: str, cases: dict[int, tuple[int, int]], effort: Effort) -> Result:
+    """A race for each size and its (N, V); in a quick run without the four largest, which take the longest."""
+    sizes = list(cases)[:-4] if effort.quick else list(cases)
+    result = Result(job, series={over: [float(size) for size in sizes]})
+    for size in sizes:
+        point = race(f"{job}, {over}={size}", *cases[size], replace(effort, seconds=effort.seconds / len(sizes)))
+        result.skipped |= point.skipped
+        for name, seconds in point.seconds.items():
+            result.series.setdefault(name, []).append(seconds)
+    return result
 
 
-JOBS = [over_tokens, over_vocabulary]
+def race(job: str, num_tokens: int, vocab_size: int, effort: Effort) -> Result:
+    """One size."""
+    device = effort.device
+    race = Race(job, same=assert_within(TOLERANCES[torch.float32]))
+    if reason := device.lacks_memory(16 * vocab_size * (vocab_size + num_tokens) / 2**30):  # four times both
+        return race.skip(reason)
+
+    def pairs() -> Pairs:
+        weight = torch.randn(vocab_size, vocab_size, device=device.name, requires_grad=True)
+        idx, targets = (torch.randint(vocab_size, (num_tokens,), device=device.name) for _ in range(2))
+        return idx, weight, targets
+
+    sets = device.input_sets(pairs)
+    race.add(OURS, backward(functional.embedding_cross_entropy, sets))
+    race.add("eager", backward(peers.eager_loss, sets))
+    if device.is_gpu:
+        race.add_peer(LIGER, lambda: backward(peers.liger_loss(), sets))
+    return race.run(effort)
+
+
+JOBS = [
+    partial(over_tokens, sizes=[2**k for k in range(6, 19)]),
+    partial(over_vocabulary, sizes=[2**k for k in range(6, 15)]),
+]
+
+CUDA_JOBS = [
+    partial(over_tokens, sizes=[2**k for k in range(6, 21)]),
+    partial(over_vocabulary, sizes=[2**k for k in range(6, 16)]),
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks import peers
@@ -9,15 +11,26 @@ from benchmarks.race import OURS, Effort, Race, Result, faster_than
 from bigramx import data
 
 
-def get_batch(effort: Effort) -> Result:
-    """B = 32, T = 8 of 10^6 tokens, the same draws."""
-    race = Race("get_batch, B=32 T=8 of 10^6 tokens", [faster_than("the lecture's", 40)])
-    tokens = peers.text_tokens(10**6)
+def get_batch(effort: Effort, target: float) -> Result:
+    """B = 32, T = 8 of 10^6 tokens, the same draws: a batch for the device."""
+    device = effort.device
+    race = Race("get_batch, B=32 T=8 of 10^6 tokens", [faster_than("the lecture's", target)])
+    on_host = peers.text_tokens(10**6)
+    tokens = on_host.to(device.name)
+
+    def lecture_get_batch() -> object:
+        return tuple(tensor.to(device.name) for tensor in peers.lecture_get_batch(on_host, 32, 8))
+
     race.add(OURS, lambda: data.get_batch(tokens, 32, 8))
-    race.add("the lecture's", lambda: peers.lecture_get_batch(tokens, 32, 8))
-    race.add_peer("NumPy", lambda: peers.numpy_get_batch(tokens))
+    race.add("the lecture's", lecture_get_batch)
+    if device.is_gpu:
+        race.add("the lecture's, tokens on the GPU", lambda: peers.lecture_get_batch(tokens, 32, 8))
+    else:
+        race.add_peer("NumPy", lambda: peers.numpy_get_batch(tokens))
     race.add_floor("torch.randint alone", lambda: torch.randint(len(tokens) - 8, (32,)))
     return race.run(effort)
 
 
-JOBS = [get_batch]
+JOBS = [partial(get_batch, target=40)]
+
+CUDA_JOBS = [partial(get_batch, target=20)]

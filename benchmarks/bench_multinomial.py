@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.race import OURS, Effort, Race, Result, assert_equal, assert_means_within, faster_than
+from benchmarks.timing import Function, rotating
 from bigramx import functional
 from bigramx.functional import Sampler
 
 
-def one_draw(effort: Effort, num_rows: int, vocab_size: int, sampler: Sampler, target: float) -> Result:
-    """A token for each row."""
-    probs = torch.rand(num_rows, vocab_size)
+def one_draw(
+    effort: Effort, num_rows: int, vocab_size: int, sampler: Sampler, target: float, captured: bool = False
+) -> Result:
+    """A token for each row; captured, what is left of the time is the draw, on probabilities that are in the cache."""
+    device = effort.device
+    sets = device.input_sets(lambda: (torch.rand(num_rows, vocab_size, device=device.name),))
+    probs = sets[0][0]
     race = Race(
-        f'multinomial, one draw from each row of ({num_rows}, {vocab_size}), sampler "{sampler}"',
+        f'multinomial, one draw from each row of ({num_rows}, {vocab_size}), sampler "{sampler}"'
+        + captured * ", captured",
         [faster_than("torch.multinomial", target)],
         bytes_moved=probs.nbytes,
         same=assert_equal if sampler == "torch" else assert_means_within(0.1 * vocab_size),
     )
-    race.add(OURS, lambda: functional.multinomial(probs, 1, sampler=sampler))
-    race.add("torch.multinomial", lambda: torch.multinomial(probs, 1))
-    if sampler == "philox":  # whose draws may be anyone's
+
+    def contestant(function: Callable[[Tensor], object]) -> Function:
+        return device.captured(lambda: function(probs)) if captured else rotating(function, sets)
+
+    race.add(OURS, contestant(lambda probs: functional.multinomial(probs, 1, sampler=sampler)))
+    race.add("torch.multinomial", contestant(lambda probs: torch.multinomial(probs, 1)))
+    if sampler == "philox" and not device.is_gpu:  # whose draws may be anyone's
         race.add_peer("JAX", lambda: peers.jax_multinomial(probs))
         race.add_peer("NumPy", lambda: peers.numpy_multinomial(probs, 1))
-    race.add_floor("a pass over the probabilities", lambda: probs.sum())
+    race.add_floor("a pass over the probabilities", contestant(lambda probs: probs.sum()))
     return race.run(effort)
 
 
@@ -53,4 +65,10 @@ JOBS = [
     partial(one_draw, num_rows=64, vocab_size=50_257, sampler="philox", target=10),
     partial(one_draw, num_rows=64, vocab_size=50_257, sampler="torch", target=3),
     many_draws,
+]
+
+CUDA_JOBS = [
+    partial(one_draw, num_rows=num_rows, vocab_size=vocab_size, sampler="philox", target=2, captured=captured)
+    for num_rows, vocab_size in ((1024, 65), (64, 50_257))
+    for captured in (False, True)
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,34 @@ def machine() -> dict[str, str]:
     }
 
 
+def gpu() -> dict[str, str]:
+    """The card, what drives it, and the versions of all that was measured there."""
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "card": card.name,
+        "memory": f"{card.total_memory / 2**30:.0f} GiB",
+        "L2": f"{card.L2_cache_size / 2**20:.0f} MiB",
+        "driver": _driver(),
+        "cuda": str(torch.version.cuda),
+        "kernels for": bigramx.build_info()["cuda_architectures"],
+        "compiler": bigramx.build_info()["compiler"],
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "liger-kernel": _version("liger-kernel"),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "system": platform.system(),
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -45,14 +74,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def lacks_memory(gib: float) -> str | None:
-    """Why a job that needs so much memory cannot run here, or None."""
+def free_bytes() -> float:
+    """Of memory; infinitely many where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return None
-    available = next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
-    return None if available >= gib else f"needs {gib:g} GiB of memory, {available:.1f} are free"
+        return float("inf")
+    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
 
 
 def busy() -> str | None:

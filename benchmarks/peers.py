@@ -1,12 +1,13 @@
-"""What others make of the same jobs: the lecture's script in eager PyTorch, NumPy, JAX.
+"""What others make of the same jobs: the lecture's script in eager PyTorch, NumPy, JAX; on a GPU Liger-Kernel.
 
-Each at its best: of several ways of writing it, the one that was fastest. JAX and NumPy are imported by the functions
-that make their contestants, which raise a ModuleNotFoundError where they are not installed.
+Each at its best: of several ways of writing it, the one that was fastest. JAX, NumPy and Liger-Kernel are imported by
+the functions that make their contestants, which raise a ModuleNotFoundError where they are not installed.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,18 @@ def text_tokens(num_tokens: int, vocab_size: int = 65) -> Tensor:
     text = data.default_text()
     tokens = CharTokenizer.from_text(text).encode(text) % vocab_size
     return tokens.repeat(-(-num_tokens // len(tokens)))[:num_tokens].clone()
+
+
+def zipf_tokens(num_tokens: int, vocab_size: int = 8192) -> Tensor:
+    """(N) int64 tokens of which token k is about as frequent as 1 / (k + 1): as words are, and byte pairs."""
+    ranks = (torch.rand(num_tokens, dtype=torch.float64) * math.log(vocab_size + 1)).exp().long()
+    return ranks.clamp_(max=vocab_size) - 1
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile, for the one shape that a job has: what was compiled for another must not make it dynamic."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 # ---------------------------------------------------------------------------------------- the lecture
@@ -64,6 +77,24 @@ def lecture_estimate_loss(model: nn.Module, split: Tensor) -> float:
 def eager_loss(idx: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The loss without the model around it."""
     return F.cross_entropy(F.embedding(idx, weight), targets)
+
+
+# ----------------------------------------------------------------------------------------- Liger-Kernel
+
+
+def liger_loss() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Its cross entropy of the logits: idx, weight, targets -> the loss.
+
+    Its fused linear cross entropy is another job: there the logits are products of hidden states and a weight, which an
+    embedding does without.
+    """
+    cross_entropy = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
+
+    def loss(idx: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        value: Tensor = cross_entropy(F.embedding(idx, weight), targets)
+        return value
+
+    return loss
 
 
 # ----------------------------------------------------------------------------------------------- NumPy

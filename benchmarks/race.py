@@ -9,24 +9,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Function, Times, side_by_side
+from benchmarks.device import COPY, CPU, Device
+from benchmarks.timing import Function, Times
 
 OURS = "bigramx"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
+    """How long to measure, and where.
 
     Attributes:
         seconds: What the rounds of a race last.
         min_rounds: How many there are, even where they last longer.
         quick: Whether jobs that take minutes are left out.
+        device: Where the job's tensors lie, and what measures it.
     """
 
     seconds: float
     min_rounds: int
     quick: bool
+    device: Device = CPU
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def faster_than(peer: str, target: float) -> Reach:
 def within(floor: str, target: float) -> Reach:
     """Our time over that of ``floor``."""
     return Reach(f"x {floor}", "<=", target, lambda seconds: seconds[OURS] / seconds[floor])
+
+
+def percent_of(floor: str, target: float) -> Reach:
+    """Our rate, in percent of that of ``floor``, which moves as many bytes."""
+    return Reach(f" % of {floor}", ">=", target, lambda seconds: 100 * seconds[floor] / seconds[OURS])
 
 
 def ns_a_token(num_tokens: int, target: float) -> Reach:
@@ -192,6 +200,7 @@ class Race:
         self._reaches = reaches
         self._same = same
         self._contestants: dict[str, Function] = {}
+        self._may_fail: set[str] = set()
         self._floors: dict[str, Function] = {}
 
     def add(self, name: str, function: Function) -> None:
@@ -199,11 +208,18 @@ class Race:
         self._contestants[name] = function
 
     def add_peer(self, name: str, make: Callable[[], Function]) -> None:
-        """A contestant of a library that may not be installed: ``make`` imports it."""
+        """A contestant that may not be there, or not work on this machine: ``make`` imports what it needs."""
+        self._may_fail.add(name)
         try:
             self.add(name, make())
         except ModuleNotFoundError as error:
             self._result.skipped[name] = f"{error.name} is not installed"
+        except Exception as error:
+            self._result.skipped[name] = does_not_work(error)
+
+    def add_copy(self, device: Device, moved_bytes: int) -> None:
+        """The floor of a job on a GPU that does nothing but move so many bytes."""
+        self.add_floor(COPY, device.copy(moved_bytes))
 
     def add_floor(self, name: str, function: Function) -> None:
         """The least that the job costs whoever does it; what it returns counts for nothing."""
@@ -219,7 +235,7 @@ class Race:
     ) -> Result:
         """Checks that the contestants do the same job, then times them, then measures the memory of some."""
         self._check()
-        times = side_by_side(
+        times = effort.device.side_by_side(
             {**self._contestants, **self._floors}, seconds=effort.seconds, min_rounds=effort.min_rounds
         )
         result = self._finish(times)
@@ -230,17 +246,33 @@ class Race:
         return result
 
     def _check(self) -> None:
-        def call(name: str) -> object:
-            torch.manual_seed(0)
-            return self._contestants[name]()
+        expected = self._first_call(OURS)
+        for name in [name for name in self._contestants if name != OURS]:
+            self._check_peer(name, expected)
 
-        expected = call(OURS)
-        for name in self._contestants:
-            if name != OURS:
-                try:
-                    self._same(call(name), expected)
-                except AssertionError as error:
-                    raise AssertionError(f"{self._result.job}: {name} does another job: {error}") from None
+    def _check_peer(self, name: str, expected: object) -> None:
+        try:
+            actual = self._first_call(name)
+        except torch.OutOfMemoryError as error:
+            self._leave_out(name, f"needs more memory: {first_line(error)}")
+            return
+        except Exception as error:
+            if name not in self._may_fail:
+                raise
+            self._leave_out(name, does_not_work(error))
+            return
+        try:
+            self._same(actual, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{self._result.job}: {name} does another job: {error}") from None
+
+    def _first_call(self, name: str) -> object:
+        torch.manual_seed(0)
+        return self._contestants[name]()
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        del self._contestants[name]
+        self._result.skipped[name] = reason
 
     def _finish(self, times: Mapping[str, Times]) -> Result:
         result = self._result
@@ -254,6 +286,22 @@ class Race:
         if result.bytes_moved is not None and OURS in medians:
             result.bytes_per_second = result.bytes_moved / medians[OURS]
         return result
+
+
+def does_not_work(error: Exception) -> str:
+    """What is said of a peer that raised it."""
+    return f"does not work here: {type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """Of its message."""
+    return str(error).strip().partition("\n")[0]
+
+
+def in_powers_of_ten(count: int) -> str:
+    """As jobs write their sizes: 2*10^7."""
+    digits = str(count).rstrip("0")
+    return f"{digits}*10^{len(str(count)) - len(digits)}".removeprefix("1*")
 
 
 def _figure(reach: Reach, medians: Mapping[str, float]) -> float | None:

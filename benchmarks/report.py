@@ -1,6 +1,6 @@
 """Writes what was measured into the README: the tables between its markers, and the pictures of the cost curves.
 
-python benchmarks/report.py           # from benchmarks/results/cpu.json
+python benchmarks/report.py           # from benchmarks/results/cpu.json and, where it is there, cuda.json
 python benchmarks/report.py --check   # writes nothing, fails where the README is out of date
 """
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,48 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.race import OURS, Reached, Result  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+
+
+@dataclass(frozen=True)
+class Section:
+    """The part of the README that tells what was measured on a device.
+
+    Attributes:
+        name: Of the device and its file of results.
+        begin: Marks where it begins.
+        end: And where it ends.
+        method: How the times were taken.
+        everything: What measures all of it again.
+        one_line: What measures a line again, before the last column.
+    """
+
+    name: str
+    begin: str
+    end: str
+    method: str
+    everything: str
+    one_line: str
+
+
+SECTIONS = [
+    Section(
+        "cpu",
+        "<!-- measured -->",
+        "<!-- /measured -->",
+        "Medians of alternating rounds, all of a line in one run, on this machine",
+        "make bench",
+        ".venv/bin/python benchmarks/run.py",
+    ),
+    Section(
+        "cuda",
+        "<!-- measured on cuda -->",
+        "<!-- /measured on cuda -->",
+        "Medians of CUDA-event times in alternating rounds, the inputs rotated past the L2, all of a line in one run, "
+        "on this GPU",
+        "make bench-cuda",
+        ".venv/bin/python benchmarks/run.py --device cuda",
+    ),
+]
 
 
 def main() -> None:
@@ -26,30 +68,41 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where the README is out of date")
     arguments = parser.parse_args()
 
-    content = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))
-    results = [Result.from_json(result) for result in content["results"]]
     path = ROOT / "README.md"
     old = path.read_text(encoding="utf-8")
-    new = replaced(old, markdown(content["machine"], results))
+    new = old
+    measured = [section for section in SECTIONS if results_of(section).exists()]
+    for section in measured:
+        new = replaced(new, markdown(*read(results_of(section)), section), section)
     if not arguments.check:
         path.write_text(new, encoding="utf-8")
-        for result in results:
-            if result.series:
-                draw(result)
+        for section in measured:
+            draw_curves(results_of(section))
     elif new != old:
-        sys.exit("README.md is not what benchmarks/results/cpu.json says; type: python benchmarks/report.py")
+        sys.exit("README.md is not what benchmarks/results says; type: python benchmarks/report.py")
 
 
-def replaced(text: str, block: str) -> str:
-    """The text with the block between its markers."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def results_of(section: Section) -> Path:
+    """The file that run.py writes."""
+    return RESULTS / f"{section.name}.json"
+
+
+def read(file: Path) -> tuple[dict[str, str], list[Result]]:
+    """The machine and the results that run.py wrote."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content["machine"], [Result.from_json(result) for result in content["results"]]
+
+
+def replaced(text: str, block: str, section: Section) -> str:
+    """The text with the block between the section's markers."""
+    before, _, rest = text.partition(section.begin)
+    _, end, after = rest.partition(section.end)
     if not end:
-        raise ValueError(f"expected the markers {BEGIN} and {END} in README.md")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        raise ValueError(f"expected the markers {section.begin} and {section.end} in README.md")
+    return f"{before}{section.begin}\n{block}\n{section.end}{after}"
 
 
-def markdown(machine: dict[str, str], results: Sequence[Result]) -> str:
+def markdown(machine: dict[str, str], results: Sequence[Result], section: Section) -> str:
     """What the README says of the results."""
     described = ", ".join(f"{name} {value}" for name, value in machine.items())
     times = [
@@ -69,12 +122,12 @@ def markdown(machine: dict[str, str], results: Sequence[Result]) -> str:
         for result in results
         if result.bytes_per_second is not None or result.peak_bytes
     ]
-    curves = [f"![{r.job}](benchmarks/results/{picture(r)})" for r in results if r.series]
+    curves = [f"![{r.job}](benchmarks/results/{picture(r, section.name)})" for r in results if r.series]
     head = ["Job", "bigramx", "the fastest peer", "reach (bold: missed)", "other floors", "command"]
     return "\n\n".join(
         [
-            f"Medians of alternating rounds, all of a line in one run, on this machine: {described}.",
-            "`make bench` measures all; `.venv/bin/python benchmarks/run.py` with the last column measures one again.",
+            f"{section.method}: {described}.",
+            f"`{section.everything}` measures all; `{section.one_line}` with the last column measures one again.",
             table(head, times),
             "What a call moves through memory at least, over its time, and the most memory it held at once:",
             table(["Job", "bytes a second", "memory at once", "that of others"], memory),
@@ -93,7 +146,7 @@ def plain_table(results: Sequence[Result]) -> str:
     """A line for each reach: the job, the figure, the reach, whether it was met, and the floors."""
     head = ["job", "figure", "reach", "met", "bigramx", "times the floor"]
     rows = [
-        [result.job, figure(reach), target(reach), met(reach), ours(result), "; ".join(over_floors(result))]
+        [result.job, figure(reach), target(reach), met(reach), ours(result), "; ".join(over_floors(result).values())]
         for result in results
         for reach in result.reaches
     ]
@@ -156,17 +209,17 @@ def met(reach: Reached) -> str:
     return {True: "yes", False: "NO", None: "-"}[reach.met]
 
 
-def over_floors(result: Result) -> list[str]:
+def over_floors(result: Result) -> dict[str, str]:
     """Our time over each floor."""
     if OURS not in result.seconds:
-        return []
-    return [f"{result.seconds[OURS] / seconds:.3g}x {name}" for name, seconds in result.floors.items()]
+        return {}
+    return {name: f"{result.seconds[OURS] / seconds:.3g}x {name}" for name, seconds in result.floors.items()}
 
 
 def over_other_floors(result: Result) -> list[str]:
     """Those that no reach names."""
     units = [reach.unit for reach in result.reaches]
-    return [said for said in over_floors(result) if not said.endswith(tuple(units))]
+    return [said for name, said in over_floors(result).items() if not any(unit.endswith(name) for unit in units)]
 
 
 def bandwidth(result: Result) -> str:
@@ -191,18 +244,32 @@ def format_seconds(seconds: float) -> str:
 
 def format_bytes(count: float) -> str:
     """Three digits and a unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} bytes"
 
 
-def picture(result: Result) -> str:
-    """The file of a cost curve."""
-    return f"cost_over_{next(iter(result.series)).lower()}.png"
+def picture(result: Result, name: str) -> str:
+    """The file of a cost curve among the results of this name."""
+    prefix = "" if name == SECTIONS[0].name else f"{name}_"
+    return f"{prefix}cost_over_{next(iter(result.series)).lower()}.png"
 
 
-def draw(result: Result) -> None:
+def draw_curves(file: Path) -> None:
+    """Draws the cost curves of these results beside them, where there is something to draw with."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        print("no cost curves are drawn: matplotlib is not installed")
+        return
+    _machine, results = read(file)
+    for result in results:
+        if result.series:
+            draw(result, file.with_name(picture(result, file.stem)))
+
+
+def draw(result: Result, path: Path) -> None:
     """A cost curve on two logarithmic axes."""
     from matplotlib.figure import Figure
 
@@ -210,14 +277,15 @@ def draw(result: Result) -> None:
     axes = canvas.add_subplot()
     (over, sizes), *series = result.series.items()
     for (name, seconds), color in zip(series, ("#2563a8", "#d9772b", "#9aa3ad"), strict=False):
-        axes.loglog(sizes, [1e3 * second for second in seconds], color=color, marker="o", markersize=4, label=name)
+        sized = sizes[: len(seconds)]  # the largest may not have fitted into memory
+        axes.loglog(sized, [1e3 * second for second in seconds], color=color, marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xlabel(over)
     axes.set_ylabel("milliseconds")
     axes.set_title(result.job)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    canvas.savefig(RESULTS / picture(result), dpi=144)
+    canvas.savefig(path, dpi=144)
 
 
 if __name__ == "__main__":
