@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/topk.h>
 #include <ATen/ops/zeros.h>
@@ -85,6 +86,8 @@ void copy_idx_cpu(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& t
 void copy_idx_cuda(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens) {
     const GpuScope scope(tokens);
     const at::Tensor given = contiguous_int64(idx);
+    TORCH_CHECK_INDEX(vocab_size > 0 || given.numel() == 0, kName,
+                      ": index out of range: expected weight to have rows, got none");
     launch_copy_idx(given.const_data_ptr<int64_t>(), given.size(0), given.size(1), vocab_size,
                     tokens.data_ptr<int64_t>(), tokens.stride(0), scope.stream());
 }
@@ -127,18 +130,17 @@ class GpuChains {
         }
     }
 
-    // Returns how many steps the longest chain took. Only `stop` waits for the GPU: to tell.
+    // Returns how many steps the longest chain took. Only with `stop` this waits for the GPU.
     int64_t finish() {
-        const at::Tensor lengths = at::empty({job_.num_chains}, tokens_.options());
-        const at::Tensor longest = at::zeros({1}, tokens_.options());
-        if (options_.stop.has_value()) {
-            launch_stop_chains(job_, *options_.stop, lengths.data_ptr<int64_t>(), longest.data_ptr<int64_t>(),
-                               scope_.stream());
+        if (!options_.stop.has_value()) {
+            launch_check_rows(job_, pointer<unsigned>(invalid_), nullptr, scope_.stream());
+            return job_.num_steps;
         }
-        launch_check_rows(job_, pointer<unsigned>(invalid_),
-                          options_.stop.has_value() ? lengths.const_data_ptr<int64_t>() : nullptr,
-                          scope_.stream());
-        return options_.stop.has_value() ? longest.item<int64_t>() : job_.num_steps;
+        const at::Tensor lengths = at::full({job_.num_chains}, job_.num_steps, tokens_.options());
+        auto* const length = lengths.data_ptr<int64_t>();
+        launch_stop_chains(job_, *options_.stop, length, scope_.stream());
+        launch_check_rows(job_, pointer<unsigned>(invalid_), length, scope_.stream());
+        return lengths.max().item<int64_t>();
     }
 
   private:
@@ -191,6 +193,7 @@ class GpuChains {
 
     void cut(Follower follower) {
         cut_chains(follower, &job_);
+        if (job_.num_segments == 1) return;
         joints_ = words({2, job_.num_chains, job_.num_segments});
         unmet_ = words({job_.num_chains}, /*zeros=*/true);
         job_.entries = pointer<uint32_t>(joints_);

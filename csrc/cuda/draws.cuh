@@ -67,13 +67,13 @@ struct Larger {
 template <typename scalar_t>
 struct RowMemory {
     struct Place {
-        uint64_t sum_to_reach;
-        int64_t begin, end;  // the tokens among which it is reached
+        int64_t begin, end;  // the tokens among which the sum is reached
         uint64_t sum_before;
     };
 
     Accumulator<scalar_t>* largest;  // (kMaxWarps)
     uint64_t* sums;                  // (kMaxWarps)
+    uint64_t* sum_to_reach;          // ()
     Place* place;                    // ()
     scalar_t* row;  // (V, and a chunk to begin where the row begins within a chunk), or null: not kept
 
@@ -81,13 +81,15 @@ struct RowMemory {
         SharedMemory shared;
         largest = shared.take<Accumulator<scalar_t>>(kMaxWarps);
         sums = shared.take<uint64_t>(kMaxWarps);
+        sum_to_reach = shared.take<uint64_t>(1);
         place = shared.take<Place>(1);
         row = keeps_row ? shared.take<scalar_t>(vocab_size + kChunk<scalar_t>) : nullptr;
     }
 
     static int64_t bytes(int64_t vocab_size, bool keeps_row) {
         return SharedMemory::bytes<Accumulator<scalar_t>>(kMaxWarps) +
-               SharedMemory::bytes<uint64_t>(kMaxWarps) + SharedMemory::bytes<Place>(1) +
+               SharedMemory::bytes<uint64_t>(kMaxWarps) + SharedMemory::bytes<uint64_t>(1) +
+               SharedMemory::bytes<Place>(1) +
                (keeps_row ? SharedMemory::bytes<scalar_t>(vocab_size + kChunk<scalar_t>) : 0);
     }
 
@@ -121,9 +123,9 @@ RowPlan plan_row(const char* op, int64_t vocab_size, bool may_keep_row = true) {
 // double precision is slow on many GPUs.
 template <typename scalar_t>
 __device__ inline uint64_t block_sum_to_reach(uint64_t total, uint32_t r, const RowMemory<scalar_t>& memory) {
-    if (threadIdx.x == 0) memory.place->sum_to_reach = ThresholdScale(total).sum_to_reach(r);
+    if (threadIdx.x == 0) *memory.sum_to_reach = ThresholdScale(total).sum_to_reach(r);
     __syncthreads();
-    return memory.place->sum_to_reach;
+    return *memory.sum_to_reach;
 }
 
 template <typename Elements>
@@ -183,7 +185,7 @@ class WeightedRow {
             const uint64_t before_run = __shfl_sync(kAllLanes, sum_before, 0);
             const uint64_t after_run = __shfl_sync(kAllLanes, sum_before + sum, kWarp - 1);
             if (lane_of_thread() == 0 && before_run < sum_to_reach && sum_to_reach <= after_run) {
-                *memory_.place = {0, run.begin, run.end, before_run};
+                *memory_.place = {run.begin, run.end, before_run};
             }
             __syncthreads();
             begin = memory_.place->begin;

@@ -103,7 +103,8 @@ __device__ RowLoss process_counted_row(const RowsJob<scalar_t>& job, int64_t row
     bool any = false;
     for (int64_t j = lane_of_thread(); j < job.num_classes; j += kWarp) any |= counts[j] != 0;
     scalar_t* const gradient = job.gradient_row(row);
-    if (__any_sync(kAllLanes, any)) return WarpRow<kItems, scalar_t>(job, row).process(counts, gradient);
+    if (__any_sync(kAllLanes, any))
+        return WarpRow<kItems, RowsJob<scalar_t>>(job, row).process(counts, gradient);
     if (gradient != nullptr) clear_by_warp(gradient, job.num_classes);
     return {};
 }
@@ -139,7 +140,7 @@ __device__ RowLoss process_grouped_row(const RowsJob<scalar_t>& job, int64_t slo
         atomicAdd(sums + job.groups.targets[k], job.template value_of_pair<sum_t>(k));
     }
     __syncwarp();
-    return WarpRow<kItems, scalar_t>(job, row).process(sums, gradient);
+    return WarpRow<kItems, RowsJob<scalar_t>>(job, row).process(sums, gradient);
 }
 
 // A warp a slot, at most kItems kWarp classes; the pairs are grouped. sum_t: uint32_t, or T where each pair
@@ -166,17 +167,17 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(R
 constexpr int kRowThreads = 768;
 
 // A block a slot; the pairs are grouped.
-template <typename sum_t, typename scalar_t>
-__global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(RowsJob<scalar_t> job, BlockPlan plan) {
+template <typename sum_t, typename Job>
+__global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Job job, BlockPlan plan) {
     if (job.is_done()) return;
-    const BlockMemory<scalar_t, sum_t> memory(plan, job.num_classes);
+    const BlockMemory<Job, sum_t> memory(plan, job.num_classes);
     const int64_t slot = blockIdx.x;
     RowLoss loss;
     if (slot < job.max_slots) {
         const int64_t row = job.row_of_slot(slot);
-        scalar_t* const gradient = job.gradient_row(slot);
+        auto* const gradient = job.gradient_row(slot);
         if (job.has_pairs(row)) {
-            loss = BlockRow<scalar_t, sum_t>(job, plan, memory, row).process(gradient);
+            loss = BlockRow<Job, sum_t>(job, plan, memory, row).process(gradient);
         } else if (gradient != nullptr) {
             clear_by_block(gradient, job.num_classes);
         }
@@ -220,18 +221,18 @@ template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(RowsJob<scalar_t> job) {
     const int64_t slot = slot_of_warp(), row = slot < job.max_slots ? job.row_of_slot(slot) : -1;
     if (row < 0) return;
-    const RowStats<Accumulator<scalar_t>> stats = WarpRow<kItems, scalar_t>(job, row).stats();
+    const RowStats<Accumulator<scalar_t>> stats = WarpRow<kItems, RowsJob<scalar_t>>(job, row).stats();
     if (lane_of_thread() == 0) job.stats[row] = stats;
 }
 
 // A block a slot.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kRowThreads, 1) block_stats_kernel(RowsJob<scalar_t> job, BlockPlan plan) {
-    const BlockMemory<scalar_t, uint32_t> memory(plan, job.num_classes);
+    const BlockMemory<RowsJob<scalar_t>, uint32_t> memory(plan, job.num_classes);
     const int64_t row = job.row_of_slot(blockIdx.x);
     if (row < 0) return;
     const RowStats<Accumulator<scalar_t>> stats =
-        BlockRow<scalar_t, uint32_t>(job, plan, memory, row).stats();
+        BlockRow<RowsJob<scalar_t>, uint32_t>(job, plan, memory, row).stats();
     if (threadIdx.x == 0) job.stats[row] = stats;
 }
 
@@ -455,9 +456,21 @@ class Launcher {
                                    : grouped_rows_kernel<kManyItems<T>, sum_t, scalar_t>,
                    job_);
         } else {
-            const BlockPlan plan = plan_block<sum_t>(/*sweeps=*/true);
-            launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, scalar_t>, job_, plan);
+            launch_block_rows<sum_t>();
         }
+    }
+
+    template <typename sum_t>
+    void launch_block_rows() const {
+        const BlockPlan plan = plan_block<sum_t>(/*sweeps=*/true);
+        const bool is_plain = call_.class_weight == nullptr && call_.label_smoothing == 0;
+        if constexpr (std::is_same_v<sum_t, uint32_t>) {
+            if (is_plain) {
+                return launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, PlainRowsJob<scalar_t>>,
+                              PlainRowsJob<scalar_t>{job_}, plan);
+            }
+        }
+        launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, RowsJob<scalar_t>>, job_, plan);
     }
 
     void launch_stats() const {
@@ -474,7 +487,7 @@ class Launcher {
 
     template <typename sum_t>
     LaunchShape shape_of_blocks(const BlockPlan& plan) const {
-        const int64_t shared_bytes = BlockMemory<scalar_t, sum_t>::bytes(plan, call_.num_classes);
+        const int64_t shared_bytes = BlockMemory<RowsJob<scalar_t>, sum_t>::bytes(plan, call_.num_classes);
         return {kName, stream_, std::max<int64_t>(job_.max_slots, 1), plan.threads,
                 static_cast<size_t>(shared_bytes)};
     }
@@ -489,8 +502,8 @@ class Launcher {
         const int64_t least = std::min(all_classes, kSmallestTile), available = max_shared_bytes(kName);
         for (int64_t blocks = kMaxBlocks; blocks > 0; --blocks) {
             BlockPlan plan{static_cast<int>(kRowThreads / blocks), /*tile=*/0, /*caches_row=*/true};
-            const int64_t left =
-                available / blocks - kReserved - BlockMemory<scalar_t, sum_t>::bytes(plan, call_.num_classes);
+            const int64_t left = available / blocks - kReserved -
+                                 BlockMemory<RowsJob<scalar_t>, sum_t>::bytes(plan, call_.num_classes);
             plan.tile = std::min(all_classes, left / int64_t{sizeof(sum_t)} / kTileStep * kTileStep);
             if (plan.tile >= least) return plan;
         }

@@ -327,39 +327,46 @@ __global__ void __launch_bounds__(kThreads)
     tokens[n / num_given * stride + n % num_given] = idx[n];
 }
 
-// A block takes a chain.
+// visit(chain, step) for all steps of all chains, over the threads of the grid.
+template <typename Visit>
+__device__ void for_each_step(const ChainsJob& job, const Visit& visit) {
+    const int64_t size = job.num_chains * job.num_steps, threads = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t n = thread_of_grid(); n < size; n += threads) visit(n / job.num_steps, n % job.num_steps);
+}
+
+LaunchShape shape_of_steps(const ChainsJob& job, cudaStream_t stream) {
+    constexpr int64_t kBlocksAMultiprocessor = 2048 / kThreads;
+    const int64_t blocks = (job.num_chains * job.num_steps + kThreads - 1) / kThreads;
+    return {kName, stream, std::min(blocks, kBlocksAMultiprocessor * num_multiprocessors(kName)), kThreads};
+}
+
 __global__ void __launch_bounds__(kThreads)
-    stop_chains_kernel(ChainsJob job, int64_t stop, int64_t* lengths, int64_t* longest) {
-    const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    SharedMemory shared;
-    int64_t* const scratch = shared.take<int64_t>(kMaxWarps);
-    int64_t* const tokens = token_at(job, blockIdx.x, 0);
-    int64_t length = job.num_steps;
-    for (int64_t begin = 0; begin < length; begin += blockDim.x) {
-        const int64_t step = begin + threadIdx.x;
-        const bool stops = step < job.num_steps && tokens[step] == stop;
-        length = block_reduce(stops ? step + 1 : length, scratch, smaller);
-    }
-    for (int64_t step = length + threadIdx.x; step < job.num_steps; step += blockDim.x) tokens[step] = stop;
-    if (threadIdx.x == 0) {
-        lengths[blockIdx.x] = length;
-        atomicMax(reinterpret_cast<unsigned long long*>(longest), static_cast<unsigned long long>(length));
-    }
+    find_stops_kernel(ChainsJob job, int64_t stop, unsigned long long* lengths) {
+    for_each_step(job, [&](int64_t chain, int64_t step) {
+        if (*token_at(job, chain, step) == stop) {
+            atomicMin(lengths + chain, static_cast<unsigned long long>(step + 1));
+        }
+    });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    fill_chains_kernel(ChainsJob job, int64_t stop, const int64_t* lengths) {
+    for_each_step(job, [&](int64_t chain, int64_t step) {
+        if (step >= lengths[chain]) *token_at(job, chain, step) = stop;
+    });
 }
 
 __global__ void __launch_bounds__(kThreads)
     check_rows_kernel(ChainsJob job, const unsigned* invalid, const int64_t* lengths) {
     const bool any_is_invalid = invalid[0] != 0;
     if (!any_is_invalid) return;
-    const int64_t num_tokens = job.num_chains * job.num_steps, threads = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t n = thread_of_grid(); n < num_tokens; n += threads) {
-        const int64_t chain = n / job.num_steps, step = n % job.num_steps;
+    for_each_step(job, [&](int64_t chain, int64_t step) {
         const bool counts = lengths == nullptr || step < lengths[chain];
         device_assert(!counts || invalid[1 + token_before(job, chain, step)] == 0,
                       "generate: probability tensor contains either `inf`, `nan` or element < 0: a row of "
                       "weight, divided by the temperature, holds a NaN, an infinity, or nothing but negative "
                       "infinities");
-    }
+    });
 }
 
 }  // namespace
@@ -422,18 +429,15 @@ void launch_draw_step(const ChainsJob& job, const LogitsJob& rows, int64_t step,
     });
 }
 
-void launch_stop_chains(const ChainsJob& job, int64_t stop, int64_t* lengths, int64_t* longest,
-                        cudaStream_t stream) {
-    launch({kName, stream, job.num_chains, kThreads, kScratchBytes}, stop_chains_kernel, job, stop, lengths,
-           longest);
+void launch_stop_chains(const ChainsJob& job, int64_t stop, int64_t* lengths, cudaStream_t stream) {
+    const LaunchShape shape = shape_of_steps(job, stream);
+    launch(shape, find_stops_kernel, job, stop, reinterpret_cast<unsigned long long*>(lengths));
+    launch(shape, fill_chains_kernel, job, stop, lengths);
 }
 
 void launch_check_rows(const ChainsJob& job, const unsigned* invalid, const int64_t* lengths,
                        cudaStream_t stream) {
-    constexpr int64_t kBlocksAMultiprocessor = 8;
-    const int64_t blocks = (job.num_chains * job.num_steps + kThreads - 1) / kThreads;
-    launch({kName, stream, std::min(blocks, kBlocksAMultiprocessor * num_multiprocessors(kName)), kThreads},
-           check_rows_kernel, job, invalid, lengths);
+    launch(shape_of_steps(job, stream), check_rows_kernel, job, invalid, lengths);
 }
 
 }  // namespace bigramx

@@ -61,10 +61,9 @@ void launch_follow_likeliest(const ChainsJob& job, const int64_t* likeliest, cud
 // One step of all chains; rows (B, V): those that the chains have come to.
 void launch_draw_step(const ChainsJob& job, const LogitsJob& rows, int64_t step, cudaStream_t stream);
 
-// lengths (B): the steps of each chain up to the token `stop`, behind which the chain is filled with it.
-// *longest, 0 before: the most of them.
-void launch_stop_chains(const ChainsJob& job, int64_t stop, int64_t* lengths, int64_t* longest,
-                        cudaStream_t stream);
+// lengths (B), the number of steps before: set to that of the steps up to the first token `stop` of each
+// chain, which is filled with it from there on.
+void launch_stop_chains(const ChainsJob& job, int64_t stop, int64_t* lengths, cudaStream_t stream);
 
 // Stops the kernel where a chain has drawn from a row that is no distribution; what segments met while they
 // warmed up does not count. lengths: (B), or null: all steps count.

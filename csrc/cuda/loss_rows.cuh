@@ -45,8 +45,9 @@ struct RowStats {
     T rest;  // what all pairs of the row share: label smoothing, z-loss
 };
 
-template <typename scalar_t>
+template <typename scalar>
 struct RowsJob {
+    using scalar_t = scalar;
     using T = Accumulator<scalar_t>;
 
     const scalar_t* weight;  // (R, C)
@@ -95,6 +96,7 @@ struct RowsJob {
     }
 
     __device__ T class_weight_of(int64_t j) const { return class_weight != nullptr ? class_weight[j] : T(1); }
+    __device__ bool smooths() const { return label_smoothing > 0; }
     // What the k-th of the grouped pairs adds to the sum of its class.
     template <typename sum_t>
     __device__ sum_t value_of_pair(int64_t k) const {
@@ -115,21 +117,42 @@ struct RowsJob {
     }
 };
 
+// Without class weights and label smoothing, which compilers then leave out of the loops.
+template <typename scalar>
+struct PlainRowsJob : RowsJob<scalar> {
+    using typename RowsJob<scalar>::T;
+
+    __device__ T class_weight_of(int64_t) const { return 1; }
+    __device__ bool smooths() const { return false; }
+};
+
+// e^(logit - max). For tables of 16 bits as a power of two, of whose exponent one product rounds off a
+// 2^-24th: far less than what their logits are rounded by.
+template <typename scalar_t>
+__device__ inline Accumulator<scalar_t> exponential(Accumulator<scalar_t> logit, Accumulator<scalar_t> max) {
+    if constexpr (sizeof(scalar_t) == 2) {
+        constexpr float kLog2E = 0x1.715476p0f;
+        return exp2f((logit - max) * kLog2E);
+    } else {
+        return std::exp(logit - max);
+    }
+}
+
 // The maximum of logits, and the sum of e^(logit - max), as they come along.
 template <typename T>
 struct OnlineSum {
     T max = -kInfinity<T>;
     T sum = 0;
 
-    template <int count>
+    template <typename scalar_t, int count>
     __device__ void include(const T (&logits)[count]) {
         T largest = max;
-        for (int k = 0; k < count; ++k) largest = logits[k] > largest ? logits[k] : largest;
+        for (int k = 0; k < count; ++k) largest = std::fmax(largest, logits[k]);
         if (largest > max) {
             sum *= std::exp(max - largest);
             max = largest;
         }
-        for (int k = 0; k < count; ++k) sum += std::exp(logits[k] - shift());
+        for (int k = 0; k < count; ++k) sum += exponential<scalar_t>(logits[k], shift());
     }
 
     // Negative infinities add nothing, even to one another.
@@ -146,90 +169,111 @@ struct MergeOnlineSums {
     }
 };
 
-// Sums over the classes that the losses and the gradient of a row need.
-struct RowSums {
-    double pairs = 0;          // g
-    double weighted = 0;       // u
-    double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
-    double surprise = 0;       // of class_weight_j (lse - W[i, j]): what label smoothing spreads
+// Sums over the classes, which the gradient of a row needs.
+struct PairSums {
+    double pairs = 0;     // g
+    double weighted = 0;  // u
 
-    __device__ friend RowSums operator+(const RowSums& a, const RowSums& b) {
-        RowSums both;
+    __device__ friend PairSums operator+(const PairSums& a, const PairSums& b) {
+        PairSums both;
         both.pairs = a.pairs + b.pairs;
         both.weighted = a.weighted + b.weighted;
-        both.target_logits = a.target_logits + b.target_logits;
-        both.surprise = a.surprise + b.surprise;
         return both;
     }
 
     template <typename T, typename sum_t>
-    __device__ void add_pairs(T class_weight, sum_t s) {
+    __device__ void add(T class_weight, sum_t s) {
         pairs += static_cast<double>(s);
         weighted += static_cast<double>(class_weight * static_cast<T>(s));
     }
 };
 
-// A row whose logits have been read.
-template <typename scalar_t>
-struct MeasuredRow {
-    using T = Accumulator<scalar_t>;
+// And those which its losses need.
+struct LossSums {
+    double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
+    double surprise = 0;       // of class_weight_j (lse - W[i, j]): what label smoothing spreads
 
-    const RowsJob<scalar_t>& job;
+    __device__ friend LossSums operator+(const LossSums& a, const LossSums& b) {
+        LossSums both;
+        both.target_logits = a.target_logits + b.target_logits;
+        both.surprise = a.surprise + b.surprise;
+        return both;
+    }
+};
+
+// The part of a thread, which is short.
+template <typename T>
+struct OwnLossSums {
+    T target_logits = 0, surprise = 0;
+
+    __device__ LossSums wide() const {
+        LossSums sums;
+        sums.target_logits = static_cast<double>(target_logits);
+        sums.surprise = static_cast<double>(surprise);
+        return sums;
+    }
+};
+
+// A row whose logits have been read.
+template <typename Job>
+struct MeasuredRow {
+    using T = typename Job::T;
+
+    const Job& job;
     const T max, sum, log_sum;
 
-    __device__ MeasuredRow(const RowsJob<scalar_t>& job, const OnlineSum<T>& online)
+    __device__ MeasuredRow(const Job& job, const OnlineSum<T>& online)
         : job(job), max(online.max), sum(online.sum), log_sum(std::log(online.sum)) {}
 
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
-    // What class j, with the sum s over its pairs, adds to the sums of the losses.
+    // What class j adds, whose pairs have the sum s.
     template <typename sum_t>
-    __device__ void add_losses(RowSums& sums, T logit, T class_weight, sum_t s) const {
+    __device__ void add_losses(OwnLossSums<T>& sums, T logit, T class_weight, sum_t s) const {
         if (s != sum_t(0)) {  // 0 times an infinity is none
-            sums.target_logits += static_cast<double>(class_weight * static_cast<T>(s) * (logit - max));
+            sums.target_logits += class_weight * static_cast<T>(s) * (logit - max);
         }
-        if (job.label_smoothing > 0) {
-            sums.surprise += static_cast<double>(class_weight * (static_cast<T>(lse()) - logit));
-        }
+        if (job.smooths()) sums.surprise += class_weight * (max + log_sum - logit);
     }
 
-    __device__ double smooth_loss(const RowSums& sums) const {
-        return job.label_smoothing > 0 ? job.smoothing_of_class() * sums.surprise : 0.0;
+    __device__ double smooth_loss(const LossSums& sums) const {
+        return job.smooths() ? job.smoothing_of_class() * sums.surprise : 0.0;
     }
 
     __device__ double z_loss() const { return job.z_loss * lse() * lse(); }
 
-    __device__ RowStats<T> stats(const RowSums& sums) const {
+    __device__ RowStats<T> stats(const LossSums& sums) const {
         return {max, log_sum, static_cast<T>(smooth_loss(sums) + z_loss())};
     }
 
-    __device__ RowLoss loss(const RowSums& sums) const {
+    __device__ RowLoss loss(const PairSums& pairs, const LossSums& sums) const {
         const double epsilon = job.label_smoothing;
         RowLoss loss;
-        loss.z_loss = sums.pairs * z_loss();
-        if (epsilon > 0) loss.cross_entropy = sums.pairs * smooth_loss(sums);
+        loss.z_loss = pairs.pairs * z_loss();
+        if (epsilon > 0) loss.cross_entropy = pairs.pairs * smooth_loss(sums);
         if (epsilon < 1) {
             loss.cross_entropy +=
-                (1 - epsilon) * (sums.weighted * static_cast<double>(log_sum) - sums.target_logits);
+                (1 - epsilon) * (pairs.weighted * static_cast<double>(log_sum) - sums.target_logits);
         }
         return loss;
     }
 };
 
 // The elements of a gradient row.
-template <typename T>
+template <typename Job>
 struct GradientTerms {
+    using T = typename Job::T;
+
     T max, scale, smooth, unit;
 
-    template <typename scalar_t>
-    __device__ GradientTerms(const MeasuredRow<scalar_t>& row, const RowSums& sums) : max(row.max) {
-        const RowsJob<scalar_t>& job = row.job;
+    __device__ GradientTerms(const MeasuredRow<Job>& row, const PairSums& pairs) : max(row.max) {
+        const Job& job = row.job;
         const double loss_scale = job.loss_scale() * job.grad_of_all();
         const double z_loss_scale = job.z_loss_scale() * job.grad_of_all();
-        const double smooth_part = job.smoothing_of_class() * sums.pairs * loss_scale;
+        const double smooth_part = job.smoothing_of_class() * pairs.pairs * loss_scale;
         const double target_part = (1 - job.label_smoothing) * loss_scale;
-        const double mass = target_part * sums.weighted + smooth_part * job.totals->class_weight_sum +
-                            2 * job.z_loss * row.lse() * sums.pairs * z_loss_scale;
+        const double mass = target_part * pairs.weighted + smooth_part * job.totals->class_weight_sum +
+                            2 * job.z_loss * row.lse() * pairs.pairs * z_loss_scale;
         scale = static_cast<T>(mass / static_cast<double>(row.sum));
         smooth = static_cast<T>(smooth_part);
         unit = static_cast<T>(target_part);
@@ -237,7 +281,8 @@ struct GradientTerms {
 
     template <typename sum_t>
     __device__ T element(T logit, T class_weight, sum_t s) const {
-        return scale * std::exp(logit - max) - class_weight * (smooth + unit * static_cast<T>(s));
+        return scale * exponential<typename Job::scalar_t>(logit, max) -
+               class_weight * (smooth + unit * static_cast<T>(s));
     }
 };
 
@@ -248,56 +293,56 @@ template <typename T>
 constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
 
 // The lanes take every 32nd column, kItems each.
-template <int kItems, typename scalar_t>
+template <int kItems, typename Job>
 class WarpRow {
   public:
-    using T = Accumulator<scalar_t>;
+    using scalar_t = typename Job::scalar_t;
+    using T = typename Job::T;
 
-    __device__ WarpRow(const RowsJob<scalar_t>& job, int64_t row) : job_(job), row_(row) {
+    __device__ WarpRow(const Job& job, int64_t row) : job_(job), row_(row) {
         const scalar_t* const weight = job.weight_row(row);
-        for (int k = 0; k < kItems; ++k) {
-            logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<T>;
-        }
+        for (int k = 0; k < kItems; ++k) logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<T>;
     }
 
     // sums (C): s_j. gradient (C), or null. Returns the same to all lanes.
     template <typename sum_t>
     __device__ RowLoss process(const sum_t* sums, scalar_t* gradient) const {
-        const MeasuredRow<scalar_t> row = measure();
-        RowSums own;
+        const MeasuredRow<Job> row = measure();
+        PairSums own_pairs;
+        OwnLossSums<T> own_losses;
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const sum_t s = sums[column(k)];
             const T class_weight = job_.class_weight_of(column(k));
-            if (s != sum_t(0)) own.add_pairs(class_weight, s);
-            row.add_losses(own, logits_[k], class_weight, s);
+            if (s != sum_t(0)) own_pairs.add(class_weight, s);
+            row.add_losses(own_losses, logits_[k], class_weight, s);
         }
-        const RowSums total = warp_sum(own);
-        if (gradient != nullptr) write_gradient(GradientTerms<T>(row, total), sums, gradient);
-        return row.loss(total);
+        const PairSums pairs = warp_sum(own_pairs);
+        if (gradient != nullptr) write_gradient(GradientTerms<Job>(row, pairs), sums, gradient);
+        return row.loss(pairs, warp_sum(own_losses.wide()));
     }
 
     __device__ RowStats<T> stats() const {
-        const MeasuredRow<scalar_t> row = measure();
-        RowSums own;
+        const MeasuredRow<Job> row = measure();
+        OwnLossSums<T> own;
         for (int k = 0; k < kItems; ++k) {
             if (has(k)) row.add_losses(own, logits_[k], job_.class_weight_of(column(k)), 0);
         }
-        return row.stats(warp_sum(own));
+        return row.stats(warp_sum(own.wide()));
     }
 
   private:
     __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
     __device__ bool has(int k) const { return column(k) < job_.num_classes; }
 
-    __device__ MeasuredRow<scalar_t> measure() const {
+    __device__ MeasuredRow<Job> measure() const {
         OnlineSum<T> own;
-        own.include(logits_);
+        own.template include<scalar_t>(logits_);
         return {job_, warp_reduce(own, MergeOnlineSums<T>())};
     }
 
     template <typename sum_t>
-    __device__ void write_gradient(const GradientTerms<T>& terms, const sum_t* sums,
+    __device__ void write_gradient(const GradientTerms<Job>& terms, const sum_t* sums,
                                    scalar_t* gradient) const {
         const bool is_padding = row_ == job_.padding_idx;
         for (int k = 0; k < kItems; ++k) {
@@ -308,7 +353,7 @@ class WarpRow {
         }
     }
 
-    const RowsJob<scalar_t>& job_;
+    const Job& job_;
     const int64_t row_;
     T logits_[kItems];
 };
@@ -322,102 +367,98 @@ struct BlockPlan {
     bool caches_row;
 };
 
-// The shared memory of a block.
-template <typename scalar_t, typename sum_t>
+// The shared memory of a block. Row and tile begin where the row of the table begins within a chunk, so that
+// their chunks are its chunks.
+template <typename Job, typename sum_t>
 struct BlockMemory {
-    using T = Accumulator<scalar_t>;
+    using scalar_t = typename Job::scalar_t;
 
-    OnlineSum<T>* online_sums;  // (kMaxWarps)
-    RowSums* row_sums;          // (kMaxWarps)
-    RowLoss* losses;            // (kMaxWarps)
-    int* is_last;               // ()
-    sum_t* tile;                // (tile)
-    scalar_t* row;  // (C, and a chunk to begin where the row of the table begins within a chunk); or null
+    OnlineSum<typename Job::T>* online_sums;  // (kMaxWarps)
+    PairSums* pair_sums;                      // (kMaxWarps)
+    LossSums* loss_sums;                      // (kMaxWarps)
+    RowLoss* losses;                          // (kMaxWarps)
+    int* is_last;                             // ()
+    sum_t* tile;                              // (tile)
+    scalar_t* row;                            // (C), or null
 
     __device__ BlockMemory(const BlockPlan& plan, int64_t num_classes) {
         SharedMemory shared;
-        online_sums = shared.take<OnlineSum<T>>(kMaxWarps);
-        row_sums = shared.take<RowSums>(kMaxWarps);
+        online_sums = shared.take<OnlineSum<typename Job::T>>(kMaxWarps);
+        pair_sums = shared.take<PairSums>(kMaxWarps);
+        loss_sums = shared.take<LossSums>(kMaxWarps);
         losses = shared.take<RowLoss>(kMaxWarps);
         is_last = shared.take<int>(1);
-        tile = shared.take<sum_t>(plan.tile);
+        tile = shared.take<sum_t>(plan.tile + kChunk<scalar_t>);
         row = plan.caches_row ? shared.take<scalar_t>(num_classes + kChunk<scalar_t>) : nullptr;
     }
 
     static int64_t bytes(const BlockPlan& plan, int64_t num_classes) {
-        return SharedMemory::bytes<OnlineSum<T>>(kMaxWarps) + SharedMemory::bytes<RowSums>(kMaxWarps) +
+        return SharedMemory::bytes<OnlineSum<typename Job::T>>(kMaxWarps) +
+               SharedMemory::bytes<PairSums>(kMaxWarps) + SharedMemory::bytes<LossSums>(kMaxWarps) +
                SharedMemory::bytes<RowLoss>(kMaxWarps) + SharedMemory::bytes<int>(1) +
-               SharedMemory::bytes<sum_t>(plan.tile) +
+               SharedMemory::bytes<sum_t>(plan.tile + kChunk<scalar_t>) +
                (plan.caches_row ? SharedMemory::bytes<scalar_t>(num_classes + kChunk<scalar_t>) : 0);
     }
 };
 
-template <typename scalar_t, typename sum_t>
+template <typename Job, typename sum_t>
 class BlockRow {
   public:
-    using T = Accumulator<scalar_t>;
+    using scalar_t = typename Job::scalar_t;
+    using T = typename Job::T;
 
-    __device__ BlockRow(const RowsJob<scalar_t>& job, const BlockPlan& plan,
-                        const BlockMemory<scalar_t, sum_t>& memory, int64_t row)
+    __device__ BlockRow(const Job& job, const BlockPlan& plan, const BlockMemory<Job, sum_t>& memory,
+                        int64_t row)
         : job_(job),
           plan_(plan),
           memory_(memory),
           row_(row),
           source_(job.weight_row(row)),
+          tile_(memory.tile + elements_into_chunk(source_)),
           first_pair_(job.groups.row_begin[row]),
           num_pairs_(job.groups.row_begin[row + 1] - first_pair_) {}
 
     // gradient (C), or null. Returns the same to all threads.
     __device__ RowLoss process(scalar_t* gradient) {
-        const MeasuredRow<scalar_t> row = measure();
-        RowSums total = pair_sums();
-        RowSums own;
-        if (gradient != nullptr) {
-            const bool is_padding = row_ == job_.padding_idx;
-            const GradientTerms<T> terms(row, total);
-            sweep(gradient, [&](int64_t j, T logit, sum_t s) {
-                const T class_weight = job_.class_weight_of(j);
-                row.add_losses(own, logit, class_weight, s);
-                return is_padding ? T(0) : terms.element(logit, class_weight, s);
-            });
-        } else {
-            sweep(nullptr, [&](int64_t j, T logit, sum_t s) {
-                row.add_losses(own, logit, job_.class_weight_of(j), s);
-                return T(0);
-            });
-        }
-        total = total + block_sum(own, memory_.row_sums);
-        return row.loss(total);
+        const MeasuredRow<Job> row = measure();
+        const PairSums pairs = sum_pairs();
+        const GradientTerms<Job> terms(row, pairs);
+        const bool is_zero = gradient == nullptr || row_ == job_.padding_idx;
+        OwnLossSums<T> own;
+        sweep(gradient, [&](int64_t j, T logit, sum_t s) {
+            const T class_weight = job_.class_weight_of(j);
+            row.add_losses(own, logit, class_weight, s);
+            return is_zero ? T(0) : terms.element(logit, class_weight, s);
+        });
+        return row.loss(pairs, block_sum(own.wide(), memory_.loss_sums));
     }
 
     __device__ RowStats<T> stats() {
-        const MeasuredRow<scalar_t> row = measure();
-        RowSums own;
-        if (job_.label_smoothing > 0) {
-            for (int64_t j = threadIdx.x; j < job_.num_classes; j += blockDim.x) {
-                row.add_losses(own, widen(source_[j]), job_.class_weight_of(j), 0);
-            }
+        const MeasuredRow<Job> row = measure();
+        OwnLossSums<T> own;
+        for (int64_t j = threadIdx.x; job_.smooths() && j < job_.num_classes; j += blockDim.x) {
+            row.add_losses(own, widen(source_[j]), job_.class_weight_of(j), 0);
         }
-        return row.stats(block_sum(own, memory_.row_sums));
+        return row.stats(block_sum(own.wide(), memory_.loss_sums));
     }
 
   private:
     // Reads the row, into shared memory where it is to be kept.
-    __device__ MeasuredRow<scalar_t> measure() {
+    __device__ MeasuredRow<Job> measure() {
         constexpr int kInFlight = sizeof(T) == sizeof(double) ? 2 : 4;
         OnlineSum<T> own;
-        scalar_t* const kept = place_in_shared_memory();
+        scalar_t* const kept = memory_.row != nullptr ? memory_.row + elements_into_chunk(source_) : nullptr;
         for_each_chunk<kInFlight>(
             source_, job_.num_classes,
-            [&](int64_t first, const Chunk<scalar_t>& chunk) {
+            [&](int first, const Chunk<scalar_t>& chunk) {
                 T logits[kChunk<scalar_t>];
                 for (int k = 0; k < kChunk<scalar_t>; ++k) logits[k] = widen(chunk.elements[k]);
-                own.include(logits);
+                own.template include<scalar_t>(logits);
                 if (kept != nullptr) store_chunk(kept + first, chunk);
             },
-            [&](int64_t j) {
+            [&](int j) {
                 const T logit[1] = {widen(source_[j])};
-                own.include(logit);
+                own.template include<scalar_t>(logit);
                 if (kept != nullptr) kept[j] = source_[j];
             });
         const OnlineSum<T> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<T>());
@@ -425,75 +466,89 @@ class BlockRow {
         return {job_, total};
     }
 
-    // So that its chunks are those of the table.
-    __device__ scalar_t* place_in_shared_memory() const {
-        if (memory_.row == nullptr) return nullptr;
-        return memory_.row + reinterpret_cast<uintptr_t>(source_) % kChunkBytes / sizeof(scalar_t);
-    }
-
     // Without class weights and gradients of single pairs, their number says all.
-    __device__ RowSums pair_sums() const {
-        RowSums own;
+    __device__ PairSums sum_pairs() const {
+        PairSums own;
         if (job_.class_weight == nullptr && !job_.has_grad_losses) {
             own.pairs = own.weighted = static_cast<double>(num_pairs_);
             return own;
         }
-        sweep(nullptr, [&](int64_t j, T, sum_t s) {
-            if (s != sum_t(0)) own.add_pairs(job_.class_weight_of(j), s);
-            return T(0);
-        });
-        return block_sum(own, memory_.row_sums);
+        for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
+            const int64_t end = end_of_tile(begin);
+            sum_tile(begin, end);
+            for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) {
+                if (tile_[k] != sum_t(0)) own.add(job_.class_weight_of(begin + k), tile_[k]);
+            }
+            __syncthreads();  // the tile is free again
+        }
+        return block_sum(own, memory_.pair_sums);
     }
 
     // visit(j, W[i, j], s_j) for each class; what it returns is written to out (C), where that is not null.
     template <typename Visit>
     __device__ void sweep(scalar_t* out, const Visit& visit) const {
         for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
-            const int64_t end = begin + plan_.tile < job_.num_classes ? begin + plan_.tile : job_.num_classes;
+            const int64_t end = end_of_tile(begin);
             sum_tile(begin, end);
-            const auto visit_element = [&](int64_t k) {
-                const int64_t j = begin + k;
-                const T element = visit(j, widen(source_[j]), memory_.tile[k]);
-                if (out != nullptr) out[j] = narrow<scalar_t>(element);
+            const scalar_t* const part = source_ + begin;
+            scalar_t* const part_out = out != nullptr ? out + begin : nullptr;
+            const auto visit_element = [&](int k) {
+                const T element = visit(begin + k, widen(part[k]), tile_[k]);
+                if (out != nullptr) part_out[k] = narrow<scalar_t>(element);
             };
-            if (has_the_chunks_of(out)) {
+            if (out == nullptr || elements_into_chunk(out) == elements_into_chunk(source_)) {
                 for_each_chunk(
-                    source_ + begin, end - begin,
-                    [&](int64_t first, const Chunk<scalar_t>& chunk) {
+                    part, end - begin,
+                    [&](int first, const Chunk<scalar_t>& chunk) {
+                        sum_t sums[kChunk<scalar_t>];
+                        load_sums(tile_ + first, sums);
                         Chunk<scalar_t> elements;
                         for (int k = 0; k < kChunk<scalar_t>; ++k) {
-                            elements.elements[k] = narrow<scalar_t>(
-                                visit(begin + first + k, widen(chunk.elements[k]), memory_.tile[first + k]));
+                            elements.elements[k] =
+                                narrow<scalar_t>(visit(begin + first + k, widen(chunk.elements[k]), sums[k]));
                         }
-                        if (out != nullptr) store_chunk(out + begin + first, elements);
+                        if (out != nullptr) store_chunk(part_out + first, elements);
                     },
                     visit_element);
             } else {
-                for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) visit_element(k);
+                for (int k = static_cast<int>(threadIdx.x); k < end - begin; k += blockDim.x)
+                    visit_element(k);
             }
             __syncthreads();  // the tile is free for the next columns
         }
     }
 
-    // memory_.tile: s_j of the columns from begin to end.
+    __device__ int64_t end_of_tile(int64_t begin) const {
+        return begin + plan_.tile < job_.num_classes ? begin + plan_.tile : job_.num_classes;
+    }
+
+    // tile_: s_j of the columns from begin to end.
     __device__ void sum_tile(int64_t begin, int64_t end) const {
-        for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) memory_.tile[k] = 0;
+        for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) tile_[k] = 0;
         __syncthreads();
-        add_targets(job_.groups.targets + first_pair_, num_pairs_, begin, end, memory_.tile,
+        add_targets(job_.groups.targets + first_pair_, num_pairs_, begin, end, tile_,
                     [&](int64_t k) { return job_.template value_of_pair<sum_t>(first_pair_ + k); });
         __syncthreads();
     }
 
-    __device__ bool has_the_chunks_of(const scalar_t* out) const {
-        const auto distance = reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(source_);
-        return out == nullptr || distance % kChunkBytes == 0;
+    // As many as a chunk of the row has elements.
+    __device__ static void load_sums(const sum_t* from, sum_t (&sums)[kChunk<scalar_t>]) {
+        if constexpr (kChunk<scalar_t> % kChunk<sum_t> == 0) {
+            for (int k = 0; k < kChunk<scalar_t>; k += kChunk<sum_t>) {
+                const Chunk<sum_t> chunk = load_chunk(from + k);
+                for (int i = 0; i < kChunk<sum_t>; ++i) sums[k + i] = chunk.elements[i];
+            }
+        } else {
+            for (int k = 0; k < kChunk<scalar_t>; ++k) sums[k] = from[k];
+        }
     }
 
-    const RowsJob<scalar_t>& job_;
+    const Job& job_;
     const BlockPlan& plan_;
-    const BlockMemory<scalar_t, sum_t>& memory_;
+    const BlockMemory<Job, sum_t>& memory_;
     const int64_t row_;
     const scalar_t* source_;  // (C): the row in the table, or kept in shared memory
+    sum_t* const tile_;       // (tile)
     const int64_t first_pair_, num_pairs_;
 };
 

@@ -90,39 +90,43 @@ __device__ inline void store_chunk(T* to, const Chunk<T>& chunk) {
     *reinterpret_cast<Chunk<T>*>(to) = chunk;
 }
 
-// How many elements lie before the first that is aligned to 16 bytes, `size` at most.
+// How many elements the begin of a row lies behind the begin of the chunk that it is in.
+template <typename T>
+__device__ inline int elements_into_chunk(const T* row) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kChunkBytes / sizeof(T));
+}
+
+// How many elements lie before the first chunk, `size` at most.
 template <typename T>
 __device__ inline int64_t elements_before_chunks(const T* row, int64_t size) {
-    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % kChunkBytes / sizeof(T));
-    const int64_t before = past == 0 ? 0 : kChunk<T> - past;
+    const int64_t before = (kChunk<T> - elements_into_chunk(row)) % kChunk<T>;
     return before < size ? before : size;
 }
 
 // For the threads of a block: visit_chunk(k, chunk) for each 16 bytes of a row that can be read at once, k
 // being the first of their elements, and visit_element(k) for those before and behind them. A thread reads
-// kInFlight chunks before it visits the first of them.
+// kInFlight chunks before it visits the first of them. Fewer than 2^31 elements.
 template <int kInFlight = 1, typename T, typename VisitChunk, typename VisitElement>
 __device__ inline void for_each_chunk(const T* row, int64_t size, const VisitChunk& visit_chunk,
                                       const VisitElement& visit_element) {
-    const int64_t before = elements_before_chunks(row, size);
-    const int64_t num_chunks = (size - before) / kChunk<T>, threads = blockDim.x;
-    for (int64_t first = threadIdx.x; first < num_chunks; first += kInFlight * threads) {
+    const int before = static_cast<int>(elements_before_chunks(row, size));
+    const int num_chunks = static_cast<int>((size - before) / kChunk<T>);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    for (int first = thread; first < num_chunks; first += kInFlight * threads) {
         Chunk<T> chunks[kInFlight];
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
-            const int64_t c = first + k * threads;
+            const int c = first + k * threads;
             if (c < num_chunks) chunks[k] = load_chunk(row + before + c * kChunk<T>);
         }
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
-            const int64_t c = first + k * threads;
+            const int c = first + k * threads;
             if (c < num_chunks) visit_chunk(before + c * kChunk<T>, chunks[k]);
         }
     }
-    const int64_t in_chunks = num_chunks * kChunk<T>;
-    for (int64_t k = threadIdx.x; k < size - in_chunks; k += threads) {
-        visit_element(k < before ? k : k + in_chunks);
-    }
+    const int in_chunks = num_chunks * kChunk<T>, outside = static_cast<int>(size) - in_chunks;
+    for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_chunks);
 }
 
 }  // namespace bigramx

@@ -34,15 +34,16 @@ struct TokenPairs {
     template <typename Visit>
     __device__ void for_each(int64_t begin, int64_t end, const Visit& visit) const {
         constexpr int kInFlight = 2, kLast = kChunk<token_t> - 1;
+        if (num_tokens == 1 && threadIdx.x == 0) checked(tokens[0]);  // it is in no pair
         for_each_chunk<kInFlight>(
             tokens + begin, end - begin,
-            [&](int64_t first, const Chunk<token_t>& chunk) {
+            [&](int first, const Chunk<token_t>& chunk) {
                 const int64_t n = begin + first;
                 const token_t next = tokens[n + kChunk<token_t>];
                 for (int k = 0; k < kLast; ++k) visit(pair(n + k, chunk.elements[k], chunk.elements[k + 1]));
                 visit(pair(n + kLast, chunk.elements[kLast], next));
             },
-            [&](int64_t k) { visit(pair(begin + k, tokens[begin + k], tokens[begin + k + 1])); });
+            [&](int k) { visit(pair(begin + k, tokens[begin + k], tokens[begin + k + 1])); });
     }
 
   private:
