@@ -86,7 +86,8 @@ def get_batch(
         tokens: (N) uint8, uint16, int32 or int64, N > block_size.
         batch_size: B.
         block_size: T.
-        generator: Where the randomness comes from; None: PyTorch's default generator.
+        generator: Where the randomness comes from; None: PyTorch's default generator of the CPU, so that the batches
+            are the same wherever the tokens lie. One on a GPU draws there, anew at each replay of a captured graph.
 
     Returns:
         idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` moved on by one token.

@@ -88,19 +88,21 @@ def embedding_cross_entropy(
         class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class.
         ignore_index: Pairs with this target count for nothing.
         reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``. With
-            ``"none"`` the gradient is computed in the backward pass, and ``weight`` must not change before it.
+            ``"none"`` the gradient is computed in the backward pass, and ``weight`` must not change before it; on a
+            GPU its last bits may differ from run to run, and ``torch.use_deterministic_algorithms`` refuses it.
         label_smoothing: The share, 0 to 1, of the target that is spread evenly over all classes.
         z_loss: Adds ``z_loss * logsumexp**2`` to the loss of each pair (PaLM, section 5); not class-weighted, and
             under ``"mean"`` divided by the number of pairs that count.
         padding_idx: This row gets no gradient. Negative: counted from the end.
-        sparse: The gradient is a coalesced sparse tensor with the rows that occur in ``idx``.
+        sparse: The gradient is a coalesced sparse tensor with the rows that occur in ``idx``. On a GPU, where their
+            number is not known to the host, it has min(N, R) entries, those too many being zero, and is not coalesced.
         return_logits: Returns ``(loss, logits)``, the logits being ``weight[idx]``, (N, C), differentiable too.
 
     Returns:
         The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``. The mean over no pairs is NaN.
 
     Raises:
-        IndexError: An index or a target is out of range.
+        IndexError: An index or a target is out of range. On a GPU that is an assertion on the device, as in PyTorch.
         ValueError: ``targets`` has another shape than ``idx``, ``reduction`` is not one of the three, or ``z_loss`` is
             negative.
         RuntimeError: A dtype, a device, the shape of ``weight`` or ``class_weight``, or ``label_smoothing`` is off;
@@ -140,22 +142,27 @@ def multinomial(
 ) -> Tensor:
     """``torch.multinomial``: the same samples for the same generator state (CPU), and any number of categories.
 
+    On a GPU a generator on the CPU gives the samples that it gives on the CPU by ``"philox"``; one on the device, or
+    none, advances as those of PyTorch do, and draws anew at each replay of a captured graph.
+
     Args:
         probs: (V) or (B, V) weights, finite and not negative, floating point; they need not sum to one.
         num_samples: How many tokens to draw from each row.
         replacement: Whether a token may be drawn twice.
         sampler: ``"torch"`` draws as torch.multinomial does, and leaves the generator in the same state; the default on
-            the CPU. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b depends on (seed, b, k)
-            and the row alone, without replacement also on the samples before it; faster, the more so the larger V.
+            the CPU, and for the CPU alone. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b
+            depends on (seed, b, k) and the row alone, without replacement also on the samples before it; faster, the
+            more so the larger V; the default on a GPU.
         generator: Where the randomness comes from; None: PyTorch's default generator.
 
     Returns:
         (num_samples) or (B, num_samples) int64.
 
     Raises:
-        RuntimeError: ``probs`` holds a NaN, an infinity or a negative number, or a row of zeros; has not 1 or 2
-            dimensions; is not floating point; or ``num_samples`` is out of range.
-        ValueError: ``sampler`` is neither of the two.
+        RuntimeError: ``probs`` holds a NaN, an infinity or a negative number, or a row of zeros (on a GPU that is an
+            assertion on the device, as in PyTorch); has not 1 or 2 dimensions; is not floating point; or
+            ``num_samples`` is out of range.
+        ValueError: ``sampler`` is neither of the two, or ``"torch"`` on a GPU.
         TypeError: An argument is of the wrong type.
     """
     try:
@@ -193,9 +200,11 @@ def generate(
         min_p: Keeps the tokens with at least ``min_p`` times the largest probability, 0 <= min_p <= 1.
         stop: A sequence ends with this token.
         sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,
-            equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU.
-            ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on (seed, b, t) alone.
-        generator: Where the randomness comes from; None: PyTorch's default generator.
+            equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU, and the
+            CPU's alone. ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on (seed, b,
+            t) alone; the default on a GPU.
+        generator: Where the randomness comes from; None: PyTorch's default generator, on a GPU that of the device. One
+            on the CPU gives the same tokens on a GPU as on the CPU.
 
     Returns:
         (B, T + max_new_tokens) int64, ``idx`` first. With ``stop``: shorter where every sequence ends earlier;
@@ -205,7 +214,8 @@ def generate(
         IndexError: A token is out of range, or T = 0.
         ValueError: An option is out of range.
         RuntimeError: ``weight`` is not square, ``idx`` is not 2-D, a dtype or device is off, or (temperature > 0) a
-            chain meets a row that is no distribution.
+            chain meets a row that is no distribution. What only the device can see, tokens and rows, is an assertion
+            there, as in PyTorch.
         NotImplementedError: ``weight`` is no floating-point tensor.
         TypeError: An argument is of the wrong type.
     """
@@ -222,14 +232,14 @@ def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
     """How often each token follows each other.
 
     Args:
-        tokens: (N) uint8, uint16, int32 or int64.
+        tokens: (N) uint8, uint16, int32 or int64; on a GPU fewer than 2^32.
         vocab_size: V, greater than every token.
 
     Returns:
         counts (V, V) int64: ``counts[i, j]`` is how often j follows i.
 
     Raises:
-        IndexError: A token is out of range.
+        IndexError: A token is out of range. On a GPU that is an assertion on the device, as in PyTorch.
         ValueError: ``vocab_size`` is not positive.
         RuntimeError: ``tokens`` is not 1-D or of another dtype.
         TypeError: An argument is of the wrong type.
@@ -259,7 +269,7 @@ def adamw_(
     """One step of AdamW (Loshchilov, Hutter: "Decoupled Weight Decay Regularization"), in place.
 
     Args:
-        param: Any shape, contiguous, float32 or float64; the other tensors are alike.
+        param: Any shape, contiguous, float32 or float64, on the CPU or a GPU; the other tensors are alike.
         grad: The gradient of ``param``.
         exp_avg: The running mean of the gradients; updated.
         exp_avg_sq: The running mean of their squares; updated.

@@ -57,10 +57,13 @@ def build_info() -> dict[str, str]:
 
     Returns:
         The keys ``compiler``, ``parallel`` (``OpenMP``, or ``none``: one thread), ``cpu_capability`` (the one in use:
-        it follows ATEN_CPU_CAPABILITY), ``cuda_architectures`` (empty: no CUDA kernels) and ``torch_version``
-        (compiled against).
+        it follows ATEN_CPU_CAPABILITY), ``cuda_architectures`` (as in TORCH_CUDA_ARCH_LIST; empty: no CUDA kernels)
+        and ``torch_version`` (compiled against).
     """
     return _C.build_info()
+
+
+HAS_CUDA_KERNELS = build_info()["cuda_architectures"] != ""
 
 
 def as_type_error(error: RuntimeError) -> Exception:

@@ -17,9 +17,11 @@ from bigramx import ops
 class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW``: its arguments, its state_dict, its results to rounding.
 
-    Dense float32 and float64 parameters on the CPU are stepped by one fused kernel each. Where a parameter is
-    something else, or an option asks for another implementation (``foreach``, ``capturable``, ``differentiable``,
-    ``fused``, a tensor as ``lr``), torch's own step runs.
+    Dense float32 and float64 parameters on the CPU, and on a GPU where this build has kernels for it, are stepped by
+    one fused kernel each. Where a parameter is something else, or an option asks for another implementation
+    (``foreach``, ``differentiable``, ``fused``, a tensor as ``lr``), torch's own step runs.
+
+    With ``capturable=True`` the GPU counts the steps: a CUDA graph of a step can be replayed.
     """
 
     @overload
@@ -85,7 +87,8 @@ def state_of(optimizer: torch.optim.Optimizer, param: Tensor, group: dict[str, A
     """The state of a parameter, made where there is none yet."""
     state: dict[str, Tensor] = optimizer.state[param]
     if not state:
-        state["step"] = torch.zeros((), dtype=_step_dtype())
+        counts_on = param.device if group["capturable"] else "cpu"
+        state["step"] = torch.zeros((), dtype=_step_dtype(), device=counts_on)
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
         if group["amsgrad"]:
@@ -127,13 +130,20 @@ def _step_dtype() -> torch.dtype:
 
 
 def _has_kernel(group: dict[str, Any]) -> bool:
-    special = group["foreach"] or group["capturable"] or group["differentiable"] or group["fused"]
+    special = group["foreach"] or group["differentiable"] or group["fused"]
     if special or isinstance(group["lr"], Tensor) or not group.get("decoupled_weight_decay", True):
         return False
     return all(
-        param.is_cpu
+        _may_step(param, group["capturable"])
         and param.is_contiguous()
         and param.dtype in (torch.float32, torch.float64)
         and (param.grad is None or not param.grad.is_sparse)
         for param in group["params"]
     )
+
+
+def _may_step(param: Tensor, capturable: bool) -> bool:
+    """Where there is a kernel; not where torch's own step raises: it says what is wrong with ``capturable``."""
+    if param.is_cpu:
+        return not capturable
+    return ops.HAS_CUDA_KERNELS and param.is_cuda and (capturable or not torch.cuda.is_current_stream_capturing())

@@ -86,9 +86,9 @@ def multinomial(
     seed = _draw_seed(generator)
     rows = probs if probs.dim() == 2 else probs[None]
     weights = weights_of_probs(rows)
-    samples = torch.empty(len(rows), num_samples, dtype=torch.int64)
+    samples = torch.empty(len(rows), num_samples, dtype=torch.int64, device=probs.device)
     for k in range(num_samples):
-        r = philox(seed, torch.arange(len(rows)), k) >> 1
+        r = philox(seed, torch.arange(len(rows), device=probs.device), k) >> 1
         drawn = torch.searchsorted(thresholds(weights), r[:, None], right=True)
         if not replacement:
             weights.scatter_(1, drawn, 0)
@@ -163,7 +163,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:
-    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator)) % 2**64
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)) % 2**64
 
 
 def weights_of_logits(logits: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def weights_of_logits(logits: Tensor) -> Tensor:
 
 def _fma(a: Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     """A * b + c in float32, rounded once."""
-    a, b, c = (torch.as_tensor(value, dtype=torch.float32).double() for value in (a, b, c))
+    a, b, c = (torch.as_tensor(value, dtype=torch.float32, device=a.device).double() for value in (a, b, c))
     product = a * b  # exact
     total = product + c
     part = total - product
@@ -229,7 +229,7 @@ def generate(
     seed = 0
     if sampler == "philox" and temperature > 0 and idx.size(0) > 0 and max_new_tokens > 0:
         seed = _draw_seed(generator)
-    stopped = torch.zeros(idx.size(0), dtype=torch.bool)
+    stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for t in range(max_new_tokens):
         if stop is not None and bool(stopped.all()):
             break
@@ -239,7 +239,7 @@ def generate(
         if temperature == 0:
             idx_next = logits.argmax(-1, keepdim=True)
         elif sampler == "philox":
-            r = philox(seed, torch.arange(idx.size(0)), t) >> 1
+            r = philox(seed, torch.arange(idx.size(0), device=idx.device), t) >> 1
             idx_next = torch.searchsorted(thresholds(weights_of_logits(logits)), r[:, None], right=True)
         else:
             idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)

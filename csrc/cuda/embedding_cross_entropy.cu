@@ -21,30 +21,37 @@ struct SumTotals {
     const uint32_t* counts;
     int64_t num_rows, num_classes;
     const T* class_weight;
+    bool is_mean;
     LossTotals* totals;
 
     __device__ void operator()(int64_t num_targets) const {
+        const auto number = static_cast<double>(num_targets);
+        double weighted = number, all = static_cast<double>(num_classes);
+        if (class_weight != nullptr) sum_class_weights(&weighted, &all);
+        if (threadIdx.x > 0) return;
+        *totals = is_mean ? LossTotals{1 / weighted, 1 / number, all} : LossTotals{1, 1, all};
+    }
+
+  private:
+    __device__ void sum_class_weights(double* weighted, double* all) const {
         SharedMemory shared;
         auto* const scratch = shared.take<double>(kMaxWarps);
-        double weighted = 0, all = 0;
-        for (int64_t j = threadIdx.x; class_weight != nullptr && j < num_classes; j += blockDim.x) {
+        *weighted = *all = 0;
+        for (int64_t j = threadIdx.x; j < num_classes; j += blockDim.x) {
             uint64_t count = 0;
             for (int64_t row = 0; row < num_rows; ++row) count += counts[row * num_classes + j];
-            weighted += static_cast<double>(count) * static_cast<double>(class_weight[j]);
-            all += static_cast<double>(class_weight[j]);
+            *weighted += static_cast<double>(count) * static_cast<double>(class_weight[j]);
+            *all += static_cast<double>(class_weight[j]);
         }
-        weighted = block_sum(weighted, scratch);
-        all = block_sum(all, scratch);
-        if (threadIdx.x > 0) return;
-        const auto number = static_cast<double>(num_targets);
-        *totals = class_weight != nullptr ? LossTotals{number, weighted, all}
-                                          : LossTotals{number, number, static_cast<double>(num_classes)};
+        *weighted = block_sum(*weighted, scratch);
+        *all = block_sum(*all, scratch);
     }
 };
 
 template <typename scalar_t>
 __device__ void write_loss(const RowsJob<scalar_t>& job, const RowLoss& loss) {
-    const double reduced = loss.cross_entropy * job.loss_scale() + loss.z_loss * job.z_loss_scale();
+    const double reduced =
+        loss.cross_entropy * job.totals->loss_scale + loss.z_loss * job.totals->z_loss_scale;
     *job.loss = narrow<scalar_t>(static_cast<Accumulator<scalar_t>>(reduced));
 }
 
@@ -98,13 +105,12 @@ __device__ void clear_by_block(scalar_t* row, int64_t size) {
 }
 
 // counts (C): of the pairs of the row, by class.
-template <int kItems, typename scalar_t>
-__device__ RowLoss process_counted_row(const RowsJob<scalar_t>& job, int64_t row, const uint32_t* counts) {
+template <int kItems, typename Job>
+__device__ RowLoss process_counted_row(const Job& job, int64_t row, const uint32_t* counts) {
     bool any = false;
     for (int64_t j = lane_of_thread(); j < job.num_classes; j += kWarp) any |= counts[j] != 0;
-    scalar_t* const gradient = job.gradient_row(row);
-    if (__any_sync(kAllLanes, any))
-        return WarpRow<kItems, RowsJob<scalar_t>>(job, row).process(counts, gradient);
+    auto* const gradient = job.gradient_row(row);
+    if (__any_sync(kAllLanes, any)) return WarpRow<kItems, Job>(job, row).process(counts, gradient);
     if (gradient != nullptr) clear_by_warp(gradient, job.num_classes);
     return {};
 }
@@ -186,12 +192,14 @@ __global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Job job, Blo
     if (job.loss != nullptr) reduce_losses(job, loss, memory.losses, memory.is_last);
 }
 
-constexpr int kOneBlockThreads = 512;
+// As many as have the registers.
+template <typename Job>
+constexpr int kOneBlockThreads = Job::kIsPlain && sizeof(typename Job::T) == sizeof(float) ? 1024 : 512;
 
 // All at once, in one block: at most kItems kWarp classes.
-template <int kItems, typename scalar_t>
-__global__ void __launch_bounds__(kOneBlockThreads)
-    one_block_kernel(RowsJob<scalar_t> job, IndexedPairs pairs) {
+template <int kItems, typename Job>
+__global__ void __launch_bounds__(kOneBlockThreads<Job>, 1)
+    one_block_kernel(Job job, IndexedPairs pairs, bool is_mean) {
     if (job.is_done()) return;
     SharedMemory shared;
     auto* const scratch = shared.take<RowLoss>(kMaxWarps);
@@ -203,8 +211,9 @@ __global__ void __launch_bounds__(kOneBlockThreads)
     count_in_table(pairs, Share(pairs.num_pairs()), job.num_classes, counts);
     __syncthreads();
     const int64_t num_targets = sum_counts(counts, num_entries, reinterpret_cast<double*>(scratch));
-    SumTotals<Accumulator<scalar_t>>{counts, job.num_rows, job.num_classes, job.class_weight,
-                                     totals}(num_targets);
+    const SumTotals<typename Job::T> sum_totals{counts,           job.num_rows, job.num_classes,
+                                                job.class_weight, is_mean,      totals};
+    sum_totals(num_targets);
     __syncthreads();
     job.totals = totals;
     RowLoss loss;
@@ -385,8 +394,8 @@ class Launcher {
         job.num_rows = call_.num_rows;
         job.num_classes = call_.num_classes;
         job.class_weight = static_cast<const T*>(call_.class_weight);
-        job.is_mean = call_.is_mean;
         job.label_smoothing = call_.label_smoothing;
+        job.smoothing_of_class = call_.label_smoothing / static_cast<double>(call_.num_classes);
         job.z_loss = call_.z_loss;
         job.padding_idx = call_.padding_idx;
         job.totals = scratch_.totals;
@@ -406,24 +415,38 @@ class Launcher {
         return job;
     }
 
+    // launch_job(job), as plain as it is.
+    template <typename LaunchJob>
+    void with_plain_job(const LaunchJob& launch_job) const {
+        const bool is_plain = call_.class_weight == nullptr && call_.label_smoothing == 0;
+        is_plain ? launch_job(PlainRowsJob<scalar_t>{job_}) : launch_job(job_);
+    }
+
     void run_in_one_block() const {
         const int64_t shared_bytes = SharedMemory::bytes<RowLoss>(kMaxWarps) +
                                      SharedMemory::bytes<LossTotals>(1) +
                                      SharedMemory::bytes<uint32_t>(call_.num_rows * call_.num_classes);
-        launch({kName, stream_, 1, kOneBlockThreads, static_cast<size_t>(shared_bytes)},
-               one_block_kernel<kFewItems, scalar_t>, job_, pairs_);
+        with_plain_job([&](const auto& job) {
+            using Job = std::decay_t<decltype(job)>;
+            launch({kName, stream_, 1, kOneBlockThreads<Job>, static_cast<size_t>(shared_bytes)},
+                   one_block_kernel<kFewItems, Job>, job, pairs_, call_.is_mean);
+        });
     }
 
     void count() const {
-        const SumTotals<T> finish{scratch_.counts, call_.num_rows, call_.num_classes, job_.class_weight,
-                                  scratch_.totals};
+        const SumTotals<T> finish{scratch_.counts,   call_.num_rows, call_.num_classes,
+                                  job_.class_weight, call_.is_mean,  scratch_.totals};
         count_table(kName, stream_, pairs_, call_.num_rows, call_.num_classes, scratch_.counts,
                     scratch_.groups.ticket, finish);
     }
 
     void group() const {
-        const SumTotals<T> finish{scratch_.groups.class_counts, /*num_rows=*/1, call_.num_classes,
-                                  job_.class_weight, scratch_.totals};
+        const SumTotals<T> finish{scratch_.groups.class_counts,
+                                  /*num_rows=*/1,
+                                  call_.num_classes,
+                                  job_.class_weight,
+                                  call_.is_mean,
+                                  scratch_.totals};
         group_pairs(kName, stream_, pairs_, call_.num_rows, scratch_.groups, finish);
     }
 
@@ -463,14 +486,15 @@ class Launcher {
     template <typename sum_t>
     void launch_block_rows() const {
         const BlockPlan plan = plan_block<sum_t>(/*sweeps=*/true);
-        const bool is_plain = call_.class_weight == nullptr && call_.label_smoothing == 0;
+        const auto launch_job = [&](const auto& job) {
+            launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, std::decay_t<decltype(job)>>, job,
+                   plan);
+        };
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
-            if (is_plain) {
-                return launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, PlainRowsJob<scalar_t>>,
-                              PlainRowsJob<scalar_t>{job_}, plan);
-            }
+            with_plain_job(launch_job);
+        } else {
+            launch_job(job_);
         }
-        launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, RowsJob<scalar_t>>, job_, plan);
     }
 
     void launch_stats() const {

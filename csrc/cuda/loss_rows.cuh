@@ -21,8 +21,8 @@ namespace bigramx {
 
 // What all rows share, known once the pairs are counted.
 struct LossTotals {
-    double num_targets;       // pairs that are not ignored
-    double target_weight;     // the sum of their class weights
+    double loss_scale;        // of the reduction: 1, or 1 over the class weights of the pairs that count
+    double z_loss_scale;      // 1, or 1 over their number
     double class_weight_sum;  // over all classes
 };
 
@@ -49,12 +49,12 @@ template <typename scalar>
 struct RowsJob {
     using scalar_t = scalar;
     using T = Accumulator<scalar_t>;
+    static constexpr bool kIsPlain = false;
 
     const scalar_t* weight;  // (R, C)
     int64_t row_stride, num_rows, num_classes;
     const T* class_weight;  // (C), or null: all ones
-    bool is_mean;
-    double label_smoothing, z_loss;
+    double label_smoothing, smoothing_of_class, z_loss;
     int64_t padding_idx;
     const LossTotals* totals;
 
@@ -110,17 +110,13 @@ struct RowsJob {
         return grad_loss != nullptr && !has_grad_losses ? static_cast<double>(widen(*grad_loss)) : 1.0;
     }
     __device__ bool is_done() const { return unless_one && grad_of_all() == 1.0; }
-    __device__ double loss_scale() const { return is_mean ? 1.0 / totals->target_weight : 1.0; }
-    __device__ double z_loss_scale() const { return is_mean ? 1.0 / totals->num_targets : 1.0; }
-    __device__ double smoothing_of_class() const {
-        return label_smoothing / static_cast<double>(num_classes);
-    }
 };
 
 // Without class weights and label smoothing, which compilers then leave out of the loops.
 template <typename scalar>
 struct PlainRowsJob : RowsJob<scalar> {
     using typename RowsJob<scalar>::T;
+    static constexpr bool kIsPlain = true;
 
     __device__ T class_weight_of(int64_t) const { return 1; }
     __device__ bool smooths() const { return false; }
@@ -136,6 +132,12 @@ __device__ inline Accumulator<scalar_t> exponential(Accumulator<scalar_t> logit,
     } else {
         return std::exp(logit - max);
     }
+}
+
+// What is taken from logits with this maximum: negative infinities add nothing, even to one another.
+template <typename T>
+__device__ inline T shift_of(T max) {
+    return max > -kInfinity<T> ? max : T(0);
 }
 
 // The maximum of logits, and the sum of e^(logit - max), as they come along.
@@ -155,8 +157,7 @@ struct OnlineSum {
         for (int k = 0; k < count; ++k) sum += exponential<scalar_t>(logits[k], shift());
     }
 
-    // Negative infinities add nothing, even to one another.
-    __device__ T shift() const { return max > -kInfinity<T> ? max : T(0); }
+    __device__ T shift() const { return shift_of(max); }
 };
 
 template <typename T>
@@ -222,8 +223,9 @@ struct MeasuredRow {
     const Job& job;
     const T max, sum, log_sum;
 
-    __device__ MeasuredRow(const Job& job, const OnlineSum<T>& online)
-        : job(job), max(online.max), sum(online.sum), log_sum(std::log(online.sum)) {}
+    // sum: of e^(logit - max).
+    __device__ MeasuredRow(const Job& job, T max, T sum)
+        : job(job), max(max), sum(sum), log_sum(std::log(sum)) {}
 
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
@@ -237,7 +239,7 @@ struct MeasuredRow {
     }
 
     __device__ double smooth_loss(const LossSums& sums) const {
-        return job.smooths() ? job.smoothing_of_class() * sums.surprise : 0.0;
+        return job.smooths() ? job.smoothing_of_class * sums.surprise : 0.0;
     }
 
     __device__ double z_loss() const { return job.z_loss * lse() * lse(); }
@@ -268,13 +270,13 @@ struct GradientTerms {
 
     __device__ GradientTerms(const MeasuredRow<Job>& row, const PairSums& pairs) : max(row.max) {
         const Job& job = row.job;
-        const double loss_scale = job.loss_scale() * job.grad_of_all();
-        const double z_loss_scale = job.z_loss_scale() * job.grad_of_all();
-        const double smooth_part = job.smoothing_of_class() * pairs.pairs * loss_scale;
+        const double loss_scale = job.totals->loss_scale * job.grad_of_all();
+        const double z_loss_scale = job.totals->z_loss_scale * job.grad_of_all();
+        const double smooth_part = job.smoothing_of_class * pairs.pairs * loss_scale;
         const double target_part = (1 - job.label_smoothing) * loss_scale;
         const double mass = target_part * pairs.weighted + smooth_part * job.totals->class_weight_sum +
                             2 * job.z_loss * row.lse() * pairs.pairs * z_loss_scale;
-        scale = static_cast<T>(mass / static_cast<double>(row.sum));
+        scale = static_cast<T>(mass) / row.sum;
         smooth = static_cast<T>(smooth_part);
         unit = static_cast<T>(target_part);
     }
@@ -336,9 +338,11 @@ class WarpRow {
     __device__ bool has(int k) const { return column(k) < job_.num_classes; }
 
     __device__ MeasuredRow<Job> measure() const {
-        OnlineSum<T> own;
-        own.template include<scalar_t>(logits_);
-        return {job_, warp_reduce(own, MergeOnlineSums<T>())};
+        T max = logits_[0], sum = 0;
+        for (int k = 1; k < kItems; ++k) max = std::fmax(max, logits_[k]);
+        max = warp_reduce(max, [](T a, T b) { return std::fmax(a, b); });
+        for (int k = 0; k < kItems; ++k) sum += exponential<scalar_t>(logits_[k], shift_of(max));
+        return {job_, max, warp_sum(sum)};
     }
 
     template <typename sum_t>
@@ -463,7 +467,7 @@ class BlockRow {
             });
         const OnlineSum<T> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<T>());
         if (kept != nullptr) source_ = kept;
-        return {job_, total};
+        return {job_, total.max, total.sum};
     }
 
     // Without class weights and gradients of single pairs, their number says all.
