@@ -1,0 +1,69 @@
+// In place of csrc/gpu.cpp: all tensors of the CPU are on the device.
+#include "../../csrc/gpu.h"
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+#include <torch/csrc/profiler/orchestration/observer.h>
+
+#include <cstring>
+#include <memory>
+
+#include "../../csrc/cpu/generator.h"
+#include "device_memory.h"
+
+namespace simt {
+namespace {
+
+struct Allocator final : c10::Allocator {
+    c10::DataPtr allocate(size_t bytes) override {
+        void* const memory = simt::allocate(bytes);
+        return {memory, memory, &simt::release, c10::Device(c10::DeviceType::CPU)};
+    }
+    c10::DeleterFnPtr raw_deleter() const override { return &simt::release; }
+    void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+
+// Deep copies of tensors, and such as are read from files, lie in memory of ATen's default allocator, which
+// cannot be replaced, but reports what it does to profilers.
+struct Listener final : torch::profiler::impl::ProfilerStateBase {
+    using Config = torch::profiler::impl::ProfilerConfig;
+
+    Listener() : ProfilerStateBase(Config(torch::profiler::impl::ProfilerState::Disabled)) {}
+    bool memoryProfilingEnabled() const override { return true; }
+    torch::profiler::impl::ActiveProfilerType profilerType() override { return {}; }
+
+    void reportMemoryUsage(void* memory, int64_t bytes, size_t, size_t, c10::Device) override {
+        if (bytes > 0) {
+            adopt(memory, static_cast<size_t>(bytes));
+        } else {
+            forget(memory);
+        }
+    }
+};
+
+const bool is_installed = [] {
+    constexpr uint8_t kPriority = 100;
+    c10::SetCPUAllocator(new Allocator, kPriority);
+    c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<Listener>());
+    return true;
+}();
+
+}  // namespace
+}  // namespace simt
+
+namespace bigramx {
+
+// Some tensors are older than this module, or lie in memory of NumPy's.
+bool is_on_gpu(const at::Tensor& tensor) {
+    if (tensor.has_storage()) simt::adopt(tensor.storage().data(), tensor.storage().nbytes());
+    return true;
+}
+
+GpuScope::GpuScope(const at::Tensor& tensor) : guard_(tensor.device()), stream_(nullptr) {}
+
+Seed draw_gpu_seed(const std::optional<at::Generator>& generator) {
+    return {draw_seed(generator), false, 0, nullptr, nullptr};
+}
+
+}  // namespace bigramx

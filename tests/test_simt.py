@@ -1,0 +1,238 @@
+"""The CUDA kernels pass the tests on a CPU (tests/simt); what checks them there finds the mistakes planted for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+BUILD = Path("build", "simt")
+SEEDS = range(5)
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-in for a GPU needs Linux")
+
+# Of each kernel of planted.cu: what is said of its mistake.
+MISTAKES = {
+    "missing_barrier": "data race|uninitialised",
+    "missing_barrier_after_reading": "data race",
+    "missing_warp_barrier": "data race|uninitialised",
+    "shuffle_as_warp_barrier": "data race",
+    "warp_barrier_between_warps": "data race|uninitialised",
+    "missing_atomic": "data race",
+    "missing_atomic_between_blocks": "data race",
+    "missing_barrier_before_atomics": "data race|uninitialised",
+    "missing_barrier_after_atomics": "data race",
+    "shared_half_word": "data race: .* writes 2 bytes",
+    "bytes_and_chunks": "data race: .* (1 byte|16 bytes) ",
+    "missing_release": "data race",
+    "missing_acquire": "data race",
+    "missing_release_of_atomics": "data race",
+    "missing_barrier_before_ticket": "data race",
+    "missing_barrier_after_ticket": "data race|uninitialised",
+    "cleared_by_any": "data race",
+    "reads_past_end": "out of bounds: .* reads 4 bytes at byte 516 of a device allocation, which has 516 bytes",
+    "writes_past_end": "out of bounds: .* writes 4 bytes at byte 516 of a device allocation, which has 516 bytes",
+    "unwritten_element": "wrong result",
+    "freed_memory": "out of bounds: .* where there is no device memory",
+    "writes_past_shared_memory": "out of bounds: .* at byte 17 of the shared memory of the block, which has 17 bytes",
+    "unwritten_shared_memory": "uninitialised: .* at byte 256",
+    "shared_memory_of_earlier_block": "uninitialised|wrong result",
+    "offset_that_wraps": "wrong result",
+    "offset_that_overflows": "integer overflow",
+    "misaligned_chunk": "misaligned: .* at numbers.cuh",
+    "misaligned_atomic": "misaligned",
+    "index_past_local_array": "index out of bounds",
+    "local_of_another_thread": "out of bounds: .* where there is no device memory",
+    "memcpy_past_end": "out of bounds: .* writes 100 bytes",
+    "memset_past_end": "invalid argument",
+    "divergent_barrier": "divergent barrier: .* waits at planted.cu:",
+    "early_return": "divergent barrier: .* has returned",
+    "early_return_in_warp": "divergent barrier|waits for a lane that has returned",
+    "barrier_in_uneven_loop": "divergent barrier: .* has returned",
+    "divergent_shuffle": "deadlock",
+    "crosswise_waits": "deadlock",
+    "shuffle_outside_mask": "is not in its own mask|lane that is not in its mask",
+    "failed_assertion": "^planted: expected value >= 0",
+    "endless_loop": "no end in sight",
+    "too_many_threads": "invalid configuration argument",
+    "too_much_shared_memory": "invalid argument",
+    "shared_memory_not_asked_for": "invalid argument",
+}
+RIGHT = ["right_functions", "block_functions", "last_block", "chunks_of_rows"]
+
+# The tests that run on the CUDA kernels.
+TESTED = [
+    "test_adamw.py",
+    "test_count_bigrams.py",
+    "test_embedding_cross_entropy.py",
+    "test_get_batch.py",
+    "test_multinomial.py",
+]
+
+
+@dataclass
+class Mutation:
+    """A mistake in a kernel: `text`, which stands in a file of csrc once, replaced; and the tests that must fail."""
+
+    file: str
+    text: str
+    replacement: str
+    tests: str  # arguments of pytest; or a kernel of planted.cu
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.tests.split('/')[-1]}:{self.replacement[:30]}"
+
+
+BARRIER = "    __syncthreads();\n"
+MUTATIONS = [
+    Mutation("cuda/block.cuh", f"= value;\n{BARRIER}    T total", "= value;\n    T total", "block_functions"),
+    Mutation("cuda/block.cuh", f"scratch[warp]);\n{BARRIER}", "scratch[warp]);\n", "block_functions"),
+    Mutation("cuda/block.cuh", f"= within;\n{BARRIER}", "= within;\n", "block_functions"),
+    Mutation("cuda/block.cuh", f"    }}\n{BARRIER}    *total", "    }\n    *total", "block_functions"),
+    Mutation("cuda/block.cuh", "if (lane_of_thread() >= distance) value", "value", "block_functions"),
+    Mutation(
+        "cuda/block.cuh", f"{BARRIER}    if (threadIdx.x == 0) {{\n", "    if (threadIdx.x == 0) {\n", "last_block"
+    ),
+    Mutation("cuda/block.cuh", "        __threadfence();\n        *scratch", "        *scratch", "last_block"),
+    Mutation("cuda/block.cuh", "- 1;\n        __threadfence();\n", "- 1;\n", "last_block"),
+    Mutation("cuda/block.cuh", f"    }}\n{BARRIER}    return *scratch", "    }\n    return *scratch", "last_block"),
+    Mutation(
+        "cuda/numbers.cuh", "(kChunk<T> - elements_into_chunk(row))", "elements_into_chunk(row)", "chunks_of_rows"
+    ),
+    Mutation("cuda/numbers.cuh", "k < outside; k += threads", "k < outside - 1; k += threads", "chunks_of_rows"),
+    Mutation("cuda/numbers.cuh", "if (c < num_chunks) visit_chunk", "visit_chunk", "chunks_of_rows"),
+    Mutation("cuda/get_batch.cu", "if (n >= blocks.size)", "if (n > blocks.size)", "tests/test_get_batch.py"),
+]
+
+
+def make(root: Path, target: str) -> Path:
+    """Builds what is stale of tests/simt in this copy of the repository."""
+    command = ["make", "--silent", "-C", str(root / "tests" / "simt"), f"PYTHON={sys.executable}"]
+    result = subprocess.run(
+        [*command, str(Path("..", "..", BUILD, target))], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return root / BUILD / target
+
+
+class Planted:
+    """The kernels of planted.cu."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.planted_run.restype = ctypes.c_char_p
+        self.library.planted_run.argtypes = [ctypes.c_char_p, ctypes.c_bool, ctypes.c_uint64]
+        self.library.planted_order.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
+
+    def run(self, name: str, seed: int, broken: bool = False) -> str:
+        """What the kernel is said to do wrong."""
+        message = self.library.planted_run(name.encode(), broken, seed)
+        assert message is not None, f"planted.cu has no {name}"
+        return bytes(message).decode()
+
+    def order(self, blocks: int, threads: int, seed: int) -> list[int]:
+        """The numbers of the threads, in the order in which they run."""
+        order = torch.empty(blocks * threads, dtype=torch.int32)
+        self.library.planted_order(blocks, threads, seed, order.data_ptr())
+        return list(order.tolist())
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return Planted(make(ROOT, "planted.so"))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_finds_mistake(planted: Planted, name: str) -> None:
+    for seed in SEEDS:
+        assert planted.run(name, seed) == ""
+        assert re.search(MISTAKES[name], planted.run(name, seed, broken=True))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_finds_no_mistake(planted: Planted, name: str) -> None:
+    for seed in SEEDS:
+        assert planted.run(name, seed) == ""
+
+
+def test_order_is_random(planted: Planted) -> None:
+    orders = [planted.order(3, 64, seed) for seed in SEEDS]
+    assert orders[0] == planted.order(3, 64, SEEDS[0])
+    assert len({tuple(order) for order in orders}) == len(orders)
+    for order in orders:
+        assert sorted(order) == list(range(3 * 64))
+        blocks = [thread // 64 for thread in order]
+        assert blocks == sorted(blocks, key=blocks.index), "a block ends before the next begins"
+    assert {planted.order(3, 1, seed)[0] for seed in range(20)} == {0, 1, 2}
+
+
+def same_bits(values: Tensor, expected: Tensor) -> bool:
+    """NaNs are all the same."""
+    integers = torch.int16 if values.dtype.itemsize == 2 else torch.int32
+    equal = values.view(integers) == expected.view(integers)
+    return bool((equal | (values.isnan() & expected.isnan())).all())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_narrow_types(planted: Planted, name: str, dtype: torch.dtype) -> None:
+    widen, narrow = planted.library[f"planted_from_{name}"], planted.library[f"planted_{name}"]
+    widen.restype, widen.argtypes = ctypes.c_float, [ctypes.c_uint16]
+    narrow.restype, narrow.argtypes = ctypes.c_uint16, [ctypes.c_float]
+    bits = range(2**16)
+    values = torch.tensor(bits, dtype=torch.uint16).view(dtype)
+    assert same_bits(torch.tensor([widen(pattern) for pattern in bits], dtype=torch.float32), values.float())
+    # Each number, the middle between it and the next, and what lies beside that.
+    numbers = values[values.isfinite()].float().sort().values
+    middles = (numbers[1:].double() + numbers[:-1].double()).div(2).float()
+    beside = [torch.nextafter(middles, torch.full_like(middles, end)) for end in (-torch.inf, torch.inf)]
+    ends = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.9, 65520.0, 3.4e38, 1e-45, 2**-25, -0.0])
+    floats = torch.cat([values.float(), middles, *beside, ends])
+    narrowed = torch.tensor([narrow(value) for value in floats.tolist()], dtype=torch.uint16).view(dtype)
+    assert same_bits(narrowed, floats.to(dtype))
+
+
+def run_tests(module: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Of tests/, in a process whose CPU tensors the CUDA kernels of the module serve."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "BIGRAMX_SIMT": str(module)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_kernels_pass(name: str) -> None:
+    result = run_tests(make(ROOT, "_C.so"), [f"tests/{name}"])
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_finds_mutation(mutation: Mutation, tmp_path: Path) -> None:
+    in_planted = not mutation.tests.startswith("tests/")
+    target = "planted.so" if in_planted else "_C.so"
+    make(ROOT, target)
+    # What the build reads: make takes a copy for as old as its original, and builds what the mutation reaches.
+    for part in (Path("csrc"), Path("tests", "simt"), BUILD):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    (tmp_path / "build" / "objects").symlink_to(ROOT / "build" / "objects")
+    path = tmp_path / "csrc" / mutation.file
+    source = path.read_text()
+    assert source.count(mutation.text) == 1, (
+        f"{mutation.file} has changed: it holds this {source.count(mutation.text)} times"
+    )
+    path.write_text(source.replace(mutation.text, mutation.replacement))
+    module = make(tmp_path, target)
+    if in_planted:
+        mutant = Planted(module)
+        assert any(mutant.run(mutation.tests, seed) for seed in SEEDS)
+    else:
+        result = run_tests(module, mutation.tests.split())
+        assert result.returncode == 1, result.stdout[-3000:]
