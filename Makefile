@@ -3,39 +3,63 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TEXT ?=
+SANITIZER ?= compute-sanitizer
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
 
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
+SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/*/*.h)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
-CHECKED := $(CSRC) $(PACKAGE) $(wildcard tests/*.py benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
+CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/simt/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint bench bench-quick wheel clean tools peers
+.PHONY: help train test lint simt cuda-check sanitize bench bench-quick bench-cuda wheel clean tools peers
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train [TEXT=path]   train a model, write a sample, leave the model and pictures in runs/"
 	@echo "make test                build what is stale, then linters, types, tests"
 	@echo "make lint                linters and types alone"
+	@echo "make cuda-check          compile the CUDA kernels for three architectures, and print what each takes"
+	@echo "make sanitize            run CUDA tests under compute-sanitizer; needs a GPU"
 	@echo "make bench               time and memory against PyTorch, JAX and NumPy, some ten minutes"
 	@echo "make bench-quick         the same with few rounds, under three minutes"
+	@echo "make bench-cuda          time and memory on a GPU"
 	@echo "make wheel               an sdist and a wheel in dist/"
 	@echo "make clean               remove what was built, the virtual environment included"
 
 train: $(STAMPS)/built
 	@$(BIN)/bigramx train $(TEXT)
 
-test: $(STAMPS)/linted $(STAMPS)/tested
+test: $(STAMPS)/linted $(STAMPS)/cuda-checked $(STAMPS)/tested
 	@echo "make test: all passed (what has not changed since it last passed is not run again; make clean forgets)"
 
 lint: $(STAMPS)/linted
+
+# The CUDA kernels for the CPU, which the tests run.
+simt: $(STAMPS)/built
+	@$(MAKE) --no-print-directory -C tests/simt PYTHON=$(abspath $(BIN)/python)
+
+cuda-check: $(STAMPS)/installed
+	@$(BIN)/python tests/cuda_check.py
+
+# Without torch's pool each tensor is an allocation, whose ends memcheck knows. racecheck is for shared memory.
+sanitize: $(STAMPS)/built
+	@command -v $(SANITIZER) >/dev/null || { echo "make sanitize: $(SANITIZER) not found; it comes with the CUDA toolkit; name it with SANITIZER=..." >&2; exit 1; }
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "make sanitize: this torch sees no GPU" >&2; exit 1; }
+	@for tool in memcheck initcheck synccheck "racecheck --kernel-name kns=bigramx"; do \
+		echo "$(SANITIZER) --tool $$tool"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --tool $$tool $(BIN)/python -m pytest tests/test_cuda.py -k sanitize || exit 1; \
+	done
 
 bench: $(STAMPS)/built peers
 	$(BIN)/python benchmarks/run.py
 
 bench-quick: $(STAMPS)/built peers
 	$(BIN)/python benchmarks/run.py --quick
+
+bench-cuda: $(STAMPS)/built peers
+	$(BIN)/python benchmarks/run.py --device cuda
 
 # Others that the benchmarks compare with; one that cannot be installed is named there as skipped.
 peers: $(STAMPS)/built
@@ -70,10 +94,14 @@ $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
 $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) benchmarks/*.cpp benchmarks/*.h
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(SIMT) benchmarks/*.cpp benchmarks/*.h
 	$(BIN)/mypy
 	@touch $@
 
+$(STAMPS)/cuda-checked: $(STAMPS)/installed $(CSRC) tests/cuda_check.py
+	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda_check.py && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
+
 $(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in README.md
+	@$(MAKE) --no-print-directory simt
 	$(BIN)/python -m pytest
 	@touch $@

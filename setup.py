@@ -1,12 +1,16 @@
 """Builds bigramx._C. Metadata stands in pyproject.toml.
 
-torch is needed only where the extension is built, so that an sdist can be made without it.
+torch is needed only where the extension is built, so that an sdist can be made without it. The CUDA kernels are built
+where torch has CUDA and a fitting nvcc is found; BIGRAMX_CUDA=0 leaves them out, BIGRAMX_CUDA=1 insists on them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,22 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-HEADERS = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.h"))
-FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+
+def files(*patterns: str) -> list[str]:
+    """The paths that match any of the patterns."""
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+SOURCES = files("*.cpp", "cpu/*.cpp")
+CUDA_SOURCES = files("cuda/*.cu")
+HEADERS = files("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", *WARNINGS]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
+NVCC_FLAGS += ["--fatbin-options", "-compress-all"]  # a quarter of the size
 # at::parallel_for is a header: compiled without OpenMP it runs everything in one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
+OPTIONS: dict[str, Any] = {"depends": [*HEADERS, "setup.py"], "extra_link_args": OPENMP}
 
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type
@@ -36,22 +51,103 @@ class MissingTorch(build_ext):
         sys.exit(NO_TORCH)
 
 
+def output_of(*command: str) -> str:
+    """What a command prints, by both ways."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of CUDA_HOME, or where the one in PATH says that it lies: that one may be a script elsewhere."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return None
+    top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull), re.MULTILINE)
+    return shutil.which("nvcc", path=f"{os.path.realpath(top[1])}/bin") if top else nvcc
+
+
+def missing_for_cuda(nvcc: str | None) -> str | None:
+    """What the CUDA kernels cannot be built without."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if nvcc is None:
+        return f"nvcc is not found; put that of CUDA {torch.version.cuda} into PATH, or name its folder by CUDA_HOME"
+    release = re.findall(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"torch {torch.__version__} is built with CUDA {torch.version.cuda}, and nvcc is of CUDA {release}"
+    return None
+
+
+def nvcc_for_cuda() -> str | None:
+    """What compiles the CUDA kernels; none: they are left out."""
+    choice = os.environ.get("BIGRAMX_CUDA", "")
+    if choice not in {"", "0", "1"}:
+        sys.exit(f"bigramx: expected BIGRAMX_CUDA to be 0 or 1, got {choice}")
+    if choice == "0":
+        return None
+    nvcc = find_nvcc()
+    missing = missing_for_cuda(nvcc)
+    if missing is None:
+        return nvcc
+    if choice == "1":
+        sys.exit(f"bigramx: BIGRAMX_CUDA=1, but {missing}")
+    print(f"bigramx: without CUDA kernels ({missing})")
+    return None
+
+
+def default_architectures(nvcc: str) -> str:
+    """Those of this torch that nvcc knows; of the newest also the code from which drivers make that of later ones."""
+    import torch
+
+    known = output_of(nvcc, "--list-gpu-arch").split()
+    versions = re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
+    architectures = [f"{major}.{minor}" for major, minor in versions if f"compute_{major}{minor}" in known]
+    return ";".join(sorted(architectures, key=float)) + "+PTX"
+
+
+def cuda_extension(nvcc: str) -> Extension:
+    """bigramx._C with the CUDA kernels."""
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(nvcc)
+    # torch reads both, the first when this module is imported.
+    os.environ.update(CUDA_HOME=str(Path(nvcc).parents[1]), TORCH_CUDA_ARCH_LIST=architectures)
+    from torch.utils.cpp_extension import CUDAExtension
+
+    macros = ["-DBIGRAMX_CUDA", f'-DBIGRAMX_CUDA_ARCHITECTURES="{architectures}"']
+    flags = {"cxx": FLAGS + OPENMP + macros, "nvcc": NVCC_FLAGS}
+    sources = SOURCES + CUDA_SOURCES
+    extension: Extension = CUDAExtension("bigramx._C", sources, extra_compile_args=flags, **OPTIONS)
+    return extension
+
+
+def cpu_extension() -> Extension:
+    """bigramx._C without them."""
+    from torch.utils.cpp_extension import CppExtension
+
+    extension: Extension = CppExtension("bigramx._C", SOURCES, extra_compile_args=FLAGS + OPENMP, **OPTIONS)
+    return extension
+
+
 def extension_and_builder() -> tuple[Extension, type[build_ext]]:
     """bigramx._C, and torch's builder, which compiles with ninja only what has changed."""
-    arguments: dict[str, Any] = {"sources": SOURCES, "depends": HEADERS, "language": "c++"}
     if importlib.util.find_spec("torch") is None:
-        return Extension("bigramx._C", **arguments), MissingTorch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+        return Extension("bigramx._C", SOURCES), MissingTorch
+    nvcc = nvcc_for_cuda()
+    extension = cpu_extension() if nvcc is None else cuda_extension(nvcc)
+    from torch.utils.cpp_extension import BuildExtension
 
-    extension = CppExtension("bigramx._C", extra_compile_args=FLAGS + OPENMP, extra_link_args=OPENMP, **arguments)
     return extension, BuildExtension
 
 
-os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-extension, builder = extension_and_builder()
-setup(
-    ext_modules=[extension],
-    cmdclass={"build_ext": builder},
-    # Object files outlive the command, so that pip, too, compiles only what has changed.
-    options={"build_ext": {"build_temp": "build/objects"}},
-)
+if __name__ == "__main__":
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    extension, builder = extension_and_builder()
+    setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": builder},
+        # Object files outlive the command, so that pip, too, compiles only what has changed.
+        options={"build_ext": {"build_temp": "build/objects"}},
+    )

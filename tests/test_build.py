@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils import cpp_extension
+
+from bigramx import ops
+from tests import cuda_check
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
@@ -37,11 +46,12 @@ def test_sdist_needs_no_torch_and_contains_the_sources(checkout: Path) -> None:
         sources = {
             path.relative_to(ROOT).as_posix()
             for path in (ROOT / folder).rglob("*.[hcp]*")
-            if path.suffix in {".h", ".cpp", ".py", ".pyi"}
+            if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".py", ".pyi"}
         }
         assert sources
         assert sources <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "bigramx/py.typed"} <= names
+    assert "tests/simt/Makefile" in names
 
 
 def test_without_torch_it_says_what_to_type(checkout: Path) -> None:
@@ -86,3 +96,149 @@ print(threads[1] - threads[0])
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == "1\n", result.stderr
+
+
+NVCC = """#!/bin/sh
+case $1 in
+    --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
+    --list-gpu-arch) printf "compute_80\\ncompute_90\\ncompute_100\\ncompute_110\\n" ;;
+    --dryrun) echo "#$ TOP={home}/bin/.." ;;
+esac
+"""
+
+
+def write_nvcc(folder: Path, home: Path, release: str = "13.0") -> None:
+    """An nvcc that compiles nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nvcc").write_text(NVCC.format(release=release, home=home))
+    (folder / "nvcc").chmod(0o755)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a CUDA toolkit that fits this torch, which has CUDA."""
+    home = tmp_path / "cuda"
+    write_nvcc(home / "bin", home)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: "sm_75 sm_100 sm_90 sm_90a sm_120", raising=False)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(home))
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    for name in ("CUDA_PATH", "BIGRAMX_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "")
+    return home
+
+
+def setup_functions() -> dict[str, Any]:
+    """What setup.py defines."""
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_cuda_is_built_where_torch_and_nvcc_have_it(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = setup_functions()
+    assert functions["nvcc_for_cuda"]() == str(toolkit / "bin/nvcc")
+    monkeypatch.setenv("BIGRAMX_CUDA", "0")
+    assert functions["nvcc_for_cuda"]() is None
+    monkeypatch.setenv("BIGRAMX_CUDA", "yes")
+    with pytest.raises(SystemExit, match="bigramx: expected BIGRAMX_CUDA to be 0 or 1, got yes"):
+        functions["nvcc_for_cuda"]()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("torch", "torch .* is built without CUDA"),
+        ("nvcc", "nvcc is not found; put that of CUDA 13.0 into PATH, or name its folder by CUDA_HOME"),
+        ("release", "torch .* is built with CUDA 13.0, and nvcc is of CUDA 12.8"),
+    ],
+)
+def test_what_cuda_lacks_is_said(
+    lacks: str, message: str, toolkit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if lacks == "torch":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    elif lacks == "nvcc":
+        (toolkit / "bin/nvcc").unlink()
+    else:
+        write_nvcc(toolkit / "bin", toolkit, release="12.8")
+    nvcc_for_cuda = setup_functions()["nvcc_for_cuda"]
+    assert nvcc_for_cuda() is None
+    assert re.fullmatch(rf"bigramx: without CUDA kernels \({message}\)\n", capsys.readouterr().out)
+    monkeypatch.setenv("BIGRAMX_CUDA", "1")
+    with pytest.raises(SystemExit, match=rf"^bigramx: BIGRAMX_CUDA=1, but {message}$"):
+        nvcc_for_cuda()
+
+
+def test_nvcc_in_path_may_be_a_script_elsewhere(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvcc(tmp_path / "elsewhere", toolkit)
+    monkeypatch.setenv("CUDA_HOME", "")
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
+    assert setup_functions()["find_nvcc"]() == str(toolkit / "bin/nvcc")
+
+
+@pytest.mark.parametrize(("wanted", "architectures"), [("", "9.0;10.0+PTX"), ("8.0;9.0", "8.0;9.0")])
+def test_cuda_extension(wanted: str, architectures: str, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    extension = setup_functions()["cuda_extension"](str(toolkit / "bin/nvcc"))
+    assert {path.as_posix() for path in Path("csrc").rglob("*.cu")} <= set(extension.sources)
+    assert {path.as_posix() for path in Path("csrc/cuda").glob("*.*h")} <= set(extension.depends)
+    macros = ["-DBIGRAMX_CUDA", f'-DBIGRAMX_CUDA_ARCHITECTURES="{architectures}"']
+    assert extension.extra_compile_args["cxx"][-2:] == macros
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == architectures
+    assert {"cudart", "c10_cuda"} <= set(extension.libraries)
+
+
+def test_fit_has_no_kernel_on_cuda() -> None:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    tensors = [torch.zeros(3, 3) for _ in range(5)]
+    message = (
+        r"^bigramx::fit_: no kernel is built for device cuda; this build of bigramx has kernels of it for cpu(\n|$)"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        ops.fit_.redispatch(keys, *tensors, 1, 1, -1, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0)
+
+
+KERNELS = """
+#include "sizes.h"
+
+template <typename T>
+__global__ void __launch_bounds__(1024) sum_kernel(T* sums) {
+    T terms[kTerms];
+    for (int i = 0; i < kTerms; ++i) terms[i] = sums[i * 1024 + threadIdx.x];
+    __syncthreads();
+    for (int i = 0; i < kTerms; ++i) sums[(i * 7 % kTerms) * 1024 + threadIdx.x] = terms[i];
+}
+template __global__ void sum_kernel<double>(double*);
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, header = tmp_path / "sum.cu", tmp_path / "sizes.h"
+    source.write_text(KERNELS)
+    build = tmp_path / "build"
+
+    def problems(header_text: str) -> list[str]:
+        header.write_text(header_text)
+        return cuda_check.check([source], build)
+
+    assert problems("constexpr int kTerms = 4;") == []
+    table = capsys.readouterr().out
+    assert re.search(r"sm_80 +\| +sm_90 +\| +sm_100 \|\n( +[1-9]\d+ +0 +0 +0 \|){3} sum sum_kernel<double>\n", table)
+
+    log = (build / "sum.log").stat().st_mtime_ns
+    assert cuda_check.check([source], build) == []
+    assert (build / "sum.log").stat().st_mtime_ns == log  # not compiled again
+
+    expected = [f"sum.cu: sum_kernel<double>, sm_{where} spills registers" for where in (80, 90, 100)]
+    assert problems("constexpr int kTerms = 64;") == expected
+
+    device_warning = "constexpr int kTerms = 4; __device__ inline int two() { int unused; return 2; }"
+    host_warning = "constexpr int kTerms = 4; inline bool is_below(int a, unsigned b) { return a < b; }"
+    for warning, word in ((device_warning, "unused"), (host_warning, "sign-compare")):
+        (problem,) = problems(warning)
+        assert problem.startswith("sum.cu does not compile without warnings")
+        assert word in problem
+
+    source.write_text("int no_kernel = 0;")
+    assert problems("") == ["sum.cu: ptxas names no kernel"]

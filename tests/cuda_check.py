@@ -1,0 +1,140 @@
+"""Compiles the CUDA kernels for several architectures, and says what each takes of a multiprocessor.
+
+    python tests/cuda_check.py [the folder of the .cu files]
+
+Fails where nvcc warns, and where a kernel spills registers. Nothing here needs a GPU or torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = (80, 90, 100)
+FLAGS = [
+    *("-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"),
+    # Torch compiles extensions so.
+    *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"),
+    *(f"-gencode=arch=compute_{architecture},code=sm_{architecture}" for architecture in ARCHITECTURES),
+]
+JOBS = 2
+
+
+class CompileError(Exception):
+    """What nvcc says."""
+
+
+@dataclass
+class Usage:
+    """What a function takes, for one architecture; registers are counted for kernels alone, the rest is in bytes."""
+
+    registers: int = 0
+    shared: int = 0
+    stack: int = 0
+    spilled: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.registers:4}{self.shared:6}{self.stack:5}{self.spilled:5}"
+
+
+Table = dict[str, dict[int, Usage]]  # by function, then by architecture
+
+
+def is_fresh(log: Path, dependencies: Path) -> bool:
+    """Whether nothing that a file was compiled from has changed since."""
+    if not log.exists():
+        return False
+    inputs = dependencies.read_text().partition(":")[2].replace("\\\n", " ").split()
+    return all(Path(path).exists() and Path(path).stat().st_mtime < log.stat().st_mtime for path in [*inputs, __file__])
+
+
+def compile_file(nvcc: str, source: Path, build: Path) -> str:
+    """What ptxas says about the functions of a file, which is compiled only where something has changed."""
+    log, dependencies, output = (build / f"{source.stem}.{kind}" for kind in ("log", "d", "o"))
+    if is_fresh(log, dependencies):
+        return log.read_text()
+    command = [nvcc, *FLAGS, "-c", str(source), "-o", str(output), "-MD", "-MF", str(dependencies)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if result.returncode != 0:
+        raise CompileError(result.stdout)
+    log.write_text(result.stdout)
+    return result.stdout
+
+
+def read_usage(ptxas: str) -> Table:
+    """The numbers in the output of ptxas."""
+    table: Table = defaultdict(lambda: defaultdict(Usage))
+    architecture, kernel, function = 0, "", ""
+    for line in ptxas.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
+            kernel, architecture = entry[1], int(entry[2])
+        elif properties := re.search(r"Function properties for (\w+)", line):
+            function = properties[1]
+        elif frame := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            usage = table[function][architecture]
+            usage.stack, usage.spilled = int(frame[1]), int(frame[2]) + int(frame[3])
+        elif registers := re.search(r"Used (\d+) registers", line):
+            usage = table[kernel][architecture]
+            usage.registers = int(registers[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            usage.shared = int(shared[1]) if shared else 0
+    return table
+
+
+def short_names(mangled: Iterable[str]) -> list[str]:
+    """Names as the source has them, without namespaces, parameters and results."""
+    result = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    return [re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", name) for name in result.stdout.splitlines()]
+
+
+def report(source: Path, table: Table) -> list[str]:
+    """Prints what the kernels of a file take, and returns which functions spill."""
+    spilling = []
+    for name, usages in sorted(zip(short_names(table), table.values(), strict=True), key=lambda row: row[0]):
+        if usages[ARCHITECTURES[0]].registers > 0:
+            print("".join(f"{usages[architecture]} |" for architecture in ARCHITECTURES), source.stem, name)
+        spilling += [f"{source.name}: {name}, sm_{where}" for where, usage in usages.items() if usage.spilled > 0]
+    return spilling
+
+
+def check(sources: list[Path], build: Path) -> list[str]:
+    """Compiles the files, prints the table, and returns what is wrong."""
+    nvcc = shutil.which("nvcc") or sys.exit("cuda-check: nvcc is not found")
+    build.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(JOBS) as pool:
+        jobs = [pool.submit(compile_file, nvcc, source, build) for source in sources]
+    print("Registers; in bytes: static shared memory (the dynamic is chosen at launch), stack frame, spills")
+    print("".join(f"{f'sm_{architecture}':>20} |" for architecture in ARCHITECTURES))
+    problems = []
+    for source, job in zip(sources, jobs, strict=True):
+        try:
+            table = read_usage(job.result())
+        except CompileError as error:
+            problems.append(f"{source.name} does not compile without warnings\n{error}")
+            continue
+        problems += [f"{spilling} spills registers" for spilling in report(source, table)]
+        if not table:
+            problems.append(f"{source.name}: ptxas names no kernel")
+    return problems
+
+
+def main() -> None:
+    """The command."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "csrc" / "cuda"
+    sources = sorted(folder.glob("*.cu"))
+    problems = check(sources, ROOT / "build" / "cuda-check")
+    if problems:
+        sys.exit("\n".join(f"cuda-check: {problem}" for problem in problems))
+    print(f"cuda-check: {len(sources)} files compile without warnings, and no kernel spills")
+
+
+if __name__ == "__main__":
+    main()
