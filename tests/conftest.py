@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import devices
+
 # What torch.compile keeps for one CPU capability corrupts memory under another: each has a folder of its own.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
@@ -21,10 +23,45 @@ settings.register_profile("bigramx", deadline=None, max_examples=60, derandomize
 settings.load_profile("bigramx")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The marks that devices.py explains."""
+    for mark in devices.MARKS:
+        config.addinivalue_line("markers", f"{mark}: see tests/devices.py")
+
+
+def marks_of(item: pytest.Item) -> set[str]:
+    """Their names."""
+    return {mark.name for mark in item.iter_markers()}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `device` runs on each that its marks leave."""
+    marks = marks_of(metafunc.definition)
+    if "num_threads" in metafunc.fixturenames:
+        places = devices.devices_and_threads_of(marks)
+        metafunc.parametrize(("device", "num_threads"), places, indirect=True)
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices.devices_of(marks), indirect=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests here, not in a fixture, whose skips pytest reports in a line for each test."""
+    marks = marks_of(item)
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if "cpu_only" in marks:
+        devices.skip_without_cpu_kernels()
+    if "cuda" in marks or params.get("device") == "cuda":
+        devices.skip_without_gpu()
+
+
 @pytest.fixture
-def device() -> torch.device:
-    """Where the tensors of a test lie."""
-    return torch.device("cpu")
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors lie that name no device."""
+    chosen = torch.device(request.param)
+    if chosen.type == "cuda":
+        torch.set_default_device(chosen)
+    yield chosen
+    torch.set_default_device(None)
 
 
 @pytest.fixture
@@ -33,6 +70,15 @@ def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many threads, whatever the machine has; restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,6 +12,9 @@ from torch import Tensor
 
 from bigramx import functional, optim, reference
 from tests.closeness import assert_as_close_as_eager
+from tests.devices import on_device, skip_if_long
+
+pytestmark = pytest.mark.usefixtures("device")
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 
@@ -20,17 +22,24 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "ep
 @given(
     seed=st.integers(0, 2**32),
     size=st.sampled_from([0, 1, 7, 16, 65 * 65, 100_003]),
+    offsets=st.lists(st.sampled_from([0, 0, 1, 2, 3, 4]), min_size=5, max_size=5),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     step=st.sampled_from([1, 2, 1000]),
     amsgrad=st.booleans(),
     maximize=st.booleans(),
 )
-def test_equals_reference(seed: int, size: int, dtype: torch.dtype, step: int, amsgrad: bool, maximize: bool) -> None:
+def test_equals_reference(
+    seed: int, size: int, offsets: list[int], dtype: torch.dtype, step: int, amsgrad: bool, maximize: bool
+) -> None:
+    """Wherever each of the tensors begins."""
     torch.manual_seed(seed)
     tensors = [torch.randn(size), torch.randn(size), torch.randn(size), torch.rand(size), torch.rand(size)]
 
     def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
-        param, grad, exp_avg, exp_avg_sq, largest = (tensor.to(dtype, copy=True) for tensor in tensors)
+        moved = [torch.empty(size + offset, dtype=dtype)[offset:] for offset in offsets]
+        param, grad, exp_avg, exp_avg_sq, largest = (
+            to.copy_(tensor) for to, tensor in zip(moved, tensors, strict=True)
+        )
         largest_or_none = largest if amsgrad else None
         function(param, grad, exp_avg, exp_avg_sq, largest_or_none, step=step, maximize=maximize, **HYPERPARAMETERS)
         return [param, exp_avg, exp_avg_sq, largest]
@@ -39,6 +48,18 @@ def test_equals_reference(seed: int, size: int, dtype: torch.dtype, step: int, a
         run(functional.adamw_, dtype), run(reference.adamw_, dtype), run(reference.adamw_, torch.float64), strict=True
     ):
         assert_as_close_as_eager(actual, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_elements_than_threads(dtype: torch.dtype) -> None:
+    """Of the GPU at once: its threads go round."""
+    size = 2**20 + 3
+    skip_if_long(size)
+    tensors = [torch.rand(size, dtype=dtype) for _ in range(4)]
+    copies = [tensor.clone() for tensor in tensors]
+    functional.adamw_(*tensors, step=3, **HYPERPARAMETERS)
+    reference.adamw_(*copies, step=3, **HYPERPARAMETERS)
+    torch.testing.assert_close(tensors, copies)
 
 
 PARAM = torch.ones(4)
@@ -59,8 +80,9 @@ PARAM = torch.ones(4)
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     tensors = {name: PARAM.clone() for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    call = {**tensors, "step": 1, **HYPERPARAMETERS, **arguments}
     with pytest.raises(error, match=message):
-        functional.adamw_(**{**tensors, "step": 1, **HYPERPARAMETERS, **arguments})
+        functional.adamw_(**{name: on_device(value) for name, value in call.items()})
 
 
 def train(optimizer_class: type[torch.optim.AdamW], steps: int = 20, **options: Any) -> tuple[Tensor, Any]:
@@ -102,7 +124,7 @@ def test_state_dicts_are_interchangeable() -> None:
         param, optimizer = train(first)
         ended = torch.nn.Parameter(param.clone())
         other = second([ended])
-        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.load_state_dict(optimizer.state_dict())
         ended.grad = torch.ones_like(ended)
         other.step()
         assert other.state_dict()["state"][0]["step"] == 21
@@ -149,6 +171,13 @@ def test_step_counts_in_float32_or_more_and_hooks_run_once() -> None:
             torch.set_default_dtype(torch.float32)
         assert optimizer.state[param]["step"].dtype == torch.float32
     assert len(calls) == 2
+
+
+def test_capturable_parameters_on_the_cpu_raise_as_torchs() -> None:
+    param = torch.nn.Parameter(torch.ones(3, device="cpu"))
+    param.grad = torch.ones(3, device="cpu")
+    with pytest.raises(AssertionError, match="capturable=True, params and state_steps must be on supported devices"):
+        optim.AdamW([param], capturable=True).step()
 
 
 def test_half_parameters_take_torchs_step() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,19 +13,13 @@ from hypothesis import given
 from torch import Tensor
 
 from bigramx import functional, reference
+from tests.devices import on_device, raises_in_kernel, skip_if_long
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.uint8, torch.uint16, torch.int32, torch.int64]
 BLOCK = 256  # pairs
 JOB = 2**17  # pairs that a thread is woken for, where there are no more pairs of tokens than that
-
-
-@pytest.fixture(params=[1, 2, 3])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """So many threads, whatever the machine has; restored afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def counted(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -64,6 +57,7 @@ def test_equals_a_counter(seed: int, vocab_size: int, num_tokens: int, dtype: to
     ],
 )
 def test_large(vocab_size: int, num_pairs: int, dtype: torch.dtype, num_threads: int) -> None:
+    skip_if_long(num_pairs)
     tokens = torch.randint(vocab_size, (num_pairs + 1,)).to(dtype)
     assert torch.equal(functional.count_bigrams(tokens, vocab_size), reference.count_bigrams(tokens, vocab_size))
 
@@ -86,6 +80,7 @@ def test_large_vocabulary() -> None:
     assert torch.equal(counts, reference.count_bigrams(tokens % 3001, 3001))
 
 
+@pytest.mark.device_assertion
 @pytest.mark.parametrize("num_tokens", [1, 3, 2 * BLOCK + 9, 2 * JOB + 9])
 @pytest.mark.parametrize(
     ("dtype", "values"),
@@ -99,6 +94,7 @@ def test_large_vocabulary() -> None:
 def test_token_out_of_range(dtype: torch.dtype, values: list[int], num_tokens: int, num_threads: int) -> None:
     borders = [0, 1, 2, num_tokens // 2, num_tokens - 2, num_tokens - 1]
     borders += [border + offset for border in (BLOCK, 2 * BLOCK, JOB + 4) for offset in (-1, 0, 1)]
+    skip_if_long(len(borders) * len(values) * num_tokens)
     for position in sorted({border for border in borders if 0 <= border < num_tokens}):
         for value in values:
             tokens = torch.randint(65, (num_tokens,)).to(dtype)
@@ -106,7 +102,7 @@ def test_token_out_of_range(dtype: torch.dtype, values: list[int], num_tokens: i
                 tokens[-1] = torch.tensor(values[0]).to(dtype)  # the first of them is the one that is named
             tokens[position] = torch.tensor(value).to(dtype)
             message = rf"tokens holds {value} at position {position}, expected 0 <= token < 65"
-            with pytest.raises(IndexError, match=message):
+            with raises_in_kernel("count_bigrams", IndexError, message):
                 functional.count_bigrams(tokens, 65)
 
 
@@ -124,4 +120,4 @@ def test_token_out_of_range(dtype: torch.dtype, values: list[int], num_tokens: i
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        functional.count_bigrams(*arguments)
+        functional.count_bigrams(*map(on_device, arguments))

@@ -11,6 +11,9 @@ import torch
 from hypothesis import given
 
 from bigramx import functional, reference
+from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, runs_on_gpu
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FILTERS: list[dict[str, Any]] = [
@@ -36,7 +39,7 @@ FILTERS: list[dict[str, Any]] = [
     num_tokens=st.sampled_from([0, 1, 30]),
     dtype=st.sampled_from(DTYPES),
     filters=st.sampled_from(FILTERS),
-    sampler=st.sampled_from(["torch", "philox"]),
+    sampler=st.sampled_from([None, "philox"]),
     stop=st.sampled_from([None, 0]),
 )
 def test_equals_reference(
@@ -54,14 +57,16 @@ def test_equals_reference(
     weight = (torch.randn(vocab_size, vocab_size) * 2).to(dtype)
     idx = torch.randint(vocab_size, (num_chains, length))
     ours, loops = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    options = {**filters, "stop": stop, "sampler": sampler}
-    actual = functional.generate(idx, weight, num_tokens, generator=ours, **options)
-    expected = reference.generate(idx, weight, num_tokens, generator=loops, **options)
+    options = {**filters, "stop": stop}
+    actual = functional.generate(idx, weight, num_tokens, sampler=sampler, generator=ours, **options)
+    sampler = sampler or default_sampler()
+    expected = reference.generate(idx, weight, num_tokens, sampler=sampler, generator=loops, **options)
     assert actual.dtype == torch.int64
     assert torch.equal(actual, expected)
     assert torch.equal(ours.get_state(), loops.get_state())
 
 
+@pytest.mark.cpu_only
 def test_equals_the_lectures_loop() -> None:
     """Default generator, batches, and the generator's state afterwards."""
     model = reference.BigramLanguageModel(65)
@@ -141,19 +146,24 @@ def tables() -> dict[str, torch.Tensor]:
     }
 
 
+def thread_counts(*counts: int) -> tuple[int, ...]:
+    """One for a GPU, whose kernels know of none."""
+    return (1,) if runs_on_gpu() else counts
+
+
 @pytest.mark.parametrize("name", ["soon", "late", "never"])
 def test_philox_parallel_over_time(name: str) -> None:
     """One thread takes few draws a row one after the other; all else runs segments at once."""
     weight, num_tokens = tables()[name], 31_000
     expected = philox_chains(weight, num_tokens)
-    for threads in (2, 3):
+    for threads in thread_counts(2, 3):
         assert torch.equal(philox_chains(weight, num_tokens, threads=threads), expected)
-    for threads in (1, 2, 5):
+    for threads in thread_counts(1, 2, 5):
         many = philox_chains(weight, 200_001, threads=threads)
         assert torch.equal(many[:, :num_tokens], expected)
         batch = philox_chains(weight, 20_001, num_chains=3, threads=threads)
         assert torch.equal(batch[:1], expected[:, :20_001])
-        assert torch.equal(batch, philox_chains(weight, 20_001, num_chains=40, threads=threads)[:3])
+        assert torch.equal(batch, philox_chains(weight, 20_001, num_chains=fewer(40), threads=threads)[:3])
 
 
 def test_philox_stops_where_the_whole_chain_meets_it() -> None:
@@ -165,32 +175,35 @@ def test_philox_stops_where_the_whole_chain_meets_it() -> None:
     expected = whole[:, : max(ends)].clone()
     for chain, end in zip(expected, ends, strict=True):
         chain[int(end) :] = 64
-    for threads in (1, 2):
+    for threads in thread_counts(1, 2):
         assert torch.equal(philox_chains(weight, 100_000, num_chains=4, threads=threads, stop=64), expected)
 
 
+@pytest.mark.device_assertion
 def test_philox_raises_for_the_rows_of_the_chain_alone() -> None:
     """0 -> 1 -> 2 -> 0, now and then -> 3, whose row is no distribution. Segments that begin out of step meet it at
     other times than the chain does."""
     weight = cycle_of(torch.arange(3), 1000)
     weight[0, 3], weight[3, 0] = -8.5, float("nan")
-    num_tokens, num_raised = 31_000, 0
-    for seed in range(20):
+    num_tokens, num_raised, num_seeds = 31_000, 0, 8 if IN_SIMT else 20
+    message = "generate: " if IN_SIMT else "row 3 of weight"
+    for seed in range(num_seeds):
         try:
             expected: Any = philox_chains(weight, num_tokens, seed=seed)
         except RuntimeError as error:
             expected = str(error)
-            assert "row 3 of weight" in expected
+            assert message in expected
             num_raised += 1
-        for threads, more in [(2, 0), (1, 2000), (2, 2000)]:
+        for threads, more in [(1, 2000)] if IN_SIMT else [(2, 0), (1, 2000), (2, 2000)]:
             if isinstance(expected, str):
-                with pytest.raises(RuntimeError, match="row 3 of weight"):
+                with pytest.raises(RuntimeError, match=message):
                     philox_chains(weight, num_tokens + more, seed=seed, threads=threads)
             elif more == 0:
                 assert torch.equal(philox_chains(weight, num_tokens, seed=seed, threads=threads), expected)
-    assert 0 < num_raised < 20
+    assert 0 < num_raised < num_seeds
 
 
+@pytest.mark.cpu_only
 def test_philox_can_be_interrupted() -> None:
     class AlarmError(Exception):
         pass
@@ -208,6 +221,7 @@ def test_philox_can_be_interrupted() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.cpu_only
 def test_calls_in_sequence_equal_one() -> None:
     weight, idx = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
     generator = torch.Generator().manual_seed(2)
@@ -222,7 +236,7 @@ def test_stop_ends_early_and_fills_up() -> None:
     cycle[torch.arange(4), (torch.arange(4) + 1) % 4] = 0  # 0 -> 1 -> 2 -> 3 -> 0
     idx = torch.tensor([[0], [2]])
     expected = torch.tensor([[0, 1, 2, 3], [2, 3, 3, 3]])
-    for sampler in ("torch", "philox"):
+    for sampler in (None, "philox"):
         assert torch.equal(functional.generate(idx, cycle, 9, stop=3, sampler=sampler), expected)
     assert functional.generate(idx, cycle, 2, stop=0).tolist() == [[0, 1, 2], [2, 3, 0]]
 
@@ -249,7 +263,8 @@ def test_hooks_of_autograd_do_not_reach_into_the_kernel() -> None:
         assert not functional.generate(idx, weight, 10, temperature=0.5).requires_grad
 
 
-@pytest.mark.parametrize("sampler", ["torch", "philox"])
+@pytest.mark.device_assertion
+@pytest.mark.parametrize("sampler", [None, "philox"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_no_distribution_raises_when_it_is_met(sampler: Any, value: float) -> None:
     weight = torch.zeros(3, 3)
@@ -257,10 +272,16 @@ def test_a_row_that_is_no_distribution_raises_when_it_is_met(sampler: Any, value
     weight[:2, 2] = float("-inf")  # row 2 is never met from 0 or 1
     idx = torch.zeros((1, 1), dtype=torch.long)
     assert functional.generate(idx, weight, 20, sampler=sampler).max() < 2
-    with pytest.raises(RuntimeError, match=r"`inf`, `nan` or element < 0: row 2 of weight"):
+    with raises_in_kernel("generate", RuntimeError, r"`inf`, `nan` or element < 0: row 2 of weight"):
         functional.generate(idx + 2, weight, 1, sampler=sampler)
-    with pytest.raises(RuntimeError, match="row 0 of weight"):
+    with raises_in_kernel("generate", RuntimeError, "row 0 of weight"):
         functional.generate(idx, torch.full((3, 3), float("-inf")), 1, sampler=sampler)
+
+
+@pytest.mark.gpu_only
+def test_a_gpu_cannot_replay_the_cpus_generator() -> None:
+    with pytest.raises(ValueError, match=r"'philox'.* got 'torch'"):
+        functional.generate(on_device(IDX), on_device(WEIGHT), 3, sampler="torch")
 
 
 IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
@@ -269,8 +290,6 @@ IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"idx": IDX + 5}, IndexError, r"idx holds 5 at position 0, expected 0 <= idx < 5"),
-        ({"idx": torch.tensor([[-1, 0]])}, IndexError, r"idx holds -1 at position 0"),
         ({"idx": IDX.float()}, RuntimeError, r"idx .*got Float"),
         ({"idx": IDX[0]}, RuntimeError, r"2-D, \(B, T\), got shape \[1\]"),
         ({"idx": IDX[:, :0]}, IndexError, r"at least one token a sequence, got shape \[1, 0\]"),
@@ -278,7 +297,6 @@ IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
         ({"weight": None}, TypeError, r"expected weight to be a Tensor, got None"),
         ({"weight": torch.zeros(5)}, RuntimeError, r"must be 2-D"),
         ({"weight": torch.zeros(5, 5).long()}, NotImplementedError, r"weight of dtype Long"),
-        ({"weight": torch.zeros(0, 0)}, IndexError, r"idx holds 0"),
         ({"max_new_tokens": -1}, ValueError, r"max_new_tokens >= 0, got -1"),
         ({"max_new_tokens": 1.5}, TypeError, r"max_new_tokens"),
         ({"temperature": -1.0}, ValueError, r"temperature to be finite and >= 0, got -1"),
@@ -288,7 +306,7 @@ IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
         ({"top_p": 1.5}, ValueError, r"0 < top_p <= 1, got 1.5"),
         ({"min_p": -0.5}, ValueError, r"0 <= min_p <= 1, got -0.5"),
         ({"stop": 5}, ValueError, r"0 <= stop < 5, got 5"),
-        ({"sampler": "foo"}, ValueError, r"'torch' or 'philox', got 'foo'"),
+        ({"sampler": "foo"}, ValueError, r"'philox'.* got 'foo'"),
     ],
     ids=str,
 )
@@ -296,5 +314,19 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
     call = {"idx": IDX, "weight": WEIGHT, "max_new_tokens": 3, **arguments}
     state = torch.get_rng_state()
     with pytest.raises(error, match=message):
-        functional.generate(**call)
+        functional.generate(**{name: on_device(value) for name, value in call.items()})
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.device_assertion
+@pytest.mark.parametrize(
+    ("idx", "weight", "message"),
+    [
+        (IDX + 5, WEIGHT, r"idx holds 5 at position 0, expected 0 <= idx < 5"),
+        (torch.tensor([[-1, 0]]), WEIGHT, r"idx holds -1 at position 0"),
+        (IDX, torch.zeros(0, 0), r"idx holds 0"),
+    ],
+)
+def test_tokens_out_of_range(idx: torch.Tensor, weight: torch.Tensor, message: str) -> None:
+    with raises_in_kernel("generate", IndexError, message):
+        functional.generate(idx, weight, 3)

@@ -10,10 +10,13 @@ import torch
 from hypothesis import given
 
 from bigramx import data
+from tests.devices import on_device
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def lectures_get_batch(tokens: torch.Tensor, batch_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ix = torch.randint(len(tokens) - block_size, (batch_size,))
+    ix = torch.randint(len(tokens) - block_size, (batch_size,), device="cpu")
     x = torch.stack([tokens[i : i + block_size] for i in ix])
     y = torch.stack([tokens[i + 1 : i + block_size + 1] for i in ix])
     return x, y
@@ -41,6 +44,16 @@ def test_draws_the_lectures_batches(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("batch_size", [447, 448, 449, 896, 1000])
+def test_batches_of_many_blocks(batch_size: int) -> None:
+    """To a GPU the starts go in launches of 448 at most."""
+    tokens = torch.randint(200, (5000,))
+    torch.manual_seed(1)
+    expected = lectures_get_batch(tokens, batch_size, 3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.stack(data.get_batch(tokens, batch_size, 3)), torch.stack(expected))
+
+
 def test_generator_leaves_the_default_one_alone() -> None:
     tokens, state = torch.arange(100), torch.get_rng_state()
     first = data.get_batch(tokens, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -64,7 +77,7 @@ def test_generator_leaves_the_default_one_alone() -> None:
 )
 def test_bad_batches(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        data.get_batch(*arguments)
+        data.get_batch(*map(on_device, arguments))
 
 
 def test_tokens_that_are_not_contiguous() -> None:
@@ -78,16 +91,17 @@ def test_tokens_that_are_not_contiguous() -> None:
 def test_draws_from_texts_too_long_for_32_bits_as_torch_does() -> None:
     tokens = torch.zeros(1, dtype=torch.uint8).expand(2**28 + 9)  # beyond 2^28 starts torch draws 64 bits each
     torch.manual_seed(1)
-    torch.randint(len(tokens) - 8, (32,))
+    torch.randint(len(tokens) - 8, (32,), device="cpu")
     state = torch.get_rng_state()
     torch.manual_seed(1)
     data.get_batch(tokens, 32, 8)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_ops_for_other_devices_draw_the_same() -> None:
+@pytest.mark.cpu_only
+def test_devices_without_a_kernel_draw_the_same() -> None:
     tokens = torch.randint(200, (1000,), dtype=torch.int32)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     op = torch.ops.bigramx.get_batch.default
     actual = op.redispatch(keys, tokens, 4, 8, torch.Generator().manual_seed(1))
     expected = op(tokens, 4, 8, torch.Generator().manual_seed(1))

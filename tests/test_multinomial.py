@@ -10,8 +10,12 @@ import torch
 from hypothesis import given
 
 from bigramx import functional, reference
+from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, skip_if_long
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TINY_AND_HUGE = [1e-38, 1e-44, 1e30]
 
 
 @given(
@@ -22,7 +26,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     replacement=st.booleans(),
     zeros=st.booleans(),
     transposed=st.booleans(),
-    sampler=st.sampled_from(["torch", "philox"]),
+    sampler=st.sampled_from([None, "philox"]),
 )
 def test_equals_reference(
     seed: int,
@@ -45,12 +49,14 @@ def test_equals_reference(
         num_samples = min(num_samples, shape[-1])
     ours, references = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     actual = functional.multinomial(probs, num_samples, replacement, sampler=sampler, generator=ours)
+    sampler = sampler or default_sampler()
     expected = reference.multinomial(probs, num_samples, replacement, sampler=sampler, generator=references)
     assert actual.dtype == torch.int64
     assert torch.equal(actual, expected)
     assert torch.equal(ours.get_state(), references.get_state())
 
 
+@pytest.mark.cpu_only
 def test_default_generator() -> None:
     probs = torch.rand(5, 65)
     torch.manual_seed(3)
@@ -71,6 +77,7 @@ def assert_equals_torch(
     assert torch.equal(ours.get_state(), torchs.get_state())
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("words_before", [0, 1, 2, 311, 622, 623, 624, 625, 1248])
 @pytest.mark.parametrize("vocab_size", [1, 2, 311, 312, 313, 1024, 1025, 3000])
 def test_the_generators_state(vocab_size: int, words_before: int) -> None:
@@ -81,6 +88,7 @@ def test_the_generators_state(vocab_size: int, words_before: int) -> None:
         assert_equals_torch(torch.rand(num_rows, vocab_size), generator=generator)
 
 
+@pytest.mark.cpu_only
 def test_a_normal_sample_that_waits_in_the_generator_stays() -> None:
     generator = torch.Generator().manual_seed(1)
     torch.randn(1, generator=generator)  # makes two
@@ -111,6 +119,7 @@ def hard_rows(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", hard_rows(torch.float32))
 def test_hard_rows(name: str, dtype: torch.dtype) -> None:
@@ -120,6 +129,7 @@ def test_hard_rows(name: str, dtype: torch.dtype) -> None:
     assert_equals_torch(row, 3000, replacement=True)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows(dtype: torch.dtype) -> None:
     assert_equals_torch(torch.rand(20_000, 65).to(dtype))
@@ -134,6 +144,7 @@ def probs_like_the_noise(generator: torch.Generator, shape: tuple[int, ...], dty
     return noise * (1 + roundings).to(dtype)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [2.0**-13, 1.0, 2.0**10])
 def test_ratios_that_are_nearly_equal(scale: float, dtype: torch.dtype) -> None:
@@ -170,6 +181,7 @@ def generator_that_draws(draws: list[int]) -> torch.Generator:
 RARE_DRAWS = [0, 1, 2**27, 2**28, 2**28 + 1, 2**29, 2**32 - 1, 2**32, 2**33, 2**39 - 1, 2**39, 2**52, 2**53 - 1]
 
 
+@pytest.mark.cpu_only
 @given(
     row=st.lists(
         st.tuples(
@@ -190,6 +202,7 @@ def test_rare_draws(row: list[tuple[int, float]], dtype: torch.dtype) -> None:
     assert_equals_torch(probs, generator=generator_that_draws(list(draws)))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("largest", [2.0**-22, 2.0**-18, 2.0**-14, 2.0**-10])
 def test_ratios_of_small_noise_that_are_nearly_equal(largest: float, dtype: torch.dtype) -> None:
@@ -201,6 +214,7 @@ def test_ratios_of_small_noise_that_are_nearly_equal(largest: float, dtype: torc
         assert_equals_torch(probs, generator=generator)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 4096])
 @pytest.mark.parametrize("num_samples", [1, 7, 311])
@@ -210,6 +224,7 @@ def test_draws_that_equal_a_cumulative_sum(num_samples: int, vocab_size: int, dt
     assert_equals_torch(torch.ones(vocab_size, dtype=dtype), num_samples, replacement=True, generator=generator)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("vocab_size", [1, 67, 5000])
 @pytest.mark.parametrize("num_samples", [2, 600, 1024, 1025, 5000])
 def test_replacement(num_samples: int, vocab_size: int) -> None:
@@ -218,18 +233,37 @@ def test_replacement(num_samples: int, vocab_size: int) -> None:
         assert_equals_torch(torch.rand(3, vocab_size) ** exponent, num_samples, replacement=True)
 
 
+@pytest.mark.cpu_only
 def test_replacement_where_the_sum_overflows() -> None:
     assert_equals_torch(torch.full((70,), 3e38), 100, replacement=True)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-44, 1e30])
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("scale", TINY_AND_HUGE)
 def test_tiny_and_huge_weights(scale: float) -> None:
     """Ratios that are subnormal, or near the largest float32."""
-    probs = torch.rand(200, 67) * scale
-    by_reference = reference.multinomial(probs, 1, sampler="philox", generator=torch.Generator().manual_seed(1))
-    assert torch.equal(philox_samples(probs, 1), by_reference)
-    actual = functional.multinomial(probs, 1, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(actual, torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1)))
+    assert_equals_torch(torch.rand(200, 67) * scale)
+
+
+def assert_equals_reference(probs: torch.Tensor, num_samples: int = 1, replacement: bool = False) -> None:
+    """By the counter, from the seed of philox_samples."""
+    generator = torch.Generator().manual_seed(1)
+    expected = reference.multinomial(probs, num_samples, replacement, sampler="philox", generator=generator)
+    assert torch.equal(philox_samples(probs, num_samples, replacement), expected)
+
+
+@pytest.mark.parametrize("scale", TINY_AND_HUGE)
+def test_philox_tiny_and_huge_weights(scale: float) -> None:
+    assert_equals_reference(torch.rand(200, 67) * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", hard_rows(torch.float32))
+def test_philox_hard_rows(name: str, dtype: torch.dtype) -> None:
+    row = hard_rows(dtype)[name].to(dtype)
+    assert_equals_reference(row.expand(30, -1))
+    assert_equals_reference(row.expand(3, -1), 2)
+    assert_equals_reference(row, 50, replacement=True)
 
 
 def philox_samples(probs: torch.Tensor, num_samples: int, replacement: bool = False, threads: int = 1) -> torch.Tensor:
@@ -255,12 +289,14 @@ def assert_follow(tokens: torch.Tensor, probs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("vocab_size", [2, 65, 1000])
 def test_philox_follows_the_distribution(vocab_size: int) -> None:
+    num_rows = fewer(100_000)
+    skip_if_long(2 * num_rows * vocab_size)
     probs = torch.rand(vocab_size) ** 3
     if vocab_size > 2:
         probs[::7] = 0
-    assert_follow(philox_samples(probs, 300_000, replacement=True), probs)
-    assert_follow(philox_samples(probs.expand(100_000, -1), 1)[:, 0], probs)
-    pairs = philox_samples(probs.expand(100_000, -1), 2)
+    assert_follow(philox_samples(probs, 3 * num_rows, replacement=True), probs)
+    assert_follow(philox_samples(probs.expand(num_rows, -1), 1)[:, 0], probs)
+    pairs = philox_samples(probs.expand(num_rows, -1), 2)
     assert_follow(pairs[:, 0], probs)
     likeliest = int(probs.argmax())
     after_likeliest = pairs[pairs[:, 0] == likeliest, 1]
@@ -270,6 +306,7 @@ def test_philox_follows_the_distribution(vocab_size: int) -> None:
 
 
 def test_philox_samples_depend_on_row_and_position_alone() -> None:
+    skip_if_long(100 * 40 * 3000)
     probs = torch.rand(40, 3000)
     for replacement in (False, True):
         samples = philox_samples(probs, 70, replacement)
@@ -290,20 +327,21 @@ def test_philox_takes_zeros_last() -> None:
 
 
 def test_many_samples_follow_the_distribution() -> None:
-    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    probs, count = torch.tensor([0.1, 0.0, 0.6, 0.3]), fewer(100_000)
     for samples in (
-        functional.multinomial(probs, 100_000, replacement=True),
-        functional.multinomial(probs.expand(100_000, 4), 1)[:, 0],
+        functional.multinomial(probs, count, replacement=True),
+        functional.multinomial(probs.expand(count, 4), 1)[:, 0],
     ):
-        frequencies = torch.bincount(samples, minlength=4) / 100_000
+        frequencies = torch.bincount(samples, minlength=4) / count
         torch.testing.assert_close(frequencies, probs, atol=0.01, rtol=0)
         assert frequencies[1] == 0
 
 
-@pytest.mark.parametrize("sampler", ["torch", "philox"])
+@pytest.mark.parametrize("sampler", [None, "philox"])
 @pytest.mark.parametrize("replacement", [False, True])
 def test_more_categories_than_torch_takes(replacement: bool, sampler: Any) -> None:
     """2^24 categories and one: float32 sums could not count them."""
+    skip_if_long(2**24)
     probs = torch.ones(2**24 + 8)
     probs[: 2**24] = 0
     samples = functional.multinomial(probs, 1 if not replacement else 500, replacement, sampler=sampler)
@@ -315,15 +353,6 @@ def test_more_categories_than_torch_takes(replacement: bool, sampler: Any) -> No
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            (torch.tensor([1.0, float("nan")]), 1),
-            RuntimeError,
-            r"`inf`, `nan` or element < 0.*nan in row 0 at position 1",
-        ),
-        ((torch.tensor([1.0, float("inf")]), 2, True), RuntimeError, r"holds inf in row 0 at position 1"),
-        ((torch.tensor([[1.0, 1.0], [-1.0, 1.0]]), 1), RuntimeError, r"holds -1 in row 1 at position 0"),
-        ((torch.zeros(2), 1), RuntimeError, r"sum of probabilities <= 0"),
-        ((torch.zeros(2), 2, True), RuntimeError, r"sum of probabilities <= 0"),
         ((torch.tensor(1.0), 1), RuntimeError, r"1 or 2 dim, got shape \[\]"),
         ((torch.ones(1, 1, 1), 1), RuntimeError, r"1 or 2 dim, got shape \[1, 1, 1\]"),
         ((torch.ones(3, dtype=torch.int64), 1), RuntimeError, r"only supports floating-point dtypes.*got: Long"),
@@ -341,17 +370,44 @@ def test_more_categories_than_torch_takes(replacement: bool, sampler: Any) -> No
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     state = torch.get_rng_state()
     with pytest.raises(error, match=message):
-        functional.multinomial(*arguments)
+        functional.multinomial(*map(on_device, arguments))
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(error, match=message):
+        functional.multinomial(*map(on_device, arguments), sampler="philox")
+
+
+@pytest.mark.device_assertion
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.tensor([1.0, float("nan")]), 1), r"`inf`, `nan` or element < 0.*nan in row 0 at position 1"),
+        ((torch.tensor([1.0, float("inf")]), 2, True), r"holds inf in row 0 at position 1"),
+        ((torch.tensor([[1.0, 1.0], [-1.0, 1.0]]), 1), r"holds -1 in row 1 at position 0"),
+        ((torch.zeros(2), 1), r"sum of probabilities <= 0"),
+        ((torch.zeros(2), 2, True), r"sum of probabilities <= 0"),
+    ],
+)
+def test_bad_probs(arguments: tuple[Any, ...], message: str) -> None:
+    state = torch.get_rng_state()
+    with raises_in_kernel("multinomial", RuntimeError, message):
+        functional.multinomial(*arguments)
+    assert IN_SIMT or torch.equal(torch.get_rng_state(), state)
+    with raises_in_kernel("multinomial", RuntimeError, message):
         functional.multinomial(*arguments, sampler="philox")
 
 
 def test_bad_sampler() -> None:
-    with pytest.raises(ValueError, match="'torch' or 'philox', got 'foo'"):
+    with pytest.raises(ValueError, match=r"'philox'.* got 'foo'"):
         functional.multinomial(torch.ones(3), 1, sampler="foo")  # type: ignore[arg-type]
 
 
+@pytest.mark.gpu_only
+def test_a_gpu_cannot_replay_the_cpus_generator() -> None:
+    with pytest.raises(ValueError, match=r"'philox'.* got 'torch'"):
+        functional.multinomial(torch.ones(3), 1, sampler="torch")
+
+
+@pytest.mark.device_assertion
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf"), -1.0, -(2.0**-20)])
 def test_bad_probs_anywhere(value: float, dtype: torch.dtype) -> None:
@@ -359,25 +415,38 @@ def test_bad_probs_anywhere(value: float, dtype: torch.dtype) -> None:
         probs = torch.zeros(3, 67, dtype=dtype)
         probs[:, 5] = 1
         probs[1, position] = value
-        with pytest.raises(RuntimeError, match=f"in row 1 at position {position}"):
+        with raises_in_kernel("multinomial", RuntimeError, f"in row 1 at position {position}"):
             functional.multinomial(probs, 1)
+
+
+def rows_of_zeros(dtype: torch.dtype) -> torch.Tensor:
+    """And negative zeros: one number is left in the first two of the rows."""
+    probs = torch.zeros(3, 67, dtype=dtype)
+    probs[:, ::2] = -0.0
+    probs[:2, 66] = torch.finfo(dtype).smallest_normal
+    return probs
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_zeros_and_negative_zeros(dtype: torch.dtype) -> None:
-    probs = torch.zeros(3, 67, dtype=dtype)
-    probs[:, ::2] = -0.0
-    probs[:2, 66] = torch.finfo(dtype).smallest_normal
-    assert functional.multinomial(probs[:2], 1).tolist() == [[66], [66]]
-    with pytest.raises(RuntimeError, match=r"sum of probabilities <= 0\) in row 2"):
-        functional.multinomial(probs, 1)
+    assert functional.multinomial(rows_of_zeros(dtype)[:2], 1).tolist() == [[66], [66]]
+
+
+@pytest.mark.device_assertion
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_zeros_alone(dtype: torch.dtype) -> None:
+    with raises_in_kernel("multinomial", RuntimeError, r"sum of probabilities <= 0\) in row 2"):
+        functional.multinomial(rows_of_zeros(dtype), 1)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_probs_that_require_grad(num_samples: int) -> None:
     probs = torch.rand(5, 3).t().requires_grad_()
     actual = functional.multinomial(probs, num_samples, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(actual, torch.multinomial(probs, num_samples, generator=torch.Generator().manual_seed(1)))
+    generator = torch.Generator().manual_seed(1)
+    sampler: Any = default_sampler()
+    expected = reference.multinomial(probs.detach(), num_samples, sampler=sampler, generator=generator)
+    assert torch.equal(actual, expected)
 
 
 def test_bad_generator() -> None:

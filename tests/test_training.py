@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, functional, optimal_loss, reference
+from tests.devices import on_device, raises_in_kernel
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def corpus() -> tuple[torch.Tensor, int]:
 
 
 def test_reaches_the_optimum_of_a_corpus(corpus: tuple[torch.Tensor, int]) -> None:
-    tokens, vocab_size = corpus
+    tokens, vocab_size = corpus  # of the CPU, wherever the model lies
     train_tokens, val_tokens = data.split(tokens)
     model = BigramLanguageModel(vocab_size)
     history = fit(model, train_tokens, val_tokens)
@@ -34,7 +37,7 @@ def test_reaches_the_optimum_of_a_corpus(corpus: tuple[torch.Tensor, int]) -> No
 
 
 def test_optimal_loss_is_that_of_the_closed_form(corpus: tuple[torch.Tensor, int]) -> None:
-    tokens, vocab_size = corpus
+    tokens, vocab_size = on_device(corpus[0]), corpus[1]
     model = BigramLanguageModel.from_counts(functional.count_bigrams(tokens, vocab_size), smoothing=0)
     assert optimal_loss(tokens) == pytest.approx(model.evaluate(tokens), rel=1e-6)
     assert math.isnan(optimal_loss(tokens[:1]))
@@ -47,7 +50,7 @@ def test_optimal_loss_is_that_of_the_closed_form(corpus: tuple[torch.Tensor, int
 
 
 def test_equals_the_lectures_loop(corpus: tuple[torch.Tensor, int]) -> None:
-    tokens, vocab_size = corpus
+    tokens, vocab_size = on_device(corpus[0]), corpus[1]
     torch.manual_seed(3)
     model = BigramLanguageModel(vocab_size)
     history = fit(model, tokens, batch_size=4, max_steps=50, eval_interval=50)
@@ -104,6 +107,7 @@ def test_interrupt_keeps_the_model_and_the_history() -> None:
     assert not resumed.interrupted
 
 
+@pytest.mark.cpu_only
 def test_ctrl_c_at_any_moment_resumes_to_the_same(tmp_path: Path) -> None:
     tokens = torch.randint(20, (500,))
 
@@ -188,8 +192,12 @@ def test_bad_arguments() -> None:
         fit(model, tokens, eval_interval=0)
     with pytest.raises(ValueError, match="more than block_size = 8 tokens, got 5"):
         fit(model, tokens[:5])
-    with pytest.raises(IndexError, match="idx holds 20"):
-        fit(model, torch.full((50,), 20))
+
+
+@pytest.mark.device_assertion
+def test_tokens_out_of_range() -> None:
+    with raises_in_kernel("count_bigrams", IndexError, "idx holds 20"):
+        fit(BigramLanguageModel(20), torch.full((50,), 20))
 
 
 def test_history_files_of_another_kind(tmp_path: Path) -> None:

@@ -57,13 +57,13 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(DrawsJob job
     const uint32_t r = draw(seed_of(job.seed), static_cast<uint64_t>(b), /*position=*/0);
     uint64_t sum_to_reach = ThresholdScale(warp_sum(sum)).sum_to_reach(r);
     for (int k = 0; k < kItems; ++k) {
-        const uint64_t sum = warp_inclusive_scan<uint64_t>(weights[k]);
-        const unsigned reached = __ballot_sync(kAllLanes, sum >= sum_to_reach);
+        const uint64_t sum_of_lanes = warp_inclusive_scan<uint64_t>(weights[k]);
+        const unsigned reached = __ballot_sync(kAllLanes, sum_of_lanes >= sum_to_reach);
         if (reached != 0) {
             if (lane_of_thread() == 0) job.samples[b] = k * kWarp + __ffs(static_cast<int>(reached)) - 1;
             return;
         }
-        sum_to_reach -= __shfl_sync(kAllLanes, sum, kWarp - 1);
+        sum_to_reach -= __shfl_sync(kAllLanes, sum_of_lanes, kWarp - 1);
     }
 }
 
