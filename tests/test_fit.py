@@ -11,6 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bigramx import BigramLanguageModel, fit, ops
 
+pytestmark = pytest.mark.cpu_only  # on a GPU all steps are those in Python
+
 
 class PythonSteps(BigramLanguageModel):
     """A forward of its own: fit takes its steps in Python."""

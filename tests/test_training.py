@@ -196,7 +196,7 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.device_assertion
 def test_tokens_out_of_range() -> None:
-    with raises_in_kernel("count_bigrams", IndexError, "idx holds 20"):
+    with raises_in_kernel("embedding_cross_entropy", IndexError, "idx holds 20"):
         fit(BigramLanguageModel(20), torch.full((50,), 20))
 
 

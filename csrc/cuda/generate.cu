@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     draw_step_kernel(ChainsJob job, LogitRowsOfBlock<scalar_t> rows, int64_t step) {
     const int64_t chain = blockIdx.x;
     const uint32_t r = draw(seed_of(job.seed), static_cast<uint64_t>(chain), static_cast<uint64_t>(step));
@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 template <typename Rows>
 constexpr bool kByBlock = Rows::kFollower == Follower::block;
 
-// Of a launch that follows chains: the threads of a block, and how many blocks need registers at once.
+// Of a launch that follows chains: the threads of a block, and for how many blocks at once the registers of a
+// multiprocessor suffice.
 template <typename Rows>
 constexpr int kMostFollowers = kByBlock<Rows> ? kMaxRowThreads : kThreadsThatFollow;
 template <typename Rows>
