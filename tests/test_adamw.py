@@ -156,21 +156,26 @@ def test_a_graph_that_saved_the_parameter_notices_the_step() -> None:
         functional.adamw_(param, *(torch.ones(4) for _ in range(3)), step=1, **HYPERPARAMETERS)
 
 
-def test_step_counts_in_float32_or_more_and_hooks_run_once() -> None:
-    calls = []
+@pytest.mark.parametrize(
+    ("default", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str
+)
+def test_step_counts_in_float32_or_more_and_hooks_run_once(default: torch.dtype, expected: torch.dtype) -> None:
+    calls, params = [], []
     torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
     for foreach in (None, True):
         param = torch.nn.Parameter(torch.ones(3))
         param.grad = torch.ones(3)
         optimizer = optim.AdamW([param], foreach=foreach)
         optimizer.register_step_post_hook(lambda *_: calls.append(1))
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(default)
         try:
             optimizer.step()
         finally:
             torch.set_default_dtype(torch.float32)
-        assert optimizer.state[param]["step"].dtype == torch.float32
+        assert optimizer.state[param]["step"].dtype == expected
+        params.append(param)
     assert len(calls) == 2
+    torch.testing.assert_close(params[0], params[1])
 
 
 def test_capturable_parameters_on_the_cpu_raise_as_torchs() -> None:

@@ -75,8 +75,12 @@ TESTED = [
     "test_adamw.py",
     "test_count_bigrams.py",
     "test_embedding_cross_entropy.py",
+    "test_generate.py",
     "test_get_batch.py",
+    "test_model.py",
     "test_multinomial.py",
+    "test_ops.py",
+    "test_training.py",
 ]
 
 
@@ -112,6 +116,39 @@ MUTATIONS = [
     Mutation("cuda/numbers.cuh", "k < outside; k += threads", "k < outside - 1; k += threads", "chunks_of_rows"),
     Mutation("cuda/numbers.cuh", "if (c < num_chunks) visit_chunk", "visit_chunk", "chunks_of_rows"),
     Mutation("cuda/get_batch.cu", "if (n >= blocks.size)", "if (n > blocks.size)", "tests/test_get_batch.py"),
+    Mutation(
+        "cuda/pairs.cuh",
+        "atomicAdd(table + pair.row * num_targets + pair.target, 1u);",
+        "++table[pair.row * num_targets + pair.target];",
+        "tests/test_count_bigrams.py -k equals_a_counter",
+    ),
+    Mutation(
+        "cuda/count_bigrams.cu",
+        f"return 1u; }});\n    {BARRIER}",
+        "return 1u; });\n",
+        "tests/test_count_bigrams.py -k large_vocabulary",
+    ),
+    Mutation(
+        "cuda/loss_rows.cuh",
+        "weight + row * row_stride",
+        "weight + static_cast<int32_t>(row * row_stride)",
+        "tests/test_embedding_cross_entropy.py -k 32_bits",
+    ),
+    Mutation(
+        "cuda/embedding_cross_entropy.cu",
+        "sums[j] = 0;\n    __syncwarp();",
+        "sums[j] = 0;",
+        "tests/test_embedding_cross_entropy.py -k sparse",
+    ),
+    Mutation(
+        "cuda/adamw.cu", "if (k < count) to[k]", "if (k <= count) to[k]", "tests/test_adamw.py -k equals_reference"
+    ),
+    Mutation(
+        "cuda/draws.cuh",
+        f"        {BARRIER}            begin = memory_",
+        "            begin = memory_",
+        "tests/test_multinomial.py -k philox_hard_rows",
+    ),
 ]
 
 
@@ -204,7 +241,7 @@ def test_narrow_types(planted: Planted, name: str, dtype: torch.dtype) -> None:
 def run_tests(module: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Of tests/, in a process whose CPU tensors the CUDA kernels of the module serve."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "BIGRAMX_SIMT": str(module)}
+    environment = {**os.environ, "BIGRAMX_SIMT": str(module), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

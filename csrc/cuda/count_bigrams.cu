@@ -54,7 +54,7 @@ struct Scratch {
 template <typename token_t>
 void run(const CountBigramsJob& job, void* memory, cudaStream_t stream) {
     const TokenPairs<token_t> pairs{static_cast<const token_t*>(job.tokens), job.num_tokens, job.vocab_size};
-    if (fits_table(job.vocab_size, job.vocab_size)) {
+    if (fits_table(kName, job.vocab_size, job.vocab_size)) {
         clear(kName, stream, job.counts, job.vocab_size * job.vocab_size * sizeof(int64_t));
         return count_table(kName, stream, pairs, job.vocab_size, job.vocab_size, job.counts);
     }
@@ -69,7 +69,7 @@ void run(const CountBigramsJob& job, void* memory, cudaStream_t stream) {
 }  // namespace
 
 int64_t count_bigrams_scratch_bytes(const CountBigramsJob& job) {
-    if (fits_table(job.vocab_size, job.vocab_size)) return 0;
+    if (fits_table(kName, job.vocab_size, job.vocab_size)) return 0;
     return static_cast<int64_t>(Scratch(job, nullptr).end);
 }
 

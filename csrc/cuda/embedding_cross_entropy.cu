@@ -298,7 +298,7 @@ Way way_of(const LossCall& call) {
     constexpr int64_t kMaxEntries = 1 << 14, kMaxPairs = 1 << 12;  // of one block
     const bool can_count =
         call.is_reduced && call.grad_rows == nullptr && call.num_classes <= max_warp_row(call.type);
-    if (!can_count || !fits_table(call.num_rows, call.num_classes)) return Way::grouped;
+    if (!can_count || !fits_table(kName, call.num_rows, call.num_classes)) return Way::grouped;
     const bool is_small = call.num_classes <= kFewItems * kWarp && call.num_rows <= kMaxEntries &&
                           call.num_rows * call.num_classes <= kMaxEntries && call.num_pairs <= kMaxPairs;
     return is_small ? Way::one_block : Way::counted;
@@ -374,14 +374,10 @@ class Launcher {
         if (way_ == Way::one_block) return run_in_one_block();
         clear(kName, stream_, scratch_.ticket, scratch_.zero_bytes);
         way_ == Way::counted ? count() : group();
-        if (!call_.is_reduced && call_.loss != nullptr) {
-            launch_stats();
-            const int64_t blocks = blocks_for_pairs(kName, call_.num_pairs, /*blocks_a_multiprocessor=*/4);
-            launch({kName, stream_, blocks, kPairThreads}, pair_losses_kernel<scalar_t>, job_, pairs_,
-                   static_cast<scalar_t*>(call_.loss));
-        } else if (has_grad_losses(call_)) {
+        if (!call_.is_reduced && call_.loss != nullptr) launch_pair_losses();
+        if (has_grad_losses(call_)) {
             launch_grouped_rows<T>();
-        } else {
+        } else if (call_.is_reduced) {
             way_ == Way::counted ? launch_counted_rows() : launch_grouped_rows<uint32_t>();
         }
     }
@@ -495,6 +491,13 @@ class Launcher {
         } else {
             launch_job(job_);
         }
+    }
+
+    void launch_pair_losses() const {
+        launch_stats();
+        const int64_t blocks = blocks_for_pairs(kName, call_.num_pairs, /*blocks_a_multiprocessor=*/4);
+        launch({kName, stream_, blocks, kPairThreads}, pair_losses_kernel<scalar_t>, job_, pairs_,
+               static_cast<scalar_t*>(call_.loss));
     }
 
     void launch_stats() const {

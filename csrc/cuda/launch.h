@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -30,7 +31,13 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
     constexpr size_t kAlwaysAllowed = 48 << 10;  // bytes
+    constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
     if (shape.blocks == 0) return;
+    if (shape.blocks > kMaxBlocks) {
+        throw std::runtime_error(std::string(shape.op) +
+                                 ": expected work for at most 2147483647 blocks, got " +
+                                 std::to_string(shape.blocks));
+    }
     if (shape.shared_bytes > kAlwaysAllowed) {
         check_cuda(shape.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(shape.shared_bytes)));

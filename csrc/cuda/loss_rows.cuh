@@ -103,7 +103,7 @@ struct RowsJob {
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
             return 1;
         } else {
-            return widen(grad_loss[groups.numbers[k]]);
+            return grad_loss != nullptr ? widen(grad_loss[groups.numbers[k]]) : T(1);
         }
     }
     __device__ double grad_of_all() const {

@@ -112,11 +112,12 @@ inline int64_t blocks_for_pairs(const char* op, int64_t num_pairs, int64_t block
 
 // --------------------------------------------------------------------------------------- counted in a table
 
-// Of entries of 32 bits: two blocks of a multiprocessor have one each in shared memory.
-constexpr int64_t kMaxTableBytes = 96 << 10;
-
-inline bool fits_table(int64_t num_rows, int64_t num_targets) {
-    return num_rows <= kMaxTableBytes && num_rows * num_targets * 4 <= kMaxTableBytes;
+// Whether a block has room for a table of entries of 32 bits, and for some scratch beside it; two blocks of a
+// multiprocessor, where that has much.
+inline bool fits_table(const char* op, int64_t num_rows, int64_t num_targets) {
+    constexpr int64_t kMost = 96 << 10, kScratch = 1 << 10;  // bytes
+    const int64_t most = std::min(kMost, max_shared_bytes(op) - kScratch);
+    return num_rows <= most && num_rows * num_targets * 4 <= most;
 }
 
 // table (rows, num_targets), all zero: += 1 at each pair that is not ignored.

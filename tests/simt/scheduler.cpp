@@ -50,11 +50,9 @@ constexpr const char* kWarpOps[] = {"__syncwarp",       "__shfl_sync",     "__sh
                                     "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync",
                                     "__any_sync",       "__all_sync",      "__match_any_sync"};
 
-enum class State { ready, at_barrier, in_warp, ended };
-
 struct Fiber : Thread {
-    State state;
-    Site site;  // where it waits
+    bool has_ended;
+    Site site;  // where it waited last
     bool is_started = false;
     jmp_buf context;  // where it goes on
     int predicate;    // of a barrier
@@ -100,7 +98,9 @@ Machine& machine = *new Machine;
 std::mutex machine_mutex;
 
 Fiber& running_fiber() { return machine.fibers[running->index]; }
-bool same(Site a, Site b) { return a.line == b.line && std::string_view(a.file) == b.file; }
+bool same(Site a, Site b) {
+    return a.line == b.line && (a.file == b.file || std::string_view(a.file) == b.file);
+}
 
 // ------------------------------------------------------------------------------------------------- fibers
 
@@ -130,10 +130,7 @@ void fiber_main();
     _longjmp(machine.host_context, 1);
 }
 
-void make_ready(unsigned thread) {
-    machine.fibers[thread].state = State::ready;
-    machine.ready[machine.num_ready++] = thread;
-}
+void make_ready(unsigned thread) { machine.ready[machine.num_ready++] = thread; }
 
 [[noreturn]] void fail_deadlock();
 
@@ -152,13 +149,6 @@ void make_ready(unsigned thread) {
 // Others go on, until this one is chosen again.
 void yield() {
     if (_setjmp(running_fiber().context) == 0) resume_any();
-}
-
-void wait(State state, Site site) {
-    Fiber& self = running_fiber();
-    self.state = state;
-    self.site = site;
-    yield();
 }
 
 // The stack of a thread, below which nothing can be written.
@@ -195,15 +185,15 @@ std::string name_of(unsigned thread) { return simt::name_of(thread, machine.bloc
 
 unsigned first_lane(unsigned mask) { return static_cast<unsigned>(__builtin_ctz(mask)); }
 
-unsigned first_in_state(State state) {
+unsigned first_ended() {
     const auto found = std::find_if(machine.fibers.begin(), machine.fibers.begin() + machine.size.x,
-                                    [state](const Fiber& fiber) { return fiber.state == state; });
+                                    [](const Fiber& fiber) { return fiber.has_ended; });
     return found->index;
 }
 
 void end_thread() {
     Fiber& self = running_fiber();
-    self.state = State::ended;
+    self.has_ended = true;
     ++machine.num_ended;
     if (machine.num_at_barrier > 0) fail_abandoned(machine.first_at_barrier, self.index);
     Warp& warp = machine.warps[self.index / kWarp];
@@ -224,18 +214,17 @@ void fiber_main() {
 }
 
 void fail_deadlock() {
-    std::string message = "deadlock:";
     constexpr int kNamed = 4;
+    std::string message;
     int named = 0;
-    for (unsigned thread = 0; thread < machine.size.x; ++thread) {
+    const Fiber* last = nullptr;
+    for (unsigned thread = 0; thread < machine.size.x && named < kNamed; ++thread) {
         const Fiber& fiber = machine.fibers[thread];
-        const bool waits = fiber.state == State::at_barrier || fiber.state == State::in_warp;
-        const bool is_like_last = thread > 0 && machine.fibers[thread - 1].state == fiber.state &&
-                                  same(machine.fibers[thread - 1].site, fiber.site);
-        if (!waits || is_like_last || ++named > kNamed) continue;
-        message += (named > 1 ? "; " : " ") + name_of(thread) + " waits " + describe(fiber.site);
+        if (fiber.has_ended || (last != nullptr && same(last->site, fiber.site))) continue;
+        message += (named++ == 0 ? " " : "; ") + name_of(thread) + " waits " + describe(fiber.site);
+        last = &fiber;
     }
-    fail(message + ", each for others");
+    fail("deadlock:" + message + ", each for others");
 }
 
 // -------------------------------------------------------------------------------------- barriers and warps
@@ -258,7 +247,7 @@ int combine_predicates(BlockOp op) {
 
 // The lane that a lane reads from in a shuffle.
 int source_of(WarpOp op, int lane, int argument, int width) {
-    const int segment = lane / width * width;
+    const int segment = lane & -width;  // where the lanes begin that it can read from
     switch (op) {
         case WarpOp::shuffle:
             return segment + (argument & (width - 1));
@@ -273,24 +262,31 @@ int source_of(WarpOp op, int lane, int argument, int width) {
     }
 }
 
-uint64_t result_for(int lane, const Collective& collective, const Warp& warp) {
-    unsigned holds = 0, matches = 0;
-    for (int other = 0; other < kWarp; ++other) {
-        if ((collective.mask >> other & 1) == 0) continue;
-        holds |= (warp.values[other] != 0 ? 1u : 0u) << other;
-        matches |= (warp.values[other] == warp.values[lane] ? 1u : 0u) << other;
+// The lanes of a mask for which `holds` does.
+template <typename Holds>
+unsigned lanes_where(unsigned mask, const Holds& holds) {
+    unsigned lanes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+        if ((mask >> lane & 1) != 0 && holds(lane)) lanes |= 1u << lane;
     }
+    return lanes;
+}
+
+uint64_t result_for(int lane, const Collective& collective, const Warp& warp) {
+    const unsigned mask = collective.mask;
+    const auto is_true = [&](int other) { return warp.values[other] != 0; };
+    const auto is_equal = [&](int other) { return warp.values[other] == warp.values[lane]; };
     switch (collective.op) {
         case WarpOp::barrier:
             return 0;
         case WarpOp::ballot:
-            return holds;
+            return lanes_where(mask, is_true);
         case WarpOp::any:
-            return holds != 0;
+            return lanes_where(mask, is_true) != 0;
         case WarpOp::all:
-            return holds == collective.mask;
+            return lanes_where(mask, is_true) == mask;
         case WarpOp::match_any:
-            return matches;
+            return lanes_where(mask, is_equal);
         default:
             return warp.values[source_of(collective.op, lane, warp.arguments[lane], warp.widths[lane])];
     }
@@ -327,7 +323,7 @@ Collective& join(Warp& warp, WarpOp op, unsigned mask, Site site) {
 void complete(Warp& warp, unsigned index, Collective& collective) {
     for (int lane = 0; lane < kWarp; ++lane) {
         if ((collective.mask >> lane & 1) == 0) continue;
-        if (collective.op != WarpOp::barrier) warp.results[lane] = result_for(lane, collective, warp);
+        warp.results[lane] = result_for(lane, collective, warp);
         make_ready(index * kWarp + static_cast<unsigned>(lane));
     }
     if (collective.op == WarpOp::barrier && collective.mask == ~0u) order.warp_barrier(index);
@@ -346,7 +342,10 @@ void prepare_block(unsigned block) {
     machine.block = block;
     machine.num_ready = machine.num_ended = machine.num_at_barrier = 0;
     machine.preemptions = 0;
-    for (unsigned thread = 0; thread < threads; ++thread) make_ready(thread);
+    for (unsigned thread = 0; thread < threads; ++thread) {
+        machine.fibers[thread].has_ended = false;
+        make_ready(thread);
+    }
     for (unsigned first = 0; first < threads; first += kWarp) {
         Warp& warp = machine.warps[first / kWarp];
         const unsigned lanes = std::min(threads - first, unsigned{kWarp});
@@ -415,21 +414,19 @@ int block_barrier(BlockOp op, int predicate, Site site) {
     Fiber& self = running_fiber();
     self.predicate = predicate;
     self.site = site;
-    if (machine.num_ended > 0) fail_abandoned(self.index, first_in_state(State::ended));
+    if (machine.num_ended > 0) fail_abandoned(self.index, first_ended());
     if (machine.num_at_barrier == 0) machine.first_at_barrier = self.index;
     const Fiber& first = machine.fibers[machine.first_at_barrier];
     if (!same(first.site, site)) {
         fail("divergent barrier: " + name_of_running() + " waits " + describe(site) + ", but " +
              name_of(first.index) + " " + describe(first.site));
     }
-    if (++machine.num_at_barrier < machine.size.x) {
-        wait(State::at_barrier, site);
-        return machine.barrier_result;
+    if (++machine.num_at_barrier == machine.size.x) {
+        machine.num_at_barrier = 0;
+        machine.barrier_result = combine_predicates(op);
+        order.block_barrier();
+        for (unsigned thread = 0; thread < machine.size.x; ++thread) make_ready(thread);
     }
-    machine.num_at_barrier = 0;
-    machine.barrier_result = combine_predicates(op);
-    order.block_barrier();
-    for (unsigned thread = 0; thread < machine.size.x; ++thread) make_ready(thread);
     yield();
     return machine.barrier_result;
 }
@@ -443,12 +440,9 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int argument,
     warp.widths[lane] = width;
     Collective& collective = join(warp, op, mask, site);
     collective.arrived |= 1u << lane;
-    if (collective.arrived == mask) {
-        complete(warp, index, collective);
-        yield();
-    } else {
-        wait(State::in_warp, site);
-    }
+    running_fiber().site = site;
+    if (collective.arrived == mask) complete(warp, index, collective);
+    yield();
     return warp.results[lane];
 }
 
