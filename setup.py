@@ -139,15 +139,18 @@ def extension_and_builder() -> tuple[Extension, type[build_ext]]:
     extension = cpu_extension() if nvcc is None else cuda_extension(nvcc)
     from torch.utils.cpp_extension import BuildExtension
 
-    return extension, BuildExtension
+    class KeepObjects(BuildExtension):
+        """Object files outlive the command, so that pip, too, compiles only what has changed."""
+
+        def initialize_options(self) -> None:
+            """Where they lie, whatever folder the command would take."""
+            super().initialize_options()
+            self.build_temp = "build/objects"
+
+    return extension, KeepObjects
 
 
 if __name__ == "__main__":
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     extension, builder = extension_and_builder()
-    setup(
-        ext_modules=[extension],
-        cmdclass={"build_ext": builder},
-        # Object files outlive the command, so that pip, too, compiles only what has changed.
-        options={"build_ext": {"build_temp": "build/objects"}},
-    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": builder})

@@ -96,7 +96,7 @@ struct RowMemory {
     // Where a row of the table is kept: in chunks as it lies there. Null: nowhere.
     __device__ scalar_t* place_of(const scalar_t* table_row) const {
         if (row == nullptr) return nullptr;
-        return row + reinterpret_cast<uintptr_t>(table_row) % kChunkBytes / sizeof(scalar_t);
+        return row + elements_into_chunk(table_row);
     }
 };
 
