@@ -96,7 +96,8 @@ def peak_bytes(function: Function) -> int:
 
     Of a function that has been called before, as that of ``peak_resident_bytes``.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         function()
     held = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -131,7 +132,7 @@ def peak_cuda_bytes(function: Function) -> int:
 
 def launched(function: Function) -> list[str]:
     """The names of the kernels, copies and memsets that a call runs on the GPU; of a function called before."""
-    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities(), acc_events=True) as profile:
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
