@@ -13,7 +13,7 @@ SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/*/
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/simt/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint simt cuda-check sanitize bench bench-quick bench-cuda wheel clean tools peers
+.PHONY: help train test lint simt cuda-check sanitize bench bench-quick bench-cuda wheel clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -58,12 +58,15 @@ bench: $(STAMPS)/built peers
 bench-quick: $(STAMPS)/built peers
 	$(BIN)/python benchmarks/run.py --quick
 
-bench-cuda: $(STAMPS)/built peers
+bench-cuda: $(STAMPS)/built peers-cuda
 	$(BIN)/python benchmarks/run.py --device cuda
 
 # Others that the benchmarks compare with; one that cannot be installed is named there as skipped.
 peers: $(STAMPS)/built
 	@$(BIN)/python -c 'import jax, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench]" || echo "make bench: goes on without the peers that are missing"
+
+peers-cuda: $(STAMPS)/built
+	@$(BIN)/python -c 'import liger_kernel, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench-cuda]" || echo "make bench-cuda: goes on without the peers that are missing"
 
 wheel: $(STAMPS)/built
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -166,21 +166,21 @@ class Planted:
     """The kernels of planted.cu."""
 
     def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.planted_run.restype = ctypes.c_char_p
-        self.library.planted_run.argtypes = [ctypes.c_char_p, ctypes.c_bool, ctypes.c_uint64]
-        self.library.planted_order.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
+        self.kernels = ctypes.CDLL(str(path))
+        self.kernels.planted_run.restype = ctypes.c_char_p
+        self.kernels.planted_run.argtypes = [ctypes.c_char_p, ctypes.c_bool, ctypes.c_uint64]
+        self.kernels.planted_order.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
 
     def run(self, name: str, seed: int, broken: bool = False) -> str:
         """What the kernel is said to do wrong."""
-        message = self.library.planted_run(name.encode(), broken, seed)
+        message = self.kernels.planted_run(name.encode(), broken, seed)
         assert message is not None, f"planted.cu has no {name}"
         return bytes(message).decode()
 
     def order(self, blocks: int, threads: int, seed: int) -> list[int]:
         """The numbers of the threads, in the order in which they run."""
         order = torch.empty(blocks * threads, dtype=torch.int32)
-        self.library.planted_order(blocks, threads, seed, order.data_ptr())
+        self.kernels.planted_order(blocks, threads, seed, order.data_ptr())
         return list(order.tolist())
 
 
@@ -222,7 +222,7 @@ def same_bits(values: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_narrow_types(planted: Planted, name: str, dtype: torch.dtype) -> None:
-    widen, narrow = planted.library[f"planted_from_{name}"], planted.library[f"planted_{name}"]
+    widen, narrow = planted.kernels[f"planted_from_{name}"], planted.kernels[f"planted_{name}"]
     widen.restype, widen.argtypes = ctypes.c_float, [ctypes.c_uint16]
     narrow.restype, narrow.argtypes = ctypes.c_uint16, [ctypes.c_float]
     bits = range(2**16)
