@@ -401,7 +401,6 @@ class Launcher {
         job.has_grad_losses = has_grad_losses(call_);
         job.unless_one = call_.unless_one;
         job.max_slots = max_slots(call_, way_);
-        job.has_slot_rows = way_ == Way::grouped && has_slot_rows(call_);
         job.losses_of_blocks = scratch_.losses_of_blocks;
         job.loss = call_.is_reduced ? static_cast<scalar_t*>(call_.loss) : nullptr;
         job.ticket = scratch_.ticket;

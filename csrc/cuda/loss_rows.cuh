@@ -67,24 +67,24 @@ struct RowsJob {
     bool has_grad_losses;  // (N)
     bool unless_one;       // nothing is to be done where *grad_loss is 1
 
-    // A slot is a row that is worked on: each of the table or, with has_slot_rows, of groups.slot_rows,
+    // A slot is a row that is worked on: each of the table or, where they are there, of groups.slot_rows,
     // behind which there may be slots without a row.
     int64_t max_slots;
-    bool has_slot_rows;
 
     // Results, each null where it is not wanted.
     RowLoss* losses_of_blocks;  // (blocks of the launch), summed in order by the last of them
     scalar_t* loss;             // ()
     unsigned* ticket;           // (): 0 before
-    RowStats<T>* stats;         // (R), and then nothing else
+    RowStats<T>* stats;         // (R)
     scalar_t* gradient;         // (max_slots, C)
     int64_t* grad_rows;         // (max_slots)
 
-    __device__ int64_t num_slots() const { return has_slot_rows ? *groups.num_slots : max_slots; }
+    __device__ bool has_slot_rows() const { return groups.slot_rows != nullptr; }
+    __device__ int64_t num_slots() const { return has_slot_rows() ? *groups.num_slots : max_slots; }
     // -1: none.
     __device__ int64_t row_of_slot(int64_t slot) const {
         if (slot >= num_slots()) return -1;
-        return has_slot_rows ? groups.slot_rows[slot] : slot;
+        return has_slot_rows() ? groups.slot_rows[slot] : slot;
     }
     // Of the grouped pairs.
     __device__ bool has_pairs(int64_t row) const {

@@ -207,10 +207,8 @@ struct PairGroups {
 // Counts in shared memory what a block finds, where so many counters fit and pay; else in `global` itself.
 struct RowCounters {
     uint32_t* counters;  // (R)
-    bool are_shared;
 
-    __device__ RowCounters(uint32_t* global, bool are_shared, int64_t num_rows) : are_shared(are_shared) {
-        counters = global;
+    __device__ RowCounters(uint32_t* global, bool are_shared, int64_t num_rows) : counters(global) {
         if (!are_shared) return;
         SharedMemory shared;
         counters = shared.take<uint32_t>(num_rows);
