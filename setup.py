@@ -24,16 +24,20 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
 
 
-SOURCES = files("*.cpp", "cpu/*.cpp")
-CUDA_SOURCES = files("cuda/*.cu")
-HEADERS = files("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh")
+CUDA_SOURCES = files("cuda/**/*.cpp", "cuda/**/*.cu")
+SOURCES = sorted(set(files("**/*.cpp")) - set(CUDA_SOURCES))
+HEADERS = files("**/*.h", "**/*.cuh")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", *WARNINGS]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
 NVCC_FLAGS += ["--fatbin-options", "-compress-all"]  # a quarter of the size
 # at::parallel_for is a header: compiled without OpenMP it runs everything in one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
-OPTIONS: dict[str, Any] = {"depends": [*HEADERS, "setup.py"], "extra_link_args": OPENMP}
+OPTIONS: dict[str, Any] = {
+    "depends": [*HEADERS, "setup.py"],
+    "include_dirs": [os.path.abspath("csrc")],  # includes name files from there
+    "extra_link_args": OPENMP,
+}
 
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type

@@ -1,4 +1,5 @@
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
 class Alphabet:
@@ -8,33 +9,12 @@ class Alphabet:
     def decode_sequence(self, tokens: list[int] | tuple[int, ...]) -> str | None: ...
 
 def build_info() -> dict[str, str]: ...
-def count_and_step_adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None: ...
-def embedding_cross_entropy(
-    idx: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    padding_idx: int,
-    sparse: bool,
-    return_logits: bool,
-) -> tuple[Tensor, Tensor]: ...
-def get_batch(
-    tokens: Tensor, batch_size: int, block_size: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]: ...
+
+# The ops, with the arguments of their schemas (csrc/bindings.cpp), by position.
+adamw_: Callable[..., None]
+count_bigrams: Callable[..., Tensor]
+embedding_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+fit_: Callable[..., int]
+generate: Callable[..., Tensor]
+get_batch: Callable[..., tuple[Tensor, Tensor]]
+multinomial: Callable[..., Tensor]

@@ -97,8 +97,5 @@ def get_batch(
         ValueError: A size is not positive, or there are too few tokens for one block.
         TypeError: An argument is of the wrong type.
     """
-    try:
-        idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
-    except RuntimeError as error:
-        raise ops.as_type_error(error) from None
+    idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
     return idx, targets

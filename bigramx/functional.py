@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,23 @@ from bigramx import ops
 
 Reduction = Literal["none", "mean", "sum"]
 Sampler = Literal["torch", "philox"]
+
+
+def _loss_options(
+    weight: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    label_smoothing: float,
+    z_loss: float,
+    padding_idx: int | None,
+    sparse: bool,
+) -> tuple[object, ...]:
+    """As the op takes them."""
+    if reduction not in ops.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction; expected 'none', 'mean' or 'sum'")
+    padding = ops.NO_PADDING if padding_idx is None else _from_the_start(padding_idx, weight)
+    return class_weight, ignore_index, ops.REDUCTIONS[reduction], label_smoothing, z_loss, padding, sparse
 
 
 def _from_the_start(padding_idx: int, weight: Tensor) -> int:
@@ -26,7 +43,6 @@ def _from_the_start(padding_idx: int, weight: Tensor) -> int:
     return padding_idx % num_embeddings
 
 
-@overload
 def embedding_cross_entropy(
     idx: Tensor,
     weight: Tensor,
@@ -39,41 +55,7 @@ def embedding_cross_entropy(
     z_loss: float = 0.0,
     padding_idx: int | None = None,
     sparse: bool = False,
-    return_logits: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def embedding_cross_entropy(
-    idx: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    padding_idx: int | None = None,
-    sparse: bool = False,
-    return_logits: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-def embedding_cross_entropy(
-    idx: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    padding_idx: int | None = None,
-    sparse: bool = False,
-    return_logits: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     r"""``F.cross_entropy(F.embedding(idx, weight), targets)`` without the logits, and its gradient for ``weight``.
 
     With :math:`l_i = \mathrm{logsumexp}(W_i)` the loss of pair n is :math:`l_{x_n} - W_{x_n, y_n}`: one logsumexp for
@@ -96,7 +78,6 @@ def embedding_cross_entropy(
         padding_idx: This row gets no gradient. Negative: counted from the end.
         sparse: The gradient is a coalesced sparse tensor with the rows that occur in ``idx``. On a GPU, where their
             number is not known to the host, it has min(N, R) entries, those too many being zero, and is not coalesced.
-        return_logits: Returns ``(loss, logits)``, the logits being ``weight[idx]``, (N, C), differentiable too.
 
     Returns:
         The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``. The mean over no pairs is NaN.
@@ -107,29 +88,55 @@ def embedding_cross_entropy(
             negative.
         RuntimeError: A dtype, a device, the shape of ``weight`` or ``class_weight``, or ``label_smoothing`` is off;
             ``class_weight`` requires a gradient; or no kernel is built for the device.
-        NotImplementedError: ``weight`` is no floating-point tensor, or is differentiated in forward mode.
+        NotImplementedError: ``weight`` is not a floating-point tensor, or is differentiated in forward mode.
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
-    if reduction not in ops.REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction; expected 'none', 'mean' or 'sum'")
-    try:
-        loss, logits = ops.embedding_cross_entropy(
-            idx,
-            weight,
-            targets,
-            class_weight,
-            ignore_index,
-            ops.REDUCTIONS[reduction],
-            label_smoothing,
-            z_loss,
-            ops.NO_PADDING if padding_idx is None else _from_the_start(padding_idx, weight),
-            sparse,
-            return_logits,
-        )
-    except RuntimeError as error:
-        raise ops.as_type_error(error) from None
-    return (loss, logits) if return_logits else loss
+    options = _loss_options(
+        weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse
+    )
+    loss: Tensor = ops.embedding_cross_entropy(idx, weight, targets, *options, False)[0]
+    return loss
+
+
+def embedding_cross_entropy_with_logits(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``embedding_cross_entropy``, and the logits ``weight[idx]``, from one kernel.
+
+    Args:
+        idx: As there, and so are the others.
+        weight: (R, C).
+        targets: The shape of ``idx``.
+        class_weight: (C).
+        ignore_index: A target.
+        reduction: Of the loss.
+        label_smoothing: 0 to 1.
+        z_loss: >= 0.
+        padding_idx: A row.
+        sparse: The gradient.
+
+    Returns:
+        The loss, and the logits (N, C) in the dtype of ``weight``: both are differentiable.
+
+    Raises:
+        IndexError, ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError: As there.
+    """
+    options = _loss_options(
+        weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse
+    )
+    loss, logits = ops.embedding_cross_entropy(idx, weight, targets, *options, True)
+    return loss, logits
 
 
 def multinomial(
@@ -165,10 +172,7 @@ def multinomial(
         ValueError: ``sampler`` is neither of the two, or ``"torch"`` on a GPU.
         TypeError: An argument is of the wrong type.
     """
-    try:
-        samples: Tensor = ops.multinomial(probs, num_samples, replacement, sampler=sampler, generator=generator)
-    except RuntimeError as error:
-        raise ops.as_type_error(error) from None
+    samples: Tensor = ops.multinomial(probs, num_samples, replacement, sampler, generator)
     return samples
 
 
@@ -194,9 +198,9 @@ def generate(
         idx: (B, T) tokens, int64 or int32, T >= 1.
         weight: (V, V) logits, row i those of the token that follows i.
         max_new_tokens: How many tokens to add, >= 0.
-        temperature: Divides the logits; 0 takes the likeliest token and draws nothing.
-        top_k: Keeps the k likeliest tokens, and those equal to the k-th.
-        top_p: Keeps the fewest likeliest tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1.
+        temperature: Divides the logits; 0 takes the most likely token (argmax) and draws nothing.
+        top_k: Keeps the k most likely tokens, and those equal to the k-th.
+        top_p: Keeps the fewest most likely tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1.
         min_p: Keeps the tokens with at least ``min_p`` times the largest probability, 0 <= min_p <= 1.
         stop: A sequence ends with this token.
         sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,
@@ -214,17 +218,14 @@ def generate(
         IndexError: A token is out of range, or T = 0.
         ValueError: An option is out of range.
         RuntimeError: ``weight`` is not square, ``idx`` is not 2-D, a dtype or device is off, or (temperature > 0) a
-            chain meets a row that is no distribution. What only the device can see, tokens and rows, is an assertion
+            chain meets a row that is not a distribution. What only the device can see, tokens and rows, is an assertion
             there, as in PyTorch.
-        NotImplementedError: ``weight`` is no floating-point tensor.
+        NotImplementedError: ``weight`` is not a floating-point tensor.
         TypeError: An argument is of the wrong type.
     """
-    try:
-        tokens: Tensor = ops.generate(
-            idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, stop, sampler, generator=generator
-        )
-    except RuntimeError as error:
-        raise ops.as_type_error(error) from None
+    tokens: Tensor = ops.generate(
+        idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, stop, sampler, generator
+    )
     return tokens
 
 
@@ -244,10 +245,7 @@ def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
         RuntimeError: ``tokens`` is not 1-D or of another dtype.
         TypeError: An argument is of the wrong type.
     """
-    try:
-        counts: Tensor = ops.count_bigrams(tokens, vocab_size)
-    except RuntimeError as error:
-        raise ops.as_type_error(error) from None
+    counts: Tensor = ops.count_bigrams(tokens, vocab_size)
     return counts
 
 
@@ -258,7 +256,7 @@ def adamw_(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None = None,
     *,
-    step: float,
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -274,7 +272,8 @@ def adamw_(
         exp_avg: The running mean of the gradients; updated.
         exp_avg_sq: The running mean of their squares; updated.
         max_exp_avg_sq: The largest ``exp_avg_sq`` so far, for AMSGrad; updated.
-        step: The number of this step, from 1.
+        step: The number of this step, from 1: one float32 or float64 number, on the CPU or beside ``param``, as
+            ``torch._fused_adamw_`` takes it.
         lr: Learning rate.
         beta1: Decay of ``exp_avg``.
         beta2: Decay of ``exp_avg_sq``.
@@ -284,12 +283,9 @@ def adamw_(
 
     Raises:
         RuntimeError: A shape, dtype or device differs from that of ``param``, or a tensor is not contiguous.
-        ValueError: ``step`` is less than 1.
+        ValueError: ``step``, on the CPU, is less than 1.
         TypeError: An argument is of the wrong type.
     """
-    try:
-        ops.adamw_(
-            param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize
-        )
-    except RuntimeError as error:
-        raise ops.as_type_error(error) from None
+    ops.adamw_(
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize
+    )

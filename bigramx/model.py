@@ -82,8 +82,8 @@ class BigramLanguageModel(nn.Module):
             return None, functional.embedding_cross_entropy(
                 idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse
             )
-        loss, logits = functional.embedding_cross_entropy(
-            idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse, return_logits=True
+        loss, logits = functional.embedding_cross_entropy_with_logits(
+            idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse
         )
         return logits, loss
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, library
@@ -20,35 +20,47 @@ except ImportError as error:
 NO_PADDING = -1
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
-_Result = TypeVar("_Result")
 
-
-def direct(op: Callable[..., _Result], native: Callable[..., _Result]) -> Callable[..., _Result]:
-    """The op without torch.ops, whose parsing of the arguments takes as long as a small kernel.
+def direct(op: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """The one way into an op: past torch.ops, whose parsing of the arguments takes as long as a small kernel.
 
     torch.ops serves those who listen there: torch.compile and overrides of __torch_function__. And it says what is
-    wrong with an argument of the wrong type.
+    wrong with an argument of the wrong type, as a TypeError, which is what PyTorch raises for it.
     """
 
-    def call(*arguments: object) -> _Result:
-        if torch.compiler.is_dynamo_compiling() or has_torch_function(arguments):
-            return op(*arguments)
+    def call(*arguments: object) -> Any:
         try:
-            return native(*arguments)
-        except TypeError:
-            return op(*arguments)
+            if torch.compiler.is_dynamo_compiling() or has_torch_function(arguments):
+                return op(*arguments)
+            try:
+                return native(*arguments)
+            except TypeError:
+                return op(*arguments)
+        except RuntimeError as error:
+            raise _as_type_error(error) from None
 
     return call
 
 
-embedding_cross_entropy = direct(torch.ops.bigramx.embedding_cross_entropy.default, _C.embedding_cross_entropy)
-multinomial = torch.ops.bigramx.multinomial.default
-generate = torch.ops.bigramx.generate.default
-count_bigrams = torch.ops.bigramx.count_bigrams.default
-adamw_ = torch.ops.bigramx.adamw_.default
-count_and_step_adamw = _C.count_and_step_adamw
-get_batch = direct(torch.ops.bigramx.get_batch.default, _C.get_batch)
-fit_ = torch.ops.bigramx.fit_.default
+def _as_type_error(error: RuntimeError) -> Exception:
+    """A TypeError where the dispatcher says RuntimeError of an argument of the wrong type; else the same error."""
+    message = str(error)
+    if not any(sign in message for sign in ("Expected a value of type", "There were no tensor arguments")):
+        return error
+    return TypeError(message.partition("\nPosition")[0])
+
+
+def _op(name: str) -> Callable[..., Any]:
+    return direct(getattr(torch.ops.bigramx, name).default, getattr(_C, name))
+
+
+adamw_ = _op("adamw_")
+count_bigrams = _op("count_bigrams")
+embedding_cross_entropy = _op("embedding_cross_entropy")
+fit_ = _op("fit_")
+generate = _op("generate")
+get_batch = _op("get_batch")
+multinomial = _op("multinomial")
 Alphabet = _C.Alphabet
 
 
@@ -64,14 +76,6 @@ def build_info() -> dict[str, str]:
 
 
 HAS_CUDA_KERNELS = build_info()["cuda_architectures"] != ""
-
-
-def as_type_error(error: RuntimeError) -> Exception:
-    """The TypeError that PyTorch raises for an argument of the wrong type, which the dispatcher calls RuntimeError."""
-    message = str(error)
-    if not any(sign in message for sign in ("Expected a value of type", "There were no tensor arguments")):
-        return error
-    return TypeError(message.partition("\nPosition")[0])
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -106,15 +110,15 @@ def _(
     idx: Tensor,
     weight: Tensor,
     targets: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    padding_idx: int,
-    sparse: bool,
-    return_logits: bool,
-    compute_grad: bool,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: int = 1,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int = NO_PADDING,
+    sparse: bool = False,
+    return_logits: bool = False,
+    compute_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_same_device("embedding_cross_entropy", idx=idx, weight=weight, targets=targets, class_weight=class_weight)
     loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else ())
@@ -130,13 +134,13 @@ def _(
     idx: Tensor,
     weight: Tensor,
     targets: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    padding_idx: int,
-    sparse: bool,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: int = 1,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int = NO_PADDING,
+    sparse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_same_device(
         "embedding_cross_entropy",
@@ -154,7 +158,6 @@ def _(
     probs: Tensor,
     num_samples: int,
     replacement: bool = False,
-    *,
     sampler: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -172,7 +175,6 @@ def _(
     min_p: float | None = None,
     stop: int | None = None,
     sampler: str | None = None,
-    *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_same_device("generate", idx=idx, weight=weight)
@@ -193,7 +195,7 @@ def _(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
-    step: float,
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,

@@ -47,9 +47,36 @@ def embedding_cross_entropy(
     z_loss: float = 0.0,
     padding_idx: int | None = None,
     sparse: bool = False,
-    return_logits: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """See functional.embedding_cross_entropy; makes the (N, C) logits."""
+    return embedding_cross_entropy_with_logits(
+        idx,
+        weight,
+        targets,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        padding_idx=padding_idx,
+        sparse=sparse,
+    )[0]
+
+
+def embedding_cross_entropy_with_logits(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See functional.embedding_cross_entropy_with_logits."""
     logits = F.embedding(idx.reshape(-1), weight, padding_idx=padding_idx, sparse=sparse)
     flat_targets = targets.reshape(-1).long()
     loss = F.cross_entropy(
@@ -69,7 +96,7 @@ def embedding_cross_entropy(
             loss = loss + penalties.sum() / (counts.sum() if reduction == "mean" else 1)
     if reduction == "none":
         loss = loss.view(targets.shape)
-    return (loss, logits) if return_logits else loss
+    return loss, logits
 
 
 def multinomial(
@@ -89,7 +116,7 @@ def multinomial(
     samples = torch.empty(len(rows), num_samples, dtype=torch.int64, device=probs.device)
     for k in range(num_samples):
         r = philox(seed, torch.arange(len(rows), device=probs.device), k) >> 1
-        drawn = torch.searchsorted(thresholds(weights), r[:, None], right=True)
+        drawn = torch.searchsorted(fixed_point_cdf(weights), r[:, None], right=True)
         if not replacement:
             weights.scatter_(1, drawn, 0)
         samples[:, k] = drawn[:, 0]
@@ -117,8 +144,8 @@ def filter_logits(
     """Logits (..., V) -> logits divided by the temperature, -inf for the tokens that the filters remove."""
     vocab_size = logits.size(-1)
     if temperature == 0:
-        likeliest = F.one_hot(logits.argmax(-1), vocab_size).bool()
-        return logits.masked_fill(~likeliest, float("-inf"))
+        is_argmax = F.one_hot(logits.argmax(-1), vocab_size).bool()
+        return logits.masked_fill(~is_argmax, float("-inf"))
     logits = logits / temperature
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, vocab_size)).values[..., -1:]
@@ -167,7 +194,7 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def weights_of_logits(logits: Tensor) -> Tensor:
-    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^30, by the very operations of csrc/thresholds.h."""
+    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^30, by the very operations of csrc/sampling/fixed_point_cdf.h."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     x = (logits - logits.amax(-1, keepdim=True)).float().clamp(min=-25)
@@ -205,11 +232,21 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return (exponent.long() + 1023 << 52).view(torch.float64)
 
 
-def thresholds(weights: Tensor) -> Tensor:
-    """Weights (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose threshold lies above it."""
+def fixed_point_cdf(weights: Tensor) -> Tensor:
+    """Weights (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose cdf lies above it."""
     sums = weights.cumsum(-1)
     total = sums[..., -1:]
     return torch.where(sums == total, 2**31, (sums.double() * (2**31 / total.double())).long())
+
+
+def get_batch(
+    tokens: Tensor, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """See data.get_batch: the lecture's stacks of slices."""
+    offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
+    idx = torch.stack([tokens[i : i + block_size] for i in offsets])
+    targets = torch.stack([tokens[i + 1 : i + block_size + 1] for i in offsets])
+    return idx.long(), targets.long()
 
 
 def generate(
@@ -240,7 +277,7 @@ def generate(
             idx_next = logits.argmax(-1, keepdim=True)
         elif sampler == "philox":
             r = philox(seed, torch.arange(idx.size(0), device=idx.device), t) >> 1
-            idx_next = torch.searchsorted(thresholds(weights_of_logits(logits)), r[:, None], right=True)
+            idx_next = torch.searchsorted(fixed_point_cdf(weights_of_logits(logits)), r[:, None], right=True)
         else:
             idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         if stop is not None:
@@ -257,7 +294,7 @@ def adamw_(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None = None,
     *,
-    step: float,
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -274,5 +311,6 @@ def adamw_(
     largest = exp_avg_sq
     if max_exp_avg_sq is not None:
         largest = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    denominator = largest.sqrt() / (1 - beta2**step) ** 0.5 + eps
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    number = step.item()
+    denominator = largest.sqrt() / (1 - beta2**number) ** 0.5 + eps
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**number))

@@ -291,20 +291,19 @@ class _Loop:
             table.weight,
             state["exp_avg"],
             state["exp_avg_sq"],
+            state["step"],
             losses,
             self.tokens.cpu(),
             self.batch_size,
             self.block_size,
             ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
-            state["step"].item() + 1,
             group["lr"],
             *group["betas"],
             group["eps"],
             group["weight_decay"],
             max_seconds,
-            generator=self.generator,
+            self.generator,
         )
-        state["step"] += num_steps
         table.weight.grad = None
         self.history.losses += losses[:num_steps].tolist()
 

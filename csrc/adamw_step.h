@@ -1,14 +1,13 @@
-// What a step of AdamW computes with: host and device.
+// What a step of AdamW computes with, host and device.
 #pragma once
 
 #include <cmath>
 
-#include "philox.h"  // BIGRAMX_HOST_DEVICE
+#include "base/host_device.h"
 
 namespace bigramx {
 
 struct AdamWOptions {
-    double step;  // counts from 1
     double lr;
     double beta1;
     double beta2;
@@ -27,11 +26,11 @@ struct AdamWConstants {
     scalar_t eps;
 };
 
-// Each is computed in double, and rounded once.
+// Each is computed in double, and rounded once. step counts from 1.
 template <typename scalar_t>
-BIGRAMX_HOST_DEVICE inline AdamWConstants<scalar_t> adamw_constants(const AdamWOptions& options) {
-    const double correction1 = 1 - std::pow(options.beta1, options.step);
-    const double correction2 = 1 - std::pow(options.beta2, options.step);
+BIGRAMX_HOST_DEVICE AdamWConstants<scalar_t> adamw_constants(const AdamWOptions& options, double step) {
+    const double correction1 = 1 - std::pow(options.beta1, step);
+    const double correction2 = 1 - std::pow(options.beta2, step);
     AdamWConstants<scalar_t> constants{};
     constants.grad_sign = options.maximize ? -1 : 1;
     constants.decay = static_cast<scalar_t>(1 - options.lr * options.weight_decay);

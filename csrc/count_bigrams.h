@@ -5,7 +5,16 @@
 
 namespace bigramx {
 
-// (N) tokens of uint8, uint16, int32 or int64, contiguous -> (V, V) int64.
-at::Tensor count_bigrams_cpu(const at::Tensor& tokens, int64_t vocab_size);
+struct CountBigramsParams {
+    at::Tensor tokens;   // (N) uint8, uint16, int32 or int64, contiguous
+    int64_t vocab_size;  // V
+};
+
+// counts: (V, V) int64.
+at::Tensor count_bigrams_cpu(const CountBigramsParams& params);
+at::Tensor count_bigrams_cuda(const CountBigramsParams& params);
+
+// The op.
+at::Tensor count_bigrams(const at::Tensor& tokens, int64_t vocab_size);
 
 }  // namespace bigramx

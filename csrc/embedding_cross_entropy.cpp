@@ -1,5 +1,6 @@
 #include "embedding_cross_entropy.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -9,27 +10,27 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "checks.h"
-#include "gpu.h"
+#include <cmath>
+#include <utility>
+#include <vector>
 
-#if defined(BIGRAMX_CUDA)
-#include <ATen/Context.h>
-#include <ATen/ops/index_select.h>
-
-#include "cuda/embedding_cross_entropy.h"
-#endif
+#include "base/checks.h"
+#include "base/dispatch.h"
+#include "base/op_names.h"
 
 namespace bigramx {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using Options = EmbeddingCrossEntropyOptions;
+using Params = EmbeddingCrossEntropyParams;
 
-constexpr const char* kName = "embedding_cross_entropy";
+constexpr const char* kName = kEmbeddingCrossEntropy;
 
 // ---------------------------------------------------------------------------------------------- checks
 
-void check_options(const LossOptions& options, int64_t num_rows) {
+void check_options(const Options& options, int64_t num_rows) {
     TORCH_CHECK_VALUE(options.reduction >= 0 && options.reduction < at::Reduction::END, kName, ": ",
                       options.reduction, " is not a valid value for reduction");
     TORCH_CHECK(options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0, kName,
@@ -41,14 +42,15 @@ void check_options(const LossOptions& options, int64_t num_rows) {
                       options.padding_idx);
 }
 
-void check_devices(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-                   const std::optional<at::Tensor>& class_weight) {
-    check_defined(kName, "idx", idx);
-    check_defined(kName, "weight", weight);
-    check_defined(kName, "targets", targets);
-    check_same_device(kName, "idx", idx, "weight", weight);
-    check_same_device(kName, "targets", targets, "weight", weight);
-    if (class_weight.has_value()) check_same_device(kName, "class_weight", *class_weight, "weight", weight);
+void check_devices(const Params& params) {
+    check_defined(kName, "idx", params.idx);
+    check_defined(kName, "weight", params.weight);
+    check_defined(kName, "targets", params.targets);
+    check_same_device(kName, "idx", params.idx, "weight", params.weight);
+    check_same_device(kName, "targets", params.targets, "weight", params.weight);
+    if (params.class_weight.defined()) {
+        check_same_device(kName, "class_weight", params.class_weight, "weight", params.weight);
+    }
 }
 
 void check_class_weight(const at::Tensor& class_weight, const at::Tensor& weight) {
@@ -60,191 +62,135 @@ void check_class_weight(const at::Tensor& class_weight, const at::Tensor& weight
                 ": not differentiable with respect to class_weight; it cannot have requires_grad True");
 }
 
-void check_tensors(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-                   const std::optional<at::Tensor>& class_weight) {
-    check_matrix(kName, "weight", weight);
-    check_floating(kName, "weight", weight);
-    check_dtype(kName, "idx", idx, {at::kLong, at::kInt});
-    check_dtype(kName, "targets", targets, {at::kLong, at::kInt, at::kByte});
-    check_devices(idx, weight, targets, class_weight);
-    TORCH_CHECK_VALUE(idx.sym_sizes() == targets.sym_sizes(), kName,
-                      ": expected targets to have the shape of idx, ", idx.sym_sizes(), ", got ",
-                      targets.sym_sizes());
-    if (class_weight.has_value()) check_class_weight(*class_weight, weight);
+void check_params(const Params& params) {
+    check_matrix(kName, "weight", params.weight);
+    check_floating(kName, "weight", params.weight);
+    check_dtype(kName, "idx", params.idx, {at::kLong, at::kInt});
+    check_dtype(kName, "targets", params.targets, {at::kLong, at::kInt, at::kByte});
+    check_devices(params);
+    TORCH_CHECK_VALUE(params.idx.sym_sizes() == params.targets.sym_sizes(), kName,
+                      ": expected targets to have the shape of idx, ", params.idx.sym_sizes(), ", got ",
+                      params.targets.sym_sizes());
+    if (params.class_weight.defined()) check_class_weight(params.class_weight, params.weight);
+    check_options(params.options, params.weight.size(0));
 }
 
 // ---------------------------------------------------------------------------------------------- kernels
 
-LossInputs prepare(const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-                   const std::optional<at::Tensor>& class_weight) {
+// As the kernels take them.
+Params prepare(const Params& params) {
+    Params prepared = params;
+    const at::Tensor& weight = params.weight;
     const bool unit_stride = weight.size(1) <= 1 || weight.stride(1) == 1;
-    return {contiguous_int64(idx), unit_stride ? weight : weight.contiguous(), contiguous_int64(targets),
-            class_weight.has_value() ? class_weight->to(accumulator_of(weight.scalar_type())).contiguous()
-                                     : at::Tensor()};
-}
-
-#if defined(BIGRAMX_CUDA)
-
-LossCall make_call(const LossInputs& inputs, const LossOptions& options) {
-    const at::Tensor& weight = inputs.weight;
-    const int64_t num_pairs = inputs.idx.numel();
-    TORCH_CHECK(num_pairs <= std::numeric_limits<uint32_t>::max(), kName,
-                ": expected fewer than 2^32 pairs on a GPU, got ", num_pairs);
-    TORCH_CHECK(weight.size(1) <= std::numeric_limits<int32_t>::max(), kName,
-                ": expected weight to have at most 2147483647 columns, got ", weight.size(1));
-    LossCall call{};
-    call.type = float_type(weight);
-    call.weight = weight.const_data_ptr();
-    call.row_stride = weight.stride(0);
-    call.num_rows = weight.size(0);
-    call.num_classes = weight.size(1);
-    call.idx = inputs.idx.const_data_ptr<int64_t>();
-    call.targets = inputs.targets.const_data_ptr<int64_t>();
-    call.num_pairs = num_pairs;
-    if (inputs.class_weight.defined()) call.class_weight = inputs.class_weight.const_data_ptr();
-    call.ignore_index = options.ignore_index;
-    call.is_mean = options.reduction == at::Reduction::Mean;
-    call.is_reduced = options.reduction != at::Reduction::None;
-    call.label_smoothing = options.label_smoothing;
-    call.z_loss = options.z_loss;
-    call.padding_idx = options.padding_idx;
-    return call;
-}
-
-void set_gradient(LossCall& call, const WeightGradient& gradient, bool sparse) {
-    call.gradient = gradient.values.data_ptr();
-    if (sparse) call.grad_rows = gradient.rows.data_ptr<int64_t>();
-}
-
-// Allocates it, and has the call write it.
-WeightGradient make_gradient(LossCall& call, const at::Tensor& weight, bool sparse) {
-    const int64_t num_slots = sparse ? std::min(call.num_pairs, call.num_rows) : call.num_rows;
-    WeightGradient gradient{at::empty({sparse ? num_slots : 0}, weight.options().dtype(at::kLong)),
-                            at::empty({num_slots, call.num_classes}, weight.options())};
-    set_gradient(call, gradient, sparse);
-    return gradient;
-}
-
-void launch(const LossCall& call, const GpuScope& scope, const at::Tensor& weight) {
-    const at::Tensor scratch =
-        at::empty({embedding_cross_entropy_scratch_bytes(call)}, weight.options().dtype(at::kByte));
-    launch_embedding_cross_entropy(call, scratch.data_ptr(), scope.stream());
-}
-
-at::Tensor embedding_cross_entropy_cuda(const LossInputs& inputs, const LossOptions& options,
-                                        const LossExtras& extras) {
-    const GpuScope scope(inputs.weight);
-    LossCall call = make_call(inputs, options);
-    const at::IntArrayRef shape = call.is_reduced ? at::IntArrayRef() : inputs.targets.sizes();
-    const at::Tensor loss = at::empty(shape, inputs.weight.options());
-    call.loss = loss.data_ptr();
-    if (extras.gradient != nullptr) {
-        *extras.gradient = make_gradient(call, inputs.weight, options.sparse);
+    prepared.idx = contiguous_int64(params.idx);
+    prepared.targets = contiguous_int64(params.targets);
+    if (!unit_stride) prepared.weight = weight.contiguous();
+    if (params.class_weight.defined()) {
+        prepared.class_weight = params.class_weight.to(at::toOpMathType(weight.scalar_type())).contiguous();
     }
-    launch(call, scope, inputs.weight);
-    if (extras.logits != nullptr) *extras.logits = inputs.weight.index_select(0, inputs.idx.reshape(-1));
-    return loss;
+    return prepared;
 }
 
-WeightGradient embedding_cross_entropy_backward_cuda(const at::Tensor& grad_loss, const LossInputs& inputs,
-                                                     const LossOptions& options) {
-    const GpuScope scope(inputs.weight);
-    LossCall call = make_call(inputs, options);
-    if (!call.is_reduced) {  // the pairs of a row are added up in no fixed order
-        at::globalContext().alertNotDeterministic("embedding_cross_entropy_backward with reduction='none'");
-    }
-    const at::Tensor grad_losses = grad_loss.to(inputs.weight.scalar_type()).contiguous();
-    call.grad_loss = grad_losses.const_data_ptr();
-    WeightGradient gradient = make_gradient(call, inputs.weight, options.sparse);
-    launch(call, scope, inputs.weight);
-    return gradient;
-}
-
-#endif
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
     const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits,
     bool compute_grad) {
-    const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
-    check_tensors(idx, weight, targets, class_weight);
-    check_options(options, weight.size(0));
-    const LossInputs inputs = prepare(idx, weight, targets, class_weight);
-    at::Tensor logits;
-    WeightGradient gradient;
-    const LossExtras extras{compute_grad ? &gradient : nullptr, return_logits ? &logits : nullptr};
-    const at::Tensor loss = BIGRAMX_BY_DEVICE(weight, embedding_cross_entropy, inputs, options, extras);
+    const Params params{idx,
+                        weight,
+                        targets,
+                        class_weight.value_or(at::Tensor()),
+                        {ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse},
+                        return_logits,
+                        compute_grad};
+    check_params(params);
+    auto [loss, logits, gradient] = BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy, prepare(params));
     if (!return_logits) logits = at::empty({0}, weight.options());
-    if (!compute_grad)
+    if (!compute_grad) {
         gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
+    }
     return {loss, logits, gradient.rows, gradient.values};
 }
 
-std::tuple<at::Tensor, at::Tensor> backward_op(const at::Tensor& grad_loss, const at::Tensor& idx,
-                                               const at::Tensor& weight, const at::Tensor& targets,
-                                               const std::optional<at::Tensor>& class_weight,
-                                               int64_t ignore_index, int64_t reduction,
-                                               double label_smoothing, double z_loss, int64_t padding_idx,
-                                               bool sparse) {
-    const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
-    check_tensors(idx, weight, targets, class_weight);
-    check_options(options, weight.size(0));
-    const int64_t num_gradients = reduction == at::Reduction::None ? targets.numel() : 1;
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& idx,
+                                            const at::Tensor& weight, const at::Tensor& targets,
+                                            const std::optional<at::Tensor>& class_weight,
+                                            int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                            double z_loss, int64_t padding_idx, bool sparse) {
+    const Params params{idx,
+                        weight,
+                        targets,
+                        class_weight.value_or(at::Tensor()),
+                        {ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse}};
+    check_params(params);
+    const int64_t num_gradients = params.is_reduced() ? 1 : targets.numel();
     TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
                 " elements, got shape ", grad_loss.sizes());
-    const LossInputs inputs = prepare(idx, weight, targets, class_weight);
     const WeightGradient gradient =
-        BIGRAMX_BY_DEVICE(weight, embedding_cross_entropy_backward, grad_loss, inputs, options);
+        BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy_backward, grad_loss, prepare(params));
     return {gradient.rows, gradient.values};
+}
+
+// Through the dispatcher, which hands tracers these two ops in place of their kernels.
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
+    return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
+}
+
+auto call_forward(const Params& params) {
+    static const auto op = find_op<decltype(forward)>("bigramx::embedding_cross_entropy_forward");
+    return std::apply(
+        [&](const auto&... option) {
+            return op.call(params.idx, params.weight, params.targets, optional_of(params.class_weight),
+                           option..., params.return_logits, params.compute_grad);
+        },
+        Options::fields(params.options));
+}
+
+WeightGradient call_backward(const at::Tensor& grad_loss, const Params& params) {
+    static const auto op = find_op<decltype(backward)>("bigramx::embedding_cross_entropy_backward");
+    const auto [rows, values] = std::apply(
+        [&](const auto&... option) {
+            return op.call(grad_loss, params.idx, params.weight, params.targets,
+                           optional_of(params.class_weight), option...);
+        },
+        Options::fields(params.options));
+    return {rows, values};
 }
 
 // ---------------------------------------------------------------------------------------------- autograd
 
-c10::OperatorHandle find_op(const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-}
-
-struct LossArguments {
-    at::Tensor idx, weight, targets;
-    std::optional<at::Tensor> class_weight;
-    LossOptions options;
-    bool return_logits = false;
-
-    // loss, logits, grad_rows, grad_values
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(bool compute_grad) const {
-        static const auto op =
-            find_op("bigramx::embedding_cross_entropy_forward").typed<decltype(forward_op)>();
-        return op.call(idx, weight, targets, class_weight, options.ignore_index, options.reduction,
-                       options.label_smoothing, options.z_loss, options.padding_idx, options.sparse,
-                       return_logits, compute_grad);
-    }
-
-    std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss) const {
-        static const auto op =
-            find_op("bigramx::embedding_cross_entropy_backward").typed<decltype(backward_op)>();
-        return op.call(grad_loss, idx, weight, targets, class_weight, options.ignore_index, options.reduction,
-                       options.label_smoothing, options.z_loss, options.padding_idx, options.sparse);
-    }
-};
-
 // One sparse dimension, over the rows, as nn.Embedding(sparse=True) gives it; on the CPU the rows are
 // distinct.
-at::Tensor assemble(const std::tuple<at::Tensor, at::Tensor>& gradient, const at::Tensor& weight,
-                    bool sparse) {
-    const auto& [rows, values] = gradient;
-    if (!sparse) return values;
-    return at::_sparse_coo_tensor_unsafe_symint(rows.unsqueeze(0), values, weight.sym_sizes(),
-                                                values.options().layout(at::kSparse),
-                                                /*is_coalesced=*/!is_on_gpu(values));
+at::Tensor assemble(const WeightGradient& gradient, const at::Tensor& weight, bool sparse) {
+    if (!sparse) return gradient.values;
+    return at::_sparse_coo_tensor_unsafe_symint(gradient.rows.unsqueeze(0), gradient.values,
+                                                weight.sym_sizes(),
+                                                gradient.values.options().layout(at::kSparse),
+                                                /*is_coalesced=*/!uses_cuda_kernels(gradient.values));
 }
 
-// Whether the tensor may be a stand-in for tracing (torch.compile, torch.export), whose value cannot be read.
+// Whether the tensor may stand for others in tracing (torch.compile, torch.export): its value cannot be read.
 bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
 
-// A gradient in 16 bits has lost what a loss scale is there to save: it may be handed over, but not scaled.
-bool may_scale(const at::Tensor& gradient) {
-    return gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble;
+c10::IValue to_ivalue(const Options& options) {
+    return std::apply(
+        [](const auto&... option) { return c10::ivalue::Tuple::create(std::vector<c10::IValue>{option...}); },
+        Options::fields(options));
+}
+
+Options from_ivalue(const c10::IValue& value) {
+    const std::vector<c10::IValue> elements = value.toTupleRef().elements().vec();
+    Options options{};
+    size_t k = 0;
+    std::apply([&](auto&... option) { ((option = elements[k++].to<std::decay_t<decltype(option)>>()), ...); },
+               Options::fields(options));
+    return options;
 }
 
 // Gives a gradient that was made under create_graph=True a history, so that only a second differentiation
@@ -260,27 +206,23 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     }
 };
 
-// (weight, arguments) -> (loss, logits). The tensors among the arguments are hidden in their struct: none of
-// them is differentiable.
+// (weight, params) -> (loss, logits). The tensors among the params are hidden in their struct: only weight is
+// differentiable.
 struct LossFunction : torch::autograd::Function<LossFunction> {
-    static variable_list forward(AutogradContext* ctx, const at::Tensor& weight,
-                                 const LossArguments& arguments) {
+    static variable_list forward(AutogradContext* ctx, const at::Tensor& weight, Params params) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        const LossOptions& options = arguments.options;
         TORCH_CHECK_NOT_IMPLEMENTED(
-            !options.sparse || !weight.key_set().has(c10::DispatchKey::Python), kName,
+            !params.options.sparse || !weight.key_set().has(c10::DispatchKey::Python), kName,
             ": sparse gradients are not implemented under torch.compile and torch.export");
-        const bool compute_grad =
-            options.reduction != at::Reduction::None && (may_scale(weight) || !is_traced(weight));
-        const auto [loss, logits, grad_rows, grad_values] = arguments.forward(compute_grad);
-        if (compute_grad) {
-            ctx->saved_data["gradient"] = assemble({grad_rows, grad_values}, weight, options.sparse);
+        params.compute_grad = params.is_reduced() && (can_scale_gradient(weight) || !is_traced(weight));
+        const auto [loss, logits, grad_rows, grad_values] = call_forward(params);
+        if (params.compute_grad) {
+            ctx->saved_data["gradient"] = assemble({grad_rows, grad_values}, weight, params.options.sparse);
         }
-        save_options(ctx, options);
-        ctx->save_for_backward(
-            {weight, arguments.idx, arguments.targets, arguments.class_weight.value_or(at::Tensor())});
+        ctx->saved_data["options"] = to_ivalue(params.options);
+        ctx->save_for_backward({weight, params.idx, params.targets, params.class_weight});
         ctx->set_materialize_grads(false);
-        if (!arguments.return_logits) ctx->mark_non_differentiable({logits});
+        if (!params.return_logits) ctx->mark_non_differentiable({logits});
         return {loss, logits};
     }
 
@@ -317,101 +259,54 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
     static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss, at::Tensor gradient) {
         if (gradient.defined() && is_traced(grad_loss)) return gradient.mul(grad_loss);
-        if (gradient.defined()) gradient = BIGRAMX_BY_DEVICE(gradient, scaled, ctx, grad_loss, gradient);
-        if (gradient.defined()) return gradient;
-        const LossArguments arguments = saved_arguments(ctx);
-        return assemble(arguments.backward(grad_loss), arguments.weight, arguments.options.sparse);
-    }
-
-    // The gradient for `grad_loss`, from that for 1; undefined where it must be computed anew.
-    static at::Tensor scaled_cpu(AutogradContext*, const at::Tensor& grad_loss, const at::Tensor& gradient) {
-        const double scale = grad_loss.item<double>();
-        if (scale == 1.0) return gradient;
-        // Not by an infinity: rows without pairs must stay zero.
-        return may_scale(gradient) && std::isfinite(scale) ? gradient.mul_(scale) : at::Tensor();
-    }
-
-#if defined(BIGRAMX_CUDA)
-    // Without the host knowing `grad_loss`. bfloat16 has the exponents of float32: scaling it loses nothing
-    // that a loss scale is there to save.
-    static at::Tensor scaled_cuda(AutogradContext* ctx, const at::Tensor& grad_loss,
-                                  const at::Tensor& gradient) {
-        const GpuScope scope(gradient);
-        const at::Tensor values = gradient.is_sparse() ? gradient._values() : gradient;
-        if (values.scalar_type() != at::kHalf) {
-            launch_scale_gradient(float_type(values), values.data_ptr(), values.numel(),
-                                  grad_loss.const_data_ptr(), scope.stream());
-            return gradient;
+        const auto saved = [&] { return saved_params(ctx); };
+        if (gradient.defined()) {
+            gradient = BIGRAMX_DISPATCH_DEVICE(gradient, embedding_cross_entropy_scale_gradient, gradient,
+                                               grad_loss, saved);
         }
-        const LossArguments arguments = saved_arguments(ctx);
-        const LossInputs inputs =
-            prepare(arguments.idx, arguments.weight, arguments.targets, arguments.class_weight);
-        LossCall call = make_call(inputs, arguments.options);
-        call.grad_loss = grad_loss.const_data_ptr();
-        call.unless_one = true;
-        set_gradient(call, {gradient.is_sparse() ? gradient._indices().select(0, 0) : at::Tensor(), values},
-                     gradient.is_sparse());
-        launch(call, scope, inputs.weight);
-        return gradient;
+        if (gradient.defined()) return gradient;
+        const Params params = saved();
+        return assemble(call_backward(grad_loss, params), params.weight, params.options.sparse);
     }
-#endif
 
     static at::Tensor embedding_gradient(AutogradContext* ctx, const at::Tensor& grad_logits) {
-        const LossArguments arguments = saved_arguments(ctx);
-        return at::embedding_backward_symint(grad_logits, arguments.idx.reshape(-1),
-                                             arguments.weight.sym_size(0), arguments.options.padding_idx,
-                                             /*scale_grad_by_freq=*/false, arguments.options.sparse);
+        const Params params = saved_params(ctx);
+        return at::embedding_backward_symint(grad_logits, params.idx.reshape(-1), params.weight.sym_size(0),
+                                             params.options.padding_idx, /*scale_grad_by_freq=*/false,
+                                             params.options.sparse);
     }
 
-    static LossArguments saved_arguments(AutogradContext* ctx) {
+    static Params saved_params(AutogradContext* ctx) {
         const variable_list saved = ctx->get_saved_variables();
-        return {saved[1], saved[0], saved[2],
-                saved[3].defined() ? std::make_optional(saved[3]) : std::nullopt, saved_options(ctx)};
-    }
-
-    static void save_options(AutogradContext* ctx, const LossOptions& options) {
-        ctx->saved_data["ignore_index"] = options.ignore_index;
-        ctx->saved_data["reduction"] = options.reduction;
-        ctx->saved_data["label_smoothing"] = options.label_smoothing;
-        ctx->saved_data["z_loss"] = options.z_loss;
-        ctx->saved_data["padding_idx"] = options.padding_idx;
-        ctx->saved_data["sparse"] = options.sparse;
-    }
-
-    static LossOptions saved_options(AutogradContext* ctx) {
-        return {ctx->saved_data["ignore_index"].toInt(),       ctx->saved_data["reduction"].toInt(),
-                ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["z_loss"].toDouble(),
-                ctx->saved_data["padding_idx"].toInt(),        ctx->saved_data["sparse"].toBool()};
+        return {saved[1], saved[0], saved[2], saved[3], from_ivalue(ctx->saved_data["options"])};
     }
 };
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
     const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
     const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits) {
-    const LossOptions options{ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse};
-    const LossArguments arguments{idx, weight, targets, class_weight, options, return_logits};
-    check_devices(idx, weight, targets, class_weight);  // before a tensor on another device picks the kernel
+    const Params params{idx,
+                        weight,
+                        targets,
+                        class_weight.value_or(at::Tensor()),
+                        {ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse},
+                        return_logits};
+    check_devices(params);  // before a tensor on another device picks the kernel
     TORCH_CHECK_NOT_IMPLEMENTED(!weight._fw_grad(/*level=*/0).defined(), kName,
                                 ": forward-mode differentiation is not implemented");
     if (!at::GradMode::is_enabled() || !weight.requires_grad()) {
-        const auto [loss, logits, grad_rows, grad_values] = arguments.forward(/*compute_grad=*/false);
+        const auto [loss, logits, grad_rows, grad_values] = call_forward(params);
         return {loss, logits};
     }
-    variable_list outputs = LossFunction::apply(weight, arguments);
+    variable_list outputs = LossFunction::apply(weight, params);
     return {std::move(outputs[0]), std::move(outputs[1])};
 }
 
-TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) {
-    m.impl("embedding_cross_entropy", &embedding_cross_entropy);
-}
+TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) { m.impl(kName, &embedding_cross_entropy); }
+BIGRAMX_REGISTER("embedding_cross_entropy_forward", &forward)
+BIGRAMX_REGISTER("embedding_cross_entropy_backward", &backward)
 
-void register_ops(torch::Library& m) {
-    m.impl("embedding_cross_entropy_forward", &forward_op);
-    m.impl("embedding_cross_entropy_backward", &backward_op);
-}
-
-BIGRAMX_REGISTER(register_ops)
-
-}  // namespace
 }  // namespace bigramx

@@ -7,62 +7,85 @@
 
 #include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
 #include <optional>
+#include <tuple>
 
 namespace bigramx {
 
 constexpr int64_t kNoPadding = -1;
 
-// In what the kernels compute for a table of this dtype.
-inline at::ScalarType accumulator_of(at::ScalarType dtype) {
-    return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-struct LossOptions {
+struct EmbeddingCrossEntropyOptions {
     int64_t ignore_index;
     int64_t reduction;  // at::Reduction
     double label_smoothing;
     double z_loss;
     int64_t padding_idx;  // kNoPadding: none
     bool sparse;          // the gradient: only the rows that occur
+
+    // All of them, in the order in which the schemas have them.
+    template <typename Options>
+    static auto fields(Options& options) {
+        return std::tie(options.ignore_index, options.reduction, options.label_smoothing, options.z_loss,
+                        options.padding_idx, options.sparse);
+    }
 };
 
-struct LossInputs {
-    at::Tensor idx;           // N elements, int64, contiguous
-    at::Tensor weight;        // (R, C), unit stride along a row
-    at::Tensor targets;       // N elements, int64, contiguous
-    at::Tensor class_weight;  // (C) float32, or float64 as weight is, contiguous; undefined: all ones
+struct EmbeddingCrossEntropyParams {
+    // As the op takes them; and, in brackets, as the kernels do.
+    at::Tensor idx;           // N elements, integers (int64, contiguous)
+    at::Tensor weight;        // (R, C) floating point (unit stride along a row)
+    at::Tensor targets;       // N elements, integers (int64, contiguous)
+    at::Tensor class_weight;  // (C) in weight's dtype (its accumulation dtype, contiguous); undefined: ones
+    EmbeddingCrossEntropyOptions options;
+    bool return_logits = false;
+    bool compute_grad = false;
+
+    bool is_reduced() const { return options.reduction != at::Reduction::None; }
+    bool is_mean() const { return options.reduction == at::Reduction::Mean; }
 };
 
-// The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their numbers
-// (K). On a GPU, where K is not known to the host, there are min(N, R): the ones too many are zero, and have
-// the number of a row that occurs.
+// The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their indices
+// (K). On a GPU, where K is not known to the host, there are min(N, R): those too many are zero, and have the
+// index of a row that occurs.
 struct WeightGradient {
     at::Tensor rows;
     at::Tensor values;
 };
 
-// What the forward pass shall make besides the loss, each where it is not null.
-struct LossExtras {
-    WeightGradient* gradient;  // of the loss
-    at::Tensor* logits;        // (N, C): weight[idx]
+struct EmbeddingCrossEntropyResult {
+    at::Tensor loss;          // () or, where it is not reduced, of the shape of targets; in weight's dtype
+    at::Tensor logits;        // (N, C): weight[idx]; undefined without return_logits
+    WeightGradient gradient;  // of the reduced loss; undefined without compute_grad
 };
 
-// Scratch memory, which calls of one thread after another may share.
-struct LossWorkspace;
+EmbeddingCrossEntropyResult embedding_cross_entropy_cpu(const EmbeddingCrossEntropyParams& params);
+EmbeddingCrossEntropyResult embedding_cross_entropy_cuda(const EmbeddingCrossEntropyParams& params);
 
-// The loss, () or for no reduction of the shape of targets, in weight's dtype.
-at::Tensor embedding_cross_entropy_cpu(const LossInputs& inputs, const LossOptions& options,
-                                       const LossExtras& extras);
+// The gradient of `weight` for grad_loss, that of the loss, () or (N).
+WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss,
+                                                    const EmbeddingCrossEntropyParams& params);
+WeightGradient embedding_cross_entropy_backward_cuda(const at::Tensor& grad_loss,
+                                                     const EmbeddingCrossEntropyParams& params);
 
-// The reduced loss alone, and its gradient into `grad_weight`, (R, C) contiguous: one step of many, which
-// reuses what the last one allocated.
-double embedding_cross_entropy_step_cpu(const LossInputs& inputs, const LossOptions& options,
-                                        const at::Tensor& grad_weight, LossWorkspace& workspace);
+// The same from the gradient for grad_loss = 1, dense or sparse, which it may change; undefined where it must
+// be computed anew.
+using SavedParams = c10::function_ref<EmbeddingCrossEntropyParams()>;  // unpacked only where they are needed
+at::Tensor embedding_cross_entropy_scale_gradient_cpu(const at::Tensor& gradient, const at::Tensor& grad_loss,
+                                                      SavedParams saved);
+at::Tensor embedding_cross_entropy_scale_gradient_cuda(const at::Tensor& gradient,
+                                                       const at::Tensor& grad_loss, SavedParams saved);
 
-// The gradient of `weight` for the gradient of the loss, () or (N).
-WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss, const LossInputs& inputs,
-                                                    const LossOptions& options);
+// A gradient in 16 bits has lost what a loss scale is there to save: it may be handed over, but not scaled.
+inline bool can_scale_gradient(const at::Tensor& gradient) {
+    return gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble;
+}
+
+// The op: loss and logits, (N, C), or (0) without return_logits.
+std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
+    const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
+    const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
+    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits);
 
 }  // namespace bigramx

@@ -1,4 +1,7 @@
 // Many steps of the training loop in one call: get_batch, embedding_cross_entropy, adamw_.
+//
+// CPU only: there the calls between the kernels cost more than the kernels. On a GPU a step of the loop in
+// Python can be captured in a CUDA graph.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -11,16 +14,22 @@
 
 namespace bigramx {
 
-struct FitOptions {
-    BatchShape shape;
-    int64_t padding_idx;
-    AdamWOptions adamw;  // its step is that of the first
-    double max_seconds;  // after which no further step begins
+struct FitParams {
+    GetBatchParams batch;
+    AdamWParams adamw;    // param: (V, V); grad is scratch; step: that of the step before the first
+    int64_t padding_idx;  // -1: none
+    at::Tensor losses;    // (steps) float64, contiguous
+    double max_seconds;   // after which no further step begins
 };
 
-// Trains `param`, (V, V), in place, a step for each element of losses, float64, which are those of the
-// batches before their step; returns how many steps were taken, at least one. tensors.grad is scratch.
-int64_t fit_cpu(const at::Tensor& tokens, const AdamWTensors& tensors, const FitOptions& options,
-                const std::optional<at::Generator>& generator, const at::Tensor& losses);
+// Takes a step for each element of losses, which are those of the batches before their step, and counts them
+// in adamw.step; returns how many steps it took, at least one.
+int64_t fit_cpu(const FitParams& params);
+
+// The op.
+int64_t fit(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Tensor step, at::Tensor losses,
+            const at::Tensor& tokens, int64_t batch_size, int64_t block_size, int64_t padding_idx, double lr,
+            double beta1, double beta2, double eps, double weight_decay, double max_seconds,
+            const std::optional<at::Generator>& generator);
 
 }  // namespace bigramx

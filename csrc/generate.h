@@ -5,28 +5,45 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
-#include "sampler.h"
+#include "sampling/sampler.h"
 
 namespace bigramx {
 
-struct SamplingOptions {
-    double temperature;  // 0: the likeliest token
+struct GenerateParams {
+    at::Tensor weight;      // (V, V) floating point
+    int64_t prompt_length;  // T
+    double temperature;     // 0: the argmax
     std::optional<int64_t> top_k;
     std::optional<double> top_p;
     std::optional<double> min_p;
     std::optional<int64_t> stop;
     Sampler sampler;
+    std::optional<at::Generator> generator;
+
+    // Whether the filters may leave a token without a probability.
+    bool removes_tokens() const { return top_k.has_value() || top_p.has_value() || min_p.has_value(); }
 };
 
 // (..., V) logits -> logits with the temperature, which is not 0, applied, and -inf for the tokens that the
 // filters remove. The filters depend on the previous token alone, so that this is done once for each row of
 // the table, not for each step.
-at::Tensor filter_logits(at::Tensor logits, const SamplingOptions& options);
+at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params);
 
-// tokens (B, T + max_new_tokens) int64, none of them 0, of which the first T are given: fills the others.
-// Returns how many of them it filled: fewer than there are where all sequences met `stop`.
-int64_t generate_cpu(const at::Tensor& weight, const SamplingOptions& options,
-                     const std::optional<at::Generator>& generator, int64_t num_given, at::Tensor& tokens);
+// idx (B, T) int64, contiguous -> the first T of tokens. Raises where a token is not one of the V.
+void copy_prompt_cpu(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens);
+void copy_prompt_cuda(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens);
+
+// tokens (B, T + max_new_tokens) int64, neither B nor max_new_tokens 0: fills what follows the prompts.
+// Returns how many steps that took: fewer than max_new_tokens where all sequences met `stop`.
+int64_t generate_cpu(const GenerateParams& params, const at::Tensor& tokens);
+int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens);
+
+// The op.
+at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,
+                    double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                    std::optional<double> min_p, std::optional<int64_t> stop,
+                    std::optional<std::string_view> sampler, const std::optional<at::Generator>& generator);
 
 }  // namespace bigramx

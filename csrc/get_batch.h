@@ -5,29 +5,29 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace bigramx {
 
-struct BatchShape {
+struct GetBatchParams {
+    at::Tensor tokens;   // (N) uint8, uint16, int32 or int64, N > T
     int64_t batch_size;  // B
     int64_t block_size;  // T
+    std::optional<at::Generator> generator;
 };
 
-// Raises where tokens is not 1-D, of another dtype than uint8, uint16, int32 or int64, or too short for one
-// block.
-void check_batch(const char* op, const at::Tensor& tokens, const BatchShape& shape);
+// Raises where the parameters are not as above.
+void check_batch(const char* op, const GetBatchParams& params);
 
 // Into idx and targets, (B, T) int64 each, contiguous.
-void get_batch_cpu(const at::Tensor& tokens, const BatchShape& shape,
-                   const std::optional<at::Generator>& generator, const at::Tensor& idx,
-                   const at::Tensor& targets);
+void get_batch_cpu(const GetBatchParams& params, const at::Tensor& idx, const at::Tensor& targets);
 
-#if defined(BIGRAMX_CUDA)
-// Without a generator, or by one on the CPU, the batches that get_batch_cpu draws; by one on the GPU others,
-// which a captured graph draws anew at each replay.
-void get_batch_cuda(const at::Tensor& tokens, const BatchShape& shape,
-                    const std::optional<at::Generator>& generator, const at::Tensor& idx,
-                    const at::Tensor& targets);
-#endif
+// Without a generator, or with one on the CPU, the batches that get_batch_cpu draws; with one on the GPU
+// others, which a captured graph draws anew at each replay.
+void get_batch_cuda(const GetBatchParams& params, const at::Tensor& idx, const at::Tensor& targets);
+
+// The op.
+std::tuple<at::Tensor, at::Tensor> get_batch(const at::Tensor& tokens, int64_t batch_size, int64_t block_size,
+                                             const std::optional<at::Generator>& generator);
 
 }  // namespace bigramx

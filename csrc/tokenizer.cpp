@@ -8,11 +8,8 @@
 #include <optional>
 #include <string>
 
-#include "cpu/huge_pages.h"
-
-#if PY_VERSION_HEX < 0x030B0000
-#include <longintrepr.h>
-#endif
+#include "base/python.h"
+#include "cpu/base/huge_pages.h"
 
 namespace py = pybind11;
 
@@ -29,11 +26,6 @@ constexpr int32_t kNoToken = -1;
 constexpr uint32_t kNoCharacter = uint32_t{1} << 31;
 
 // -------------------------------------------------------------------------------------- Python's objects
-
-py::object checked(PyObject* made) {
-    if (made == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(made);
-}
 
 int64_t length_of(const char* name, py::handle text) {
     if (!PyUnicode_Check(text.ptr())) {
@@ -70,17 +62,6 @@ py::object new_str(int64_t length, uint32_t largest, const Write& write) {
     if (!bits.has_value()) return py::none();
     if (form_of(*bits) == form_of(largest)) return text;
     return checked(PyUnicode_FromKindAndData(PyUnicode_KIND(text.ptr()), PyUnicode_DATA(text.ptr()), length));
-}
-
-// The value of a plain int, read where it lies; -1 for one of several digits, which is too large for a token.
-int64_t value_of(PyObject* number) {
-    auto* const digits = reinterpret_cast<PyLongObject*>(number);
-#if PY_VERSION_HEX >= 0x030C0000
-    return PyUnstable_Long_IsCompact(digits) ? PyUnstable_Long_CompactValue(digits) : -1;
-#else
-    const Py_ssize_t size = Py_SIZE(digits);  // how many digits; negative where the number is
-    return static_cast<size_t>(size) <= 1 ? size * static_cast<int64_t>(digits->ob_digit[0]) : -1;
-#endif
 }
 
 // The character at `position` as Python's repr writes it.
@@ -128,7 +109,7 @@ std::optional<uint32_t> decode_objects_kernel(PyObject* const* tokens, int64_t n
     uint32_t bits = 0;
     for (int64_t n = 0; n < num_tokens; ++n) {
         if (!PyLong_CheckExact(tokens[n])) return std::nullopt;
-        const auto token = static_cast<uint64_t>(value_of(tokens[n]));
+        const auto token = static_cast<uint64_t>(value_of_int(tokens[n]));
         if (token >= vocab_size) raise_out_of_range(std::string(py::str(tokens[n])), n, vocab_size);
         const uint32_t code_point = code_points[token];
         bits |= code_point;
@@ -164,7 +145,7 @@ Alphabet::Alphabet(py::handle characters) : tokens_(kPage, kNoToken), pages_(kNu
 at::Tensor Alphabet::encode(py::handle text) const {
     const int64_t length = length_of("text", text);
     at::Tensor tokens = at::empty({length}, at::kLong);
-    advise_huge_pages(tokens);
+    cpu::advise_huge_pages(tokens);
     int64_t* const data = tokens.mutable_data_ptr<int64_t>();
     const int32_t bits = visit_characters(text, [&](const auto* characters) {
         return encode_kernel(characters, length, pages_.data(), tokens_.data(), data);

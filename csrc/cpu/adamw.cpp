@@ -1,12 +1,15 @@
-#include "../adamw.h"
+#include "adamw.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
-namespace bigramx {
+#include "base/op_names.h"
+
+namespace bigramx::cpu {
 
 template <typename scalar_t>
-struct AdamWJob : AdamWConstants<scalar_t> {
+struct AdamWKernelParams : AdamWConstants<scalar_t> {
+    // (size) each
     scalar_t* param;
     const scalar_t* grad;
     scalar_t* exp_avg;
@@ -14,33 +17,42 @@ struct AdamWJob : AdamWConstants<scalar_t> {
     scalar_t* max_exp_avg_sq;  // null: no AMSGrad
 };
 
-}  // namespace bigramx
+}  // namespace bigramx::cpu
 
-#define BIGRAMX_KERNELS "adamw_kernels.h"
-#include "for_each_capability.h"
+#define BIGRAMX_KERNELS "cpu/adamw_kernels.h"
+#include "cpu/base/foreach_target.h"
 
 namespace bigramx {
+
+using namespace cpu;
+
 namespace {
 
+double value_of(const at::Tensor& step) {
+    return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
+}
+
 template <typename scalar_t>
-AdamWJob<scalar_t> make_job(const AdamWTensors& tensors, const AdamWOptions& options) {
-    return {adamw_constants<scalar_t>(options),
-            tensors.param.data_ptr<scalar_t>(),
-            tensors.grad.const_data_ptr<scalar_t>(),
-            tensors.exp_avg.data_ptr<scalar_t>(),
-            tensors.exp_avg_sq.data_ptr<scalar_t>(),
-            tensors.max_exp_avg_sq.defined() ? tensors.max_exp_avg_sq.data_ptr<scalar_t>() : nullptr};
+AdamWKernelParams<scalar_t> kernel_params(const AdamWParams& params, double step) {
+    return {adamw_constants<scalar_t>(params.options, step),
+            params.param.data_ptr<scalar_t>(),
+            params.grad.const_data_ptr<scalar_t>(),
+            params.exp_avg.data_ptr<scalar_t>(),
+            params.exp_avg_sq.data_ptr<scalar_t>(),
+            params.max_exp_avg_sq.defined() ? params.max_exp_avg_sq.data_ptr<scalar_t>() : nullptr};
 }
 
 }  // namespace
 
-void adamw_cpu(const AdamWTensors& tensors, const AdamWOptions& options) {
-    constexpr int64_t kGrain = 1 << 15;
-    AT_DISPATCH_FLOATING_TYPES(tensors.param.scalar_type(), "adamw_", [&] {
-        const auto job = make_job<scalar_t>(tensors, options);
-        const auto kernel = BIGRAMX_DISPATCH(adamw_elements<scalar_t>);
-        at::parallel_for(0, tensors.param.numel(), kGrain,
-                         [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+void adamw_cpu(const AdamWParams& params) {
+    constexpr int64_t kGrainSize = 1 << 15;
+    const double step = value_of(params.step);
+    TORCH_CHECK_VALUE(step >= 1, kAdamW, ": expected step >= 1, got ", step);
+    AT_DISPATCH_FLOATING_TYPES(params.param.scalar_type(), kAdamW, [&] {
+        const auto kernel_args = kernel_params<scalar_t>(params, step);
+        const auto kernel = BIGRAMX_DISPATCH_TARGET(adamw_kernel<scalar_t>);
+        at::parallel_for(0, params.param.numel(), kGrainSize,
+                         [&](int64_t begin, int64_t end) { kernel(kernel_args, begin, end); });
     });
 }
 

@@ -1,56 +1,57 @@
-// Counts pairs of consecutive tokens. Compiled once for each CPU capability (for_each_capability.h).
+// Counts pairs of consecutive tokens. Compiled once for each CPU target (cpu/base/foreach_target.h).
 
-namespace bigramx::BIGRAMX_CAPABILITY {
+namespace bigramx::cpu::BIGRAMX_TARGET {
 
 constexpr int64_t kBlockOfPairs = 256;
 
 // The entry of the table where each pair of a block counts. False where a token is out of range.
 template <typename token_t, typename count_t, typename entry_t>
-bool find_entries(const CountJob<token_t, count_t>& job, int64_t begin, int64_t size, entry_t* entries) {
+bool find_entries(const CountKernelParams<token_t, count_t>& params, int64_t begin, int64_t size,
+                  entry_t* entries) {
     using Unsigned = std::make_unsigned_t<token_t>;  // a negative one is too large
-    const token_t* tokens = job.tokens + begin;
-    const auto vocab_size = static_cast<entry_t>(job.vocab_size);
+    const token_t* tokens = params.tokens + begin;
+    const auto vocab_size = static_cast<entry_t>(params.vocab_size);
     Unsigned largest = static_cast<Unsigned>(tokens[0]);
     for (int64_t n = 0; n < size; ++n) {
         const auto token = static_cast<Unsigned>(tokens[n]), next = static_cast<Unsigned>(tokens[n + 1]);
         largest = next > largest ? next : largest;
         entries[n] = static_cast<entry_t>(token) * vocab_size + static_cast<entry_t>(next);
     }
-    return largest < static_cast<uint64_t>(job.vocab_size);
+    return largest < static_cast<uint64_t>(params.vocab_size);
 }
 
-// Narrow counters keep the table in a near cache; that one wraps is rare.
+// Narrow counters keep the table in the L1 cache, and rarely overflow.
 template <typename count_t, typename entry_t>
-inline __attribute__((always_inline)) void increment(count_t* table, entry_t entry, uint32_t*& wrapped) {
-    const bool wraps = ++table[entry] == 0;
+inline __attribute__((always_inline)) void increment(count_t* table, entry_t entry, uint32_t*& overflowed) {
+    const bool overflows = ++table[entry] == 0;
     if constexpr (sizeof(count_t) < 4) {
-        if (__builtin_expect(wraps, false)) *wrapped++ = entry;
+        if (__builtin_expect(overflows, false)) *overflowed++ = entry;
     }
 }
 
 // How many pairs were counted: all, or those before the first block with a token out of range.
 template <typename token_t, typename count_t>
-int64_t count_bigrams(CountJob<token_t, count_t>& job) {
+int64_t count_bigrams_kernel(CountKernelParams<token_t, count_t>& params) {
     constexpr int64_t kStep = 8;
     constexpr int64_t kAhead = 4 * kBlockOfPairs;  // the processor does not foresee reads that come in bursts
     std::conditional_t<sizeof(count_t) == 8, uint64_t, uint32_t> entries[kBlockOfPairs];
-    uint32_t* wrapped = job.wrapped;
+    uint32_t* overflowed = params.overflowed;
     int64_t begin = 0;
-    for (; begin < job.num_pairs; begin += kBlockOfPairs) {
-        const int64_t size = std::min(kBlockOfPairs, job.num_pairs - begin);
-        if (!find_entries(job, begin, size, entries)) break;
+    for (; begin < params.num_pairs; begin += kBlockOfPairs) {
+        const int64_t size = std::min(kBlockOfPairs, params.num_pairs - begin);
+        if (!find_entries(params, begin, size, entries)) break;
         int64_t n = 0;
         for (; n + kStep <= size; n += kStep) {
-            __builtin_prefetch(job.tokens + begin + n + kAhead);
+            __builtin_prefetch(params.tokens + begin + n + kAhead);
             for (int64_t k = n; k < n + kStep; k += 2) {
-                increment(job.even, entries[k], wrapped);
-                increment(job.odd, entries[k + 1], wrapped);
+                increment(params.even, entries[k], overflowed);
+                increment(params.odd, entries[k + 1], overflowed);
             }
         }
-        for (; n < size; ++n) increment(job.even, entries[n], wrapped);
+        for (; n < size; ++n) increment(params.even, entries[n], overflowed);
     }
-    job.wrapped = wrapped;
-    return std::min(begin, job.num_pairs);
+    params.overflowed = overflowed;
+    return std::min(begin, params.num_pairs);
 }
 
-}  // namespace bigramx::BIGRAMX_CAPABILITY
+}  // namespace bigramx::cpu::BIGRAMX_TARGET

@@ -1,10 +1,11 @@
-#include "../get_batch.h"
+#include "get_batch.h"
 
 #include <ATen/Dispatch_v2.h>
 
 #include <algorithm>
 
-#include "starts.h"
+#include "base/op_names.h"
+#include "cpu/get_batch_offsets.h"
 
 namespace bigramx {
 namespace {
@@ -20,27 +21,26 @@ void copy_block(const token_t* tokens, int64_t stride, int64_t block_size, int64
 
 }  // namespace
 
-void get_batch_cpu(const at::Tensor& tokens, const BatchShape& shape,
-                   const std::optional<at::Generator>& generator, const at::Tensor& idx,
-                   const at::Tensor& targets) {
-    const int64_t num_starts = tokens.size(0) - shape.block_size, stride = tokens.stride(0);
-    // All starts are drawn, each into the place of its block, before the first block is read: they lie far
-    // apart.
+void get_batch_cpu(const GetBatchParams& params, const at::Tensor& idx, const at::Tensor& targets) {
+    const at::Tensor& tokens = params.tokens;
+    const int64_t block_size = params.block_size, stride = tokens.stride(0);
+    // All offsets are drawn, each into the place of its block, before the first block is read: the blocks lie
+    // far apart.
     auto* idx_block = idx.data_ptr<int64_t>();
     auto* targets_block = targets.data_ptr<int64_t>();
-    AT_DISPATCH_V2(tokens.scalar_type(), "get_batch", AT_WRAP([&] {
+    AT_DISPATCH_V2(tokens.scalar_type(), kGetBatch, AT_WRAP([&] {
                        const auto* first = tokens.const_data_ptr<scalar_t>();
-                       draw_starts(generator, num_starts, shape.batch_size, [&](int64_t b, int64_t start) {
-                           idx_block[b * shape.block_size] = start;
-                           __builtin_prefetch(first + start * stride);
-                           __builtin_prefetch(first + (start + shape.block_size) * stride);
+                       draw_batch_offsets(params, [&](int64_t b, int64_t offset) {
+                           idx_block[b * block_size] = offset;
+                           __builtin_prefetch(first + offset * stride);
+                           __builtin_prefetch(first + (offset + block_size) * stride);
                        });
-                       for (int64_t b = 0; b < shape.batch_size; ++b) {
+                       for (int64_t b = 0; b < params.batch_size; ++b) {
                            const scalar_t* block = first + *idx_block * stride;
-                           copy_block(block, stride, shape.block_size, idx_block);
-                           copy_block(block + stride, stride, shape.block_size, targets_block);
-                           idx_block += shape.block_size;
-                           targets_block += shape.block_size;
+                           copy_block(block, stride, block_size, idx_block);
+                           copy_block(block + stride, stride, block_size, targets_block);
+                           idx_block += block_size;
+                           targets_block += block_size;
                        }
                    }),
                    at::kByte, at::kUInt16, at::kInt, at::kLong);

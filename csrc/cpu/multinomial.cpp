@@ -1,40 +1,153 @@
-#include "../multinomial.h"
+#include "multinomial.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/topk.h>
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
-#include "generator.h"
-#include "multinomial_philox.h"
-#include "noise.h"
+#include "base/op_names.h"
+#include "cpu/base/buffer.h"
+#include "cpu/sampling/exponential_variates.h"
+#include "cpu/sampling/fixed_point_weights.h"
+#include "cpu/sampling/guide_table.h"
+#include "cpu/sampling/philox_fill.h"
+#include "sampling/distribution_errors.h"
+#include "sampling/fixed_point_cdf.h"
+#include "sampling/generator.h"
 
-#define BIGRAMX_KERNELS "multinomial_kernels.h"
-#include "for_each_capability.h"
+namespace bigramx::cpu {
+
+// With the sampler "philox": sample k of row b is drawn at (seed, b, k).
+struct MultinomialKernelParams {
+    const void* probs;  // (B, V)
+    int64_t vocab_size, num_samples;
+    uint64_t seed;
+    int64_t* samples;  // (B, num_samples)
+
+    template <typename scalar_t>
+    ProbRow row(int64_t b) const {
+        return {static_cast<const scalar_t*>(probs) + b * vocab_size, 0};
+    }
+};
+
+}  // namespace bigramx::cpu
+
+#define BIGRAMX_KERNELS "cpu/multinomial_kernels.h"
+#include "cpu/base/foreach_target.h"
 
 namespace bigramx {
+
+using namespace cpu;
+
 namespace {
+
+// --------------------------------------------------------------------------------------------- philox
+
+constexpr int64_t kGrainSize = 1 << 15;
+
+// As many buckets as pay: about one a draw, and no more than a few a token.
+int guide_bits(const MultinomialKernelParams& params) {
+    constexpr int64_t kBucketsAToken = 2;
+    int bits = 0;
+    while (int64_t{1} << bits < std::min(params.num_samples, kBucketsAToken * params.vocab_size)) ++bits;
+    return bits;
+}
+
+void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, const uint32_t* cdf) {
+    constexpr int64_t kBlock = 1 << 10, kBlockGrainSize = 8;
+    const int bits = guide_bits(params);
+    const Buffer<uint32_t> guide((int64_t{1} << bits) + 1);
+    fill_guide_table(cdf, params.vocab_size, bits, guide.begin());
+    int64_t* samples = params.samples + b * params.num_samples;
+    const int64_t num_blocks = (params.num_samples + kBlock - 1) / kBlock;
+    at::parallel_for(0, num_blocks, kBlockGrainSize, [&](int64_t first, int64_t last) {
+        uint32_t draws[kBlock];
+        for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, params.num_samples);
+             begin += kBlock) {
+            const int64_t count = std::min(kBlock, params.num_samples - begin);
+            philox_fill(params.seed, b, begin, count, draws);
+            for (int64_t k = 0; k < count; ++k) {
+                const uint32_t first = guide[guide_bucket(draws[k], bits)];
+                samples[begin + k] = search_cdf(cdf, first, draws[k]);
+            }
+        }
+    });
+}
+
+// draw(begin, end): draws from these rows, and tells whether all are distributions.
+template <typename Draw>
+bool for_rows(int64_t num_rows, int64_t elements_a_row, const Draw& draw) {
+    std::atomic<bool> all_are_distributions{true};
+    const int64_t grain_size = std::max<int64_t>(kGrainSize / std::max<int64_t>(elements_a_row, 1), 1);
+    at::parallel_for(0, num_rows, grain_size, [&](int64_t begin, int64_t end) {
+        if (!draw(begin, end)) all_are_distributions = false;
+    });
+    return all_are_distributions;
+}
+
+template <typename scalar_t>
+bool draw_all(const MultinomialKernelParams& params, int64_t num_rows, bool replacement) {
+    if (params.num_samples == 1) {
+        const auto kernel = BIGRAMX_DISPATCH_TARGET(draw_one_a_row_kernel<scalar_t>);
+        return for_rows(num_rows, params.vocab_size,
+                        [&](int64_t begin, int64_t end) { return kernel(params, begin, end); });
+    }
+    if (!replacement) {
+        const auto kernel = BIGRAMX_DISPATCH_TARGET(draw_without_replacement_kernel<scalar_t>);
+        return for_rows(num_rows, params.vocab_size + params.num_samples, [&](int64_t begin, int64_t end) {
+            for (int64_t b = begin; b < end; ++b) {
+                if (!kernel(params, b)) return false;
+            }
+            return true;
+        });
+    }
+    const auto kernel = BIGRAMX_DISPATCH_TARGET(cdf_kernel<scalar_t>);
+    const auto draw_rows = [&](int64_t begin, int64_t end) {
+        const Buffer<uint32_t> cdf(padded_cdf(params.vocab_size));
+        pad_cdf(cdf.begin(), params.vocab_size);
+        for (int64_t b = begin; b < end; ++b) {
+            if (!kernel(params, b, cdf.begin())) return false;
+            draw_with_replacement(params, b, cdf.begin());
+        }
+        return true;
+    };
+    // Few rows go one after the other, each with all threads.
+    if (num_rows < at::get_num_threads()) return draw_rows(0, num_rows);
+    return for_rows(num_rows, params.vocab_size + params.num_samples, draw_rows);
+}
+
+// False where a row is not a distribution; samples then hold nothing.
+bool draw_by_philox(const at::Tensor& probs, bool replacement, uint64_t seed, const at::Tensor& samples) {
+    bool all_are_distributions = false;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), kMultinomial, [&] {
+        const MultinomialKernelParams params{probs.const_data_ptr(), probs.size(1), samples.size(1), seed,
+                                             samples.data_ptr<int64_t>()};
+        all_are_distributions = draw_all<scalar_t>(params, probs.size(0), replacement);
+    });
+    return all_are_distributions;
+}
+
+// ---------------------------------------------------------------------------------------------- torch
 
 template <typename scalar_t>
 [[noreturn]] void refuse_row(const scalar_t* probs, int64_t vocab_size, int64_t b) {
     for (int64_t j = 0; j < vocab_size; ++j) {
         const double prob = static_cast<double>(probs[j]);
-        TORCH_CHECK(
-            prob >= 0 && prob < std::numeric_limits<double>::infinity(),
-            "multinomial: probability tensor contains either `inf`, `nan` or element < 0: probs holds ", prob,
-            " in row ", b, " at position ", j);
+        TORCH_CHECK(prob >= 0 && prob < std::numeric_limits<double>::infinity(), kMultinomial,
+                    ": " BIGRAMX_INVALID_PROBS ": probs holds ", prob, " in row ", b, " at position ", j);
     }
-    TORCH_CHECK(false, "multinomial: invalid multinomial distribution (sum of probabilities <= 0) in row ",
-                b);
+    TORCH_CHECK(false, kMultinomial, ": " BIGRAMX_ZERO_PROBS " in row ", b);
 }
 
 template <typename scalar_t>
 void check_probs(const scalar_t* probs, int64_t num_rows, int64_t vocab_size) {
-    const auto kernel = BIGRAMX_DISPATCH(is_distribution<scalar_t>);
+    const auto kernel = BIGRAMX_DISPATCH_TARGET(is_distribution_kernel<scalar_t>);
     for (int64_t b = 0; b < num_rows; ++b) {
         const scalar_t* row = probs + b * vocab_size;
         if (!kernel(row, vocab_size)) refuse_row(row, vocab_size, b);
@@ -46,12 +159,13 @@ void sample_one(const at::Tensor& probs, const std::optional<at::Generator>& gen
     const int64_t num_rows = probs.size(0), vocab_size = probs.size(1);
     const scalar_t* row = probs.const_data_ptr<scalar_t>();
     int64_t* tokens = samples.data_ptr<int64_t>();
-    with_noise<scalar_t>(generator, vocab_size, num_rows, [&](auto& noise) {
-        for (int64_t b = 0; b < num_rows; ++b) tokens[b] = noise.sample(row + b * vocab_size);
+    with_exponential_race<scalar_t>(generator, vocab_size, num_rows, [&](auto& race) {
+        for (int64_t b = 0; b < num_rows; ++b) tokens[b] = race.sample(row + b * vocab_size);
     });
 }
 
-// What torch.multinomial compares. The noise lies in memory, and is drawn, in the order in which probs lies.
+// What torch.multinomial compares. The variates lie in memory, and are drawn, in the order in which probs
+// lies.
 at::Tensor draw_ratios(const at::Tensor& probs, const std::optional<at::Generator>& generator) {
     at::Tensor ratios = at::empty_like(probs).exponential_(1, generator);
     return at::div_out(ratios, probs, ratios);
@@ -63,7 +177,7 @@ template <typename sum_t>
 class CumulativeSums {
   public:
     CumulativeSums(int64_t vocab_size, int64_t num_searches)
-        : sums_(vocab_size), guide_(guide_size(vocab_size, num_searches)) {}
+        : sums_(vocab_size), num_buckets_(num_buckets(vocab_size, num_searches)), guide_(num_buckets_ + 1) {}
 
     template <typename scalar_t>
     void set(const scalar_t* probs) {
@@ -71,22 +185,21 @@ class CumulativeSums {
         for (sum_t& sum : sums_) sum = total += static_cast<sum_t>(*probs++);
         for (sum_t& sum : sums_) sum /= total;
         sums_[sums_.size() - 1] = 1;
-        int64_t token = 0;
-        for (int64_t k = 0; k < guide_.size(); ++k) {
-            const double u = static_cast<double>(k) / static_cast<double>(guide_.size());
-            while (below(token, u)) ++token;
-            guide_[k] = token;
-        }
+        if (num_buckets_ == 0) return;
+        const auto num_buckets = static_cast<double>(num_buckets_);
+        fill_guide_table(sums_.size(), num_buckets_, guide_.begin(), [&](int64_t token) {
+            return static_cast<int64_t>(static_cast<double>(sums_[token]) * num_buckets) + 1;
+        });
     }
 
     // The first token whose sum is not below u, 0 <= u < 1.
     int64_t find(double u) const {
-        if (guide_.size() == 0) {
+        if (num_buckets_ == 0) {
             return std::lower_bound(sums_.begin(), sums_.end(), u,
                                     [](sum_t sum, double u) { return static_cast<double>(sum) < u; }) -
                    sums_.begin();
         }
-        int64_t token = guide_[static_cast<int64_t>(u * static_cast<double>(guide_.size()))];
+        int64_t token = guide_[static_cast<int64_t>(u * static_cast<double>(num_buckets_))];
         token += below(token, u);  // mostly enough, and without a branch that cannot be predicted
         token += below(token, u);
         while (below(token, u)) ++token;
@@ -94,8 +207,8 @@ class CumulativeSums {
     }
 
   private:
-    // A power of two, so that u * size is exact; none where it would cost more than the searches without it.
-    static int64_t guide_size(int64_t vocab_size, int64_t num_searches) {
+    // A power of two, so that u times it is exact; none where the guide table would cost more than it saves.
+    static int64_t num_buckets(int64_t vocab_size, int64_t num_searches) {
         if (num_searches <= vocab_size / 8) return 0;
         int64_t size = 1;
         while (size < vocab_size) size *= 2;
@@ -105,7 +218,8 @@ class CumulativeSums {
     bool below(int64_t token, double u) const { return static_cast<double>(sums_[token]) < u; }
 
     const Buffer<sum_t> sums_;
-    const Buffer<int64_t> guide_;  // find(k / size)
+    const int64_t num_buckets_;  // 0: no guide table
+    const Buffer<int64_t> guide_;
 };
 
 template <typename scalar_t, typename sum_t>
@@ -129,27 +243,27 @@ void sample_with_replacement(const at::Tensor& probs, const std::optional<at::Ge
 
 }  // namespace
 
-at::Tensor multinomial_cpu(const at::Tensor& probs, int64_t num_samples, bool replacement, Sampler sampler,
-                           const std::optional<at::Generator>& generator) {
+at::Tensor multinomial_cpu(const MultinomialParams& params) {
     constexpr int64_t kFloatCounts = 1 << 24;
+    const at::Tensor& probs = params.probs;
+    const int64_t num_samples = params.num_samples;
     at::Tensor samples = at::empty({probs.size(0), num_samples}, probs.options().dtype(at::kLong));
     const at::Tensor rows = probs.contiguous();
-    const bool are_drawn =
-        sampler == Sampler::philox && multinomial_philox(rows, replacement, draw_seed(generator), samples);
+    const bool are_drawn = params.sampler == Sampler::philox &&
+                           draw_by_philox(rows, params.replacement, draw_seed(params.generator), samples);
     if (are_drawn) return samples;  // else check_probs tells why not
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), "multinomial", [&] {
-        using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), kMultinomial, [&] {
         check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));
         if (num_samples == 1 && (probs.is_contiguous() || at::empty_like(probs).is_contiguous())) {
-            sample_one<scalar_t>(rows, generator, samples);
+            sample_one<scalar_t>(rows, params.generator, samples);
         } else if (num_samples == 1) {
-            samples = draw_ratios(probs, generator).argmax(-1, /*keepdim=*/true);
-        } else if (!replacement) {
-            samples = std::get<1>(at::topk(draw_ratios(probs, generator), num_samples));
+            samples = draw_ratios(probs, params.generator).argmax(-1, /*keepdim=*/true);
+        } else if (!params.replacement) {
+            samples = std::get<1>(at::topk(draw_ratios(probs, params.generator), num_samples));
         } else if (rows.size(1) <= kFloatCounts) {
-            sample_with_replacement<scalar_t, sum_t>(rows, generator, samples);
+            sample_with_replacement<scalar_t, opmath_t<scalar_t>>(rows, params.generator, samples);
         } else {
-            sample_with_replacement<scalar_t, double>(rows, generator, samples);
+            sample_with_replacement<scalar_t, double>(rows, params.generator, samples);
         }
     });
     return samples;

@@ -1,24 +1,78 @@
-// Checks rows of probabilities. Compiled once for each CPU capability (for_each_capability.h).
+// Draws from rows of probabilities. Compiled once for each CPU target (cpu/base/foreach_target.h).
 
-namespace bigramx::BIGRAMX_CAPABILITY {
+#include "cpu/sampling/fixed_point_weights_kernels.h"
 
-// Whether all probs are finite and not negative, and one is positive. Read as integers, the bits of such
-// numbers stand in their order, and those of all others above them.
+namespace bigramx::cpu::BIGRAMX_TARGET {
+
+// Whether all probs are finite and not negative, and one is positive.
 template <typename scalar_t>
-bool is_distribution(const scalar_t* probs, int64_t vocab_size) {
-    using T = Accumulator<scalar_t>;
-    using Integer = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    const auto larger = [](Vector<Integer> a, Vector<Integer> b) { return a > b ? a : b; };
-    Vector<Integer> largest{};
-    for_each_vector<T>(vocab_size, [&](Lanes<T> lanes) {
-        const Vector<T> prob = lanes.load(probs, T(0)) + T(0);  // -0 is 0
-        largest = larger(largest, reinterpret_cast<Vector<Integer>>(prob));
-    });
-    const T infinity = std::numeric_limits<T>::infinity();
-    Integer infinite;
-    std::memcpy(&infinite, &infinity, sizeof(infinite));
-    const Integer bits = reduce<Integer>(largest, larger);
-    return bits > 0 && bits < infinite;
+bool is_distribution_kernel(const scalar_t* probs, int64_t vocab_size) {
+    ProbRow row{probs, 0};
+    return ProbWeights<scalar_t>::measure(row, vocab_size);
 }
 
-}  // namespace bigramx::BIGRAMX_CAPABILITY
+// One from each of the rows from `begin` to `end`.
+template <typename scalar_t>
+bool draw_one_a_row_kernel(const MultinomialKernelParams& params, int64_t begin, int64_t end) {
+    const int64_t vocab_size = params.vocab_size, num_blocks = num_weight_blocks(vocab_size);
+    const Buffer<uint64_t> ends(num_blocks);
+    for (int64_t b = begin; b < end; ++b) {
+        ProbRow row = params.row<scalar_t>(b);
+        if (!ProbWeights<scalar_t>::measure(row, vocab_size)) return false;
+        const ProbWeights<scalar_t> weights(row);
+        sum_blocks(weights, vocab_size, ends.begin());
+        const uint64_t target_sum =
+            CdfScale(ends[num_blocks - 1]).target_sum(draw(params.seed, b, /*position=*/0));
+        const int64_t block = std::lower_bound(ends.begin(), ends.end(), target_sum) - ends.begin();
+        params.samples[b] =
+            find_in_block(weights, vocab_size, block, target_sum - (block > 0 ? ends[block - 1] : 0));
+    }
+    return true;
+}
+
+template <typename scalar_t>
+bool cdf_kernel(const MultinomialKernelParams& params, int64_t b, uint32_t* cdf) {
+    ProbRow row = params.row<scalar_t>(b);
+    if (!ProbWeights<scalar_t>::measure(row, params.vocab_size)) return false;
+    fill_cdf(ProbWeights<scalar_t>(row), params.vocab_size, cdf);
+    return true;
+}
+
+// Each is drawn from what those before it have left. Where only zeros are left: the first of them.
+template <typename scalar_t>
+bool draw_without_replacement_kernel(const MultinomialKernelParams& params, int64_t b) {
+    const int64_t vocab_size = params.vocab_size, num_blocks = num_weight_blocks(vocab_size);
+    ProbRow row = params.row<scalar_t>(b);
+    if (!ProbWeights<scalar_t>::measure(row, vocab_size)) return false;
+    const Buffer<uint32_t> weights(vocab_size);
+    const Buffer<uint64_t> block_sums(num_blocks);
+    uint64_t total = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+        const int64_t begin = block * kWeightsAtOnce, count = std::min(kWeightsAtOnce, vocab_size - begin);
+        ProbWeights<scalar_t>(row).weigh(begin, count, &weights[begin]);
+        total += block_sums[block] = sum(&weights[begin], count);
+    }
+
+    int64_t* samples = params.samples + b * params.num_samples;
+    int64_t k = 0;
+    uint32_t draws[kPhiloxFillBlock];
+    for (; k < params.num_samples && total > 0; ++k) {
+        if (k % kPhiloxFillBlock == 0) philox_fill(params.seed, b, k, kPhiloxFillBlock, draws);
+        uint64_t target_sum = CdfScale(total).target_sum(draws[k % kPhiloxFillBlock]);
+        int64_t block = 0;
+        for (; block_sums[block] < target_sum; ++block) target_sum -= block_sums[block];
+        int64_t token = block * kWeightsAtOnce;
+        for (; weights[token] < target_sum; ++token) target_sum -= weights[token];
+        samples[k] = token;
+        total -= weights[token];
+        block_sums[block] -= weights[token];
+        weights[token] = 0;
+    }
+    const scalar_t* probs = static_cast<const scalar_t*>(row.probs);
+    for (int64_t token = 0; k < params.num_samples; ++token) {
+        if (probs[token] == 0) samples[k++] = token;
+    }
+    return true;
+}
+
+}  // namespace bigramx::cpu::BIGRAMX_TARGET

@@ -1,0 +1,33 @@
+#include "base/build_info.h"
+
+#include <ATen/Version.h>
+#include <torch/version.h>
+
+#if defined(__clang__)
+#define BIGRAMX_COMPILER "Clang " __clang_version__
+#else
+#define BIGRAMX_COMPILER "GCC " __VERSION__
+#endif
+
+#if defined(_OPENMP)
+#define BIGRAMX_PARALLEL "OpenMP"
+#else
+#define BIGRAMX_PARALLEL "none"
+#endif
+
+// The architectures that setup.py has the kernels in cuda/ compiled for.
+#if !defined(BIGRAMX_CUDA_ARCHITECTURES)
+#define BIGRAMX_CUDA_ARCHITECTURES ""
+#endif
+
+namespace bigramx {
+
+std::map<std::string, std::string> build_info() {
+    return {{"compiler", BIGRAMX_COMPILER},
+            {"parallel", BIGRAMX_PARALLEL},
+            {"cpu_capability", at::get_cpu_capability()},
+            {"cuda_architectures", BIGRAMX_CUDA_ARCHITECTURES},
+            {"torch_version", TORCH_VERSION}};
+}
+
+}  // namespace bigramx

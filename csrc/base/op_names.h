@@ -1,0 +1,14 @@
+// The ops' names, as they stand in their schemas and begin their messages. Free of torch's headers.
+#pragma once
+
+namespace bigramx {
+
+constexpr const char* kAdamW = "adamw_";
+constexpr const char* kCountBigrams = "count_bigrams";
+constexpr const char* kEmbeddingCrossEntropy = "embedding_cross_entropy";
+constexpr const char* kFit = "fit_";
+constexpr const char* kGenerate = "generate";
+constexpr const char* kGetBatch = "get_batch";
+constexpr const char* kMultinomial = "multinomial";
+
+}  // namespace bigramx

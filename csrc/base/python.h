@@ -1,0 +1,31 @@
+// What the tokenizer asks Python's own objects, past their methods.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#if PY_VERSION_HEX < 0x030B0000
+#include <longintrepr.h>
+#endif
+
+namespace bigramx {
+
+// A new reference, or the error that Python has set.
+inline pybind11::object checked(PyObject* made) {
+    if (made == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(made);
+}
+
+// The value of a plain int, read in place; -1 for one of several digits, which is too large for a token.
+inline int64_t value_of_int(PyObject* integer) {
+    auto* const digits = reinterpret_cast<PyLongObject*>(integer);
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyUnstable_Long_IsCompact(digits) ? PyUnstable_Long_CompactValue(digits) : -1;
+#else
+    const Py_ssize_t size = Py_SIZE(digits);  // how many digits; negative where the int is
+    return static_cast<size_t>(size) <= 1 ? size * static_cast<int64_t>(digits->ob_digit[0]) : -1;
+#endif
+}
+
+}  // namespace bigramx

@@ -1,0 +1,44 @@
+// Scratch memory: an array from ATen's allocator, without the cost of a tensor.
+#pragma once
+
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace bigramx::cpu {
+
+template <typename T>
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(int64_t size) { resize(size); }
+
+    // Keeps the memory where it suffices; then its content, too.
+    void resize(int64_t size) {
+        if (size > capacity_) {
+            memory_ = c10::GetCPUAllocator()->allocate(static_cast<size_t>(size) * sizeof(T));
+            capacity_ = size;
+        }
+        size_ = size;
+    }
+
+    // As resize, but memory that is new is zero.
+    void resize_zeros(int64_t size) {
+        const int64_t before = capacity_;
+        resize(size);
+        if (capacity_ > before) std::fill(begin(), end(), T());
+    }
+
+    T* begin() const { return static_cast<T*>(memory_.get()); }
+    T* end() const { return begin() + size_; }
+    T& operator[](int64_t k) const { return begin()[k]; }
+    int64_t size() const { return size_; }
+
+  private:
+    int64_t size_ = 0;
+    int64_t capacity_ = 0;
+    c10::DataPtr memory_;
+};
+
+}  // namespace bigramx::cpu

@@ -1,0 +1,239 @@
+// Runs chains of tokens through time, in parallel.
+//
+// The draw at step t of a chain is keyed by t, so that a step is a fixed map of tokens to tokens, and chains
+// from any two tokens soon coalesce (the coupling that coupling from the past rests on: Propp, Wilson, "Exact
+// sampling with coupled Markov chains", 1996). A chain is cut into segments. Each warms up, from a token
+// that may be the wrong one, over the steps before it; then all run at once, over the threads and, within a
+// thread, over lanes, so that the wait of one for memory is spent on others. Then the boundaries are checked:
+// a segment that has begun with the wrong token is repaired, run again from the right one until it coalesces
+// with what was written. So the result is that of one step after the other.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "base/interrupt.h"
+#include "cpu/generate_rows.h"
+#include "cpu/sampling/philox_fill.h"
+
+namespace bigramx::cpu {
+
+// (B, T) int64, where the token that a chain starts from lies before its first.
+struct Chains {
+    int64_t* tokens;
+    int64_t num_chains, num_steps;
+    int64_t stride;
+
+    int64_t* at(int64_t chain, int64_t step) const { return tokens + chain * stride + step; }
+    int64_t before(int64_t chain, int64_t step) const { return at(chain, step)[-1]; }
+};
+
+// Rows: one of generate_rows.h, for the sampler "philox".
+template <typename Rows>
+class ChainRunner {
+  public:
+    ChainRunner(Rows& rows, uint64_t seed, const Chains& chains, std::optional<int64_t> stop)
+        : rows_(rows),
+          seed_(seed),
+          chains_(chains),
+          stop_(stop),
+          lengths_(chains.num_chains),
+          running_(chains.num_chains) {
+        std::iota(running_.begin(), running_.end(), 0);
+    }
+
+    // Returns how many steps it took: fewer than there are where all chains met `stop`. Those that met it
+    // earlier than others are filled up with it.
+    int64_t run() {
+        SignalCheck signals;
+        int64_t tokens_a_round = stop_.has_value() ? kSegment : kMaxTokensARound;  // they may stop soon
+        int64_t begin = 0;
+        while (begin < chains_.num_steps && !running_.empty()) {
+            const int64_t steps = tokens_a_round / static_cast<int64_t>(running_.size()) / kBlock * kBlock;
+            const int64_t end = std::min(chains_.num_steps, begin + std::max(steps, kBlock));
+            run_round(begin, end);
+            for (const int64_t chain : running_) lengths_[chain] = length_to_stop(chain, begin, end);
+            if (!rows_.all_are_distributions()) check_rows(begin, end);
+            running_.erase(std::remove_if(running_.begin(), running_.end(),
+                                          [&](int64_t chain) { return has_stopped(chain); }),
+                           running_.end());
+            begin = end;
+            tokens_a_round = std::min(2 * tokens_a_round, kMaxTokensARound);
+            signals.poll();
+        }
+        const int64_t length = *std::max_element(lengths_.begin(), lengths_.end());
+        for (int64_t chain = 0; chain < chains_.num_chains; ++chain) {
+            std::fill(chains_.at(chain, lengths_[chain]), chains_.at(chain, length), stop_.value_or(0));
+        }
+        return length;
+    }
+
+  private:
+    static constexpr int64_t kBlock = 256;  // steps whose draws are made at once; more leave the cache
+    static constexpr int64_t kWarmUp = 2 * kBlock;
+    static constexpr int64_t kSegment = 32 * kBlock;
+    static constexpr int64_t kMaxTokensARound = Rows::kGrainSize << 10;  // signals wait so long
+
+    struct Segment {
+        int64_t chain, begin, end;
+    };
+
+    void run_round(int64_t begin, int64_t end) {
+        const bool is_parallel = Rows::kLanes * at::get_num_threads() > 1;
+        const int64_t steps_a_segment = is_parallel ? std::min(kSegment, end - begin) : end - begin;
+        segments_.clear();
+        for (const int64_t chain : running_) {
+            for (int64_t step = begin; step < end; step += steps_a_segment) {
+                segments_.push_back({chain, step, std::min(end, step + steps_a_segment)});
+            }
+        }
+        entries_.resize(segments_.size());
+        const int64_t grain_size = std::max<int64_t>(Rows::kLanes, Rows::kGrainSize / steps_a_segment);
+        at::parallel_for(0, num_segments(), grain_size, [&](int64_t first, int64_t last) {
+            run_segments<Rows::kLanes>(begin, first, last);
+        });
+        if (all_boundaries_are_right()) return;
+        const int64_t segments_a_chain = num_segments() / static_cast<int64_t>(running_.size());
+        at::parallel_for(0, running_.size(), 1, [&](int64_t first, int64_t last) {
+            for (int64_t k = first * segments_a_chain; k < last * segments_a_chain; ++k) repair(k);
+        });
+    }
+
+    // `lanes` segments at once as long as there are so many, then half of that.
+    template <int lanes>
+    void run_segments(int64_t round_begin, int64_t first, int64_t last) {
+        for (; first + lanes <= last; first += lanes) run_lanes<lanes>(round_begin, first);
+        if constexpr (lanes > 1) run_segments<lanes / 2>(round_begin, first, last);
+    }
+
+    // The tokens that some chains have come to.
+    template <int lanes>
+    struct Lanes {
+        uint32_t tokens[lanes];
+        alignas(64) uint32_t blocks[lanes][kBlock];
+    };
+
+    // Fills the blocks with the tokens of `count` steps; position(segment): the first of them.
+    template <int lanes, typename Position>
+    void step(Lanes<lanes>& state, int64_t first, int64_t count, const Position& position) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            philox_fill(seed_, segments_[first + lane].chain, position(segments_[first + lane]), count,
+                        state.blocks[lane]);
+        }
+        follow(state, count, std::make_integer_sequence<int, lanes>());
+    }
+
+    // Unrolled over the lanes, whose tokens stay in registers.
+    template <int lanes, int... lane>
+    void follow(Lanes<lanes>& state, int64_t count, std::integer_sequence<int, lane...>) {
+        uint32_t tokens[lanes] = {state.tokens[lane]...};
+        for (int64_t k = 0; k < count; ++k) {
+            const typename Rows::Place places[] = {rows_.locate(tokens[lane], state.blocks[lane][k])...};
+            ((state.blocks[lane][k] = tokens[lane] = rows_.find(places[lane])), ...);
+        }
+        ((state.tokens[lane] = tokens[lane]), ...);
+    }
+
+    template <int lanes>
+    void run_lanes(int64_t round_begin, int64_t first) {
+        const Segment* segments = &segments_[first];
+        Lanes<lanes> state;
+        bool any_guessed = false;
+        int64_t longest = 0;
+        for (int lane = 0; lane < lanes; ++lane) {
+            state.tokens[lane] = static_cast<uint32_t>(chains_.before(segments[lane].chain, round_begin));
+            any_guessed |= segments[lane].begin > round_begin;
+            longest = std::max(longest, segments[lane].end - segments[lane].begin);
+        }
+        if (any_guessed) {
+            const Lanes<lanes> start = state;
+            for (int64_t k = -kWarmUp; k < 0; k += kBlock) {
+                step(state, first, kBlock, [&](const Segment& segment) { return segment.begin + k; });
+            }
+            for (int lane = 0; lane < lanes; ++lane) {
+                if (segments[lane].begin == round_begin) state.tokens[lane] = start.tokens[lane];
+            }
+        }
+        std::copy_n(state.tokens, lanes, &entries_[first]);
+        for (int64_t done = 0; done < longest; done += kBlock) {
+            const int64_t count = std::min(kBlock, longest - done);
+            step(state, first, count, [&](const Segment& segment) { return segment.begin + done; });
+            for (int lane = 0; lane < lanes; ++lane) {
+                const Segment& segment = segments[lane];
+                const int64_t kept = std::clamp<int64_t>(segment.end - segment.begin - done, 0, count);
+                std::copy_n(state.blocks[lane], kept, chains_.at(segment.chain, segment.begin + done));
+            }
+        }
+    }
+
+    bool is_boundary_right(int64_t k) const {
+        return entries_[k] == static_cast<uint32_t>(chains_.before(segments_[k].chain, segments_[k].begin));
+    }
+
+    bool all_boundaries_are_right() const {
+        for (int64_t k = 0; k < num_segments(); ++k) {
+            if (!is_boundary_right(k)) return false;
+        }
+        return true;
+    }
+
+    // The segment before is right. This one is right from where the right chain meets it.
+    void repair(int64_t k) {
+        if (is_boundary_right(k)) return;
+        const Segment& segment = segments_[k];
+        Lanes<1> state;
+        state.tokens[0] = static_cast<uint32_t>(chains_.before(segment.chain, segment.begin));
+        for (int64_t begin = segment.begin; begin < segment.end; begin += kBlock) {
+            const int64_t count = std::min(kBlock, segment.end - begin);
+            step(state, k, count, [&](const Segment&) { return begin; });
+            int64_t* written = chains_.at(segment.chain, begin);
+            for (int64_t step = 0; step < count; ++step) {
+                if (written[step] == state.blocks[0][step]) return;
+                written[step] = state.blocks[0][step];
+            }
+        }
+    }
+
+    int64_t length_to_stop(int64_t chain, int64_t begin, int64_t end) const {
+        if (!stop_.has_value()) return end;
+        const int64_t* last = chains_.at(chain, end);
+        const int64_t* found = std::find<const int64_t*>(chains_.at(chain, begin), last, *stop_);
+        return found == last ? end : found + 1 - chains_.at(chain, 0);
+    }
+
+    bool has_stopped(int64_t chain) const {
+        return stop_.has_value() && chains_.before(chain, lengths_[chain]) == *stop_;
+    }
+
+    // Raises where a chain has drawn from a row that is not a distribution: for the first step, and there the
+    // first chain. What the segments met while they warmed up does not count.
+    void check_rows(int64_t begin, int64_t end) {
+        for (int64_t step = begin; step < end; ++step) {
+            for (const int64_t chain : running_) {
+                if (step >= lengths_[chain]) continue;
+                const int64_t token = chains_.before(chain, step);
+                check_distribution(rows_.is_distribution(token), token);
+            }
+        }
+    }
+
+    int64_t num_segments() const { return static_cast<int64_t>(segments_.size()); }
+
+    Rows& rows_;
+    const uint64_t seed_;
+    const Chains chains_;
+    const std::optional<int64_t> stop_;
+    std::vector<int64_t> lengths_;   // (B): the steps so far, up to `stop`
+    std::vector<int64_t> running_;   // the chains that have not met `stop`
+    std::vector<Segment> segments_;  // of this round, chain by chain
+    std::vector<uint32_t> entries_;  // the token that each segment began with
+};
+
+}  // namespace bigramx::cpu

@@ -1,0 +1,221 @@
+#include "cpu/generate_rows.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/softmax.h>
+
+#include <algorithm>
+
+#include "base/op_names.h"
+#include "cpu/base/huge_pages.h"
+#include "sampling/distribution_errors.h"
+#include "sampling/fixed_point_cdf.h"
+
+#define BIGRAMX_KERNELS "cpu/generate_rows_kernels.h"
+#include "cpu/base/foreach_target.h"
+
+namespace bigramx::cpu {
+namespace {
+
+// The kernel that `choose` names for the table's type.
+template <typename Choose>
+auto kernel_for(const at::Tensor& weight, const Choose& choose) {
+    decltype(choose(float{})) kernel = nullptr;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, weight.scalar_type(), kGenerate,
+                                    [&] { kernel = choose(scalar_t{}); });
+    return kernel;
+}
+
+int64_t rows_to_filter_at_once(int64_t vocab_size, bool removes_tokens) {
+    constexpr int64_t kElementsWorthACall = 1 << 13;
+    if (!removes_tokens || vocab_size == 0) return 1;
+    return std::clamp<int64_t>(kElementsWorthACall / vocab_size, 1, vocab_size);
+}
+
+}  // namespace
+
+void check_distribution(bool is_distribution, int64_t token) {
+    TORCH_CHECK(is_distribution, kGenerate, ": " BIGRAMX_INVALID_PROBS ": row ", token,
+                " of weight, " BIGRAMX_INVALID_LOGITS);
+}
+
+ProbRows::ProbRows(const GenerateParams& params)
+    : params_(params),
+      vocab_size_(params.weight.size(0)),
+      rows_per_block_(
+          std::clamp<int64_t>(kBlockElements / std::max<int64_t>(vocab_size_, 1), 1, vocab_size_)),
+      blocks_((vocab_size_ + rows_per_block_ - 1) / rows_per_block_) {}
+
+void ProbRows::prepare(Block& block, int64_t first_row) {
+    const int64_t num_rows = std::min(rows_per_block_, vocab_size_ - first_row);
+    const int64_t bytes = num_rows * vocab_size_ * static_cast<int64_t>(params_.weight.element_size());
+    if (bytes_ + bytes > kMaxBytes) {
+        std::fill(blocks_.begin(), blocks_.end(), Block());
+        bytes_ = 0;
+    }
+    block.probs = filter_logits(params_.weight.narrow(0, first_row, num_rows), params_).softmax(-1);
+    block.are_distributions = at::isfinite(block.probs.sum(-1));
+    bytes_ += bytes;
+}
+
+LogitRows::LogitRows(const GenerateParams& params)
+    : weight_(params.weight.stride(1) == 1 ? params.weight : params.weight.contiguous()),
+      vocab_size_(weight_.size(0)),
+      params_(params),
+      rows_at_once_(rows_to_filter_at_once(vocab_size_, params.removes_tokens())),
+      kept_words_(params.removes_tokens() ? (vocab_size_ + 63) / 64 : 0),
+      kept_(vocab_size_ * kept_words_),
+      logits_(static_cast<const char*>(weight_.const_data_ptr())),
+      row_bytes_(weight_.stride(0) * weight_.element_size()),
+      states_(vocab_size_) {}
+
+LogitRows::State LogitRows::prepare(int64_t token) {
+    const int64_t begin = token / rows_at_once_ * rows_at_once_;
+    const int64_t end = std::min(begin + rows_at_once_, vocab_size_);
+    const std::lock_guard<std::mutex> lock(mutexes_[begin / rows_at_once_ % kNumMutexes]);
+    if (states_[token].load(std::memory_order_relaxed) == State::unprepared) {
+        if (params_.removes_tokens()) filter(begin, end);
+        for (int64_t i = begin; i < end; ++i) {
+            LogitRow prepared = row(i);
+            const bool is_distribution = prepare_row(i, prepared);
+            if (!is_distribution) any_is_none_.store(true, std::memory_order_relaxed);
+            states_[i].store(is_distribution ? State::distribution : State::none, std::memory_order_release);
+        }
+    }
+    return states_[token].load(std::memory_order_relaxed);
+}
+
+// Marks what the filters keep of the rows from `begin` to `end`.
+void LogitRows::filter(int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
+    const at::Tensor kept =
+        filter_logits(weight_.narrow(0, begin, end - begin), params_).isneginf().logical_not_().contiguous();
+    const bool* flag = kept.const_data_ptr<bool>();
+    for (int64_t i = begin; i < end; ++i) {
+        uint64_t* words = kept_.begin() + i * kept_words_;
+        std::fill_n(words, kept_words_, 0);
+        for (int64_t j = 0; j < vocab_size_; ++j) words[j / 64] |= uint64_t{*flag++} << (j % 64);
+    }
+}
+
+template <bool has_sure_entries>
+int WholeRows<has_sure_entries>::guide_bits(int64_t vocab_size) {
+    if (has_sure_entries) return kSureGuideBits;
+    int bits = 0;
+    while (int64_t{2} << bits < vocab_size) ++bits;  // a bucket for two tokens
+    return bits;
+}
+
+template <bool has_sure_entries>
+WholeRows<has_sure_entries>::WholeRows(const GenerateParams& params)
+    : LogitRows(params),
+      fill_cdf_(kernel_for(
+          weight_, [](auto zero) { return BIGRAMX_DISPATCH_TARGET(logit_cdf_kernel<decltype(zero)>); })),
+      guide_bits_(guide_bits(vocab_size_)),
+      cdf_(vocab_size_ * padded_cdf(vocab_size_)),
+      guide_(vocab_size_ << guide_bits_) {
+    advise_huge_pages(cdf_.begin(), cdf_.size() * sizeof(uint32_t));
+    advise_huge_pages(guide_.begin(), guide_.size() * sizeof(uint16_t));
+    std::fill(guide_.begin(), guide_.end(), kUnprepared);
+}
+
+template <bool has_sure_entries>
+int64_t WholeRows<has_sure_entries>::bytes(int64_t vocab_size) {
+    return vocab_size * (padded_cdf(vocab_size) * static_cast<int64_t>(sizeof(uint32_t)) +
+                         (static_cast<int64_t>(sizeof(uint16_t)) << guide_bits(vocab_size)));
+}
+
+template <bool has_sure_entries>
+bool WholeRows<has_sure_entries>::prepare_row(int64_t token, LogitRow& row) {
+    if (!fill_cdf_(row, vocab_size_, cdf(token))) return false;
+    pad_cdf(cdf(token), vocab_size_);
+    if (has_sure_entries) {
+        publish_sure_entries(token);
+    } else {
+        std::vector<uint16_t> entries((int64_t{1} << guide_bits_) + 1);
+        fill_guide_table(cdf(token), vocab_size_, guide_bits_, entries.data());
+        entries.pop_back();
+        uint16_t* entry = guide(token);
+        for (const uint16_t made : entries) publish(entry++, made);
+    }
+    return true;
+}
+
+template <bool has_sure_entries>
+void WholeRows<has_sure_entries>::publish_sure_entries(int64_t token) {
+    const int shift = kDrawBits - guide_bits_;
+    const uint32_t* const cdf_row = cdf(token);
+    uint16_t* const entries = guide(token);
+    int64_t bucket = 0;  // those before it are done
+    for (int64_t drawn = 0; drawn < vocab_size_; ++drawn) {
+        const auto entry = static_cast<uint16_t>(drawn);
+        const int64_t end = cdf_row[drawn] >> shift;
+        for (; bucket < end; ++bucket) publish(entries + bucket, entry);
+        const bool begins_another = bucket << shift < cdf_row[drawn];
+        if (begins_another) publish(entries + bucket++, entry | kMixed);
+    }
+}
+
+template <bool has_sure_entries>
+uint32_t WholeRows<has_sure_entries>::prepare_and_search(uint32_t token, uint32_t r) {
+    if (!is_distribution(token)) return 0;
+    const uint16_t entry = guide(token)[guide_bucket(r, guide_bits_)];
+    return search_cdf(cdf(token), entry & ~kMixed, r);
+}
+
+template class WholeRows<true>;
+template class WholeRows<false>;
+
+BlockRows::BlockRows(const GenerateParams& params)
+    : LogitRows(params),
+      sum_blocks_(kernel_for(
+          weight_,
+          [](auto zero) { return BIGRAMX_DISPATCH_TARGET(logit_block_sums_kernel<decltype(zero)>); })),
+      find_in_block_(kernel_for(
+          weight_,
+          [](auto zero) { return BIGRAMX_DISPATCH_TARGET(find_in_logit_block_kernel<decltype(zero)>); })),
+      num_blocks_(num_weight_blocks(vocab_size_)),
+      block_bytes_(kWeightsAtOnce * static_cast<int64_t>(weight_.element_size())),
+      ends_(vocab_size_ * num_blocks_),
+      max_(vocab_size_) {}
+
+bool BlockRows::prepare_row(int64_t token, LogitRow& row) {
+    const bool is_distribution = sum_blocks_(row, vocab_size_, ends_.begin() + token * num_blocks_);
+    max_[token] = row.max;
+    return is_distribution;
+}
+
+BlockRows::Place BlockRows::locate(uint32_t token, uint32_t r) {
+    if (!is_distribution(token)) return {token, 0, 0};
+    const uint64_t* ends = ends_.begin() + token * num_blocks_;
+    const uint64_t target_sum = CdfScale(ends[num_blocks_ - 1]).target_sum(r);
+    int64_t block = 0;  // searched without branches, which could not be foreseen
+    for (int64_t count = num_blocks_; count > 1;) {
+        const int64_t half = count / 2;
+        block += ends[block + half - 1] < target_sum ? half : 0;
+        count -= half;
+    }
+    if (num_blocks_ > 1) {
+        const auto* logits = static_cast<const char*>(row(token).logits) + block * block_bytes_;
+        for (int64_t k = 0; k < block_bytes_; k += 64) __builtin_prefetch(logits + k);
+    }
+    return {token, block, target_sum - (block > 0 ? ends[block - 1] : 0)};
+}
+
+uint32_t BlockRows::find(const Place& place) const {
+    if (place.target_sum == 0) return 0;
+    LogitRow row = this->row(place.row);
+    row.max = max_[place.row];
+    return find_in_block_(row, vocab_size_, place.block, place.target_sum);
+}
+
+uint32_t ArgmaxRows::compute(uint32_t token) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
+    const auto argmax = static_cast<uint32_t>(weight_.select(0, token).argmax().item<int64_t>());
+    argmax_[token].store(argmax + 1, std::memory_order_relaxed);
+    return argmax;
+}
+
+}  // namespace bigramx::cpu

@@ -1,0 +1,207 @@
+// The rows of a table of logits, prepared for draws: each when a chain first meets it, by the thread that
+// meets it.
+//
+// ProbRows are for the sampler "torch"; the others for "philox": find(locate(token, r)) is the token that r
+// draws from the row of `token`; all kinds of rows draw the same. In two steps, so that while one waits for
+// memory others can be located.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "cpu/base/buffer.h"
+#include "cpu/sampling/fixed_point_weights.h"
+#include "cpu/sampling/guide_table.h"
+#include "generate.h"
+
+namespace bigramx::cpu {
+
+// Raises the error of a row that is not a distribution.
+void check_distribution(bool is_distribution, int64_t token);
+
+// The probabilities, by ATen's own softmax, in blocks of rows of a size that is worth a call.
+class ProbRows {
+  public:
+    explicit ProbRows(const GenerateParams& params);
+
+    template <typename scalar_t>
+    const scalar_t* row(int64_t token) {
+        Block& block = blocks_[token / rows_per_block_];
+        if (!block.probs.defined()) prepare(block, token / rows_per_block_ * rows_per_block_);
+        const int64_t row = token % rows_per_block_;
+        check_distribution(block.are_distributions.const_data_ptr<bool>()[row], token);
+        return block.probs.const_data_ptr<scalar_t>() + row * vocab_size_;
+    }
+
+  private:
+    struct Block {
+        at::Tensor probs;              // (rows, V)
+        at::Tensor are_distributions;  // (rows) bool
+    };
+    static constexpr int64_t kBlockElements = 1 << 16;
+    static constexpr int64_t kMaxBytes = int64_t{1} << 30;  // all rows are dropped where they would take more
+
+    void prepare(Block& block, int64_t first_row);
+
+    const GenerateParams params_;
+    const int64_t vocab_size_;
+    const int64_t rows_per_block_;
+    std::vector<Block> blocks_;
+    int64_t bytes_ = 0;
+};
+
+// What the kinds of rows for "philox" share: the table, the filters, and which rows are prepared.
+class LogitRows {
+  public:
+    virtual ~LogitRows() = default;
+
+    // A row with a NaN or an infinity, or with negative infinities alone, is none. It draws token 0.
+    bool is_distribution(int64_t token) {
+        const State state = states_[token].load(std::memory_order_acquire);
+        return (state == State::unprepared ? prepare(token) : state) == State::distribution;
+    }
+
+    // Of those that were met.
+    bool all_are_distributions() const { return !any_is_none_.load(std::memory_order_relaxed); }
+
+  protected:
+    explicit LogitRows(const GenerateParams& params);
+
+    // Sets row.max, and keeps what draws need. False where the row is not a distribution.
+    virtual bool prepare_row(int64_t token, LogitRow& row) = 0;
+
+    LogitRow row(int64_t token) const {
+        return {logits_ + token * row_bytes_,
+                params_.removes_tokens() ? kept_.begin() + token * kept_words_ : nullptr, params_.temperature,
+                0};
+    }
+
+    const at::Tensor weight_;  // (V, V), each row contiguous
+    const int64_t vocab_size_;
+
+  private:
+    enum class State : uint8_t { unprepared, distribution, none };
+    static constexpr int64_t kNumMutexes = 64;
+
+    State prepare(int64_t token);
+    void filter(int64_t begin, int64_t end);
+
+    const GenerateParams params_;
+    const int64_t rows_at_once_;
+    const int64_t kept_words_;
+    const Buffer<uint64_t> kept_;  // (V, kept_words): a bit a token, where the options remove tokens
+    const char* const logits_;
+    const int64_t row_bytes_;
+    std::vector<std::atomic<State>> states_;
+    std::mutex mutexes_[kNumMutexes];
+    std::atomic<bool> any_is_none_{false};
+};
+
+// The fixed-point CDF of a row, and a guide table to it. For many draws a row.
+//
+// has_sure_entries: the guide is so fine that most of its buckets draw one token alone, and a draw is one
+// load; the entries of the others are marked. For small vocabularies: in large ones more buckets would be
+// mixed than not, and to look at a mark that the processor cannot guess costs more than to search always.
+template <bool has_sure_entries>
+class WholeRows : public LogitRows {
+  public:
+    static constexpr int kLanes = 8;
+    static constexpr int64_t kGrainSize = 1 << 14;
+
+    // V < 2^15: a token and a mark share an entry.
+    explicit WholeRows(const GenerateParams& params);
+
+    static int64_t bytes(int64_t vocab_size);
+
+    using Place = uint32_t;  // the token itself
+
+    Place locate(uint32_t token, uint32_t r) {
+        // Another thread may be preparing the row: the cdf are there before the entries are.
+        const uint16_t entry = __atomic_load_n(guide(token) + guide_bucket(r, guide_bits_), __ATOMIC_ACQUIRE);
+        if (__builtin_expect(entry >= kMixed, false)) return prepare_and_search(token, r);
+        return has_sure_entries ? entry : search_cdf(cdf(token), entry, r);
+    }
+    uint32_t find(Place place) const { return place; }
+
+  private:
+    static constexpr int kSureGuideBits = 11;
+    static constexpr uint16_t kMixed = 1 << 15, kUnprepared = std::numeric_limits<uint16_t>::max();
+
+    bool prepare_row(int64_t token, LogitRow& row) override;
+    uint32_t prepare_and_search(uint32_t token, uint32_t r);
+
+    static int guide_bits(int64_t vocab_size);
+    static void publish(uint16_t* entry, int value) {
+        __atomic_store_n(entry, static_cast<uint16_t>(value), __ATOMIC_RELEASE);
+    }
+    void publish_sure_entries(int64_t token);
+
+    uint32_t* cdf(int64_t token) const { return cdf_.begin() + token * padded_cdf(vocab_size_); }
+    uint16_t* guide(int64_t token) const { return guide_.begin() + (token << guide_bits_); }
+
+    bool (*const fill_cdf_)(LogitRow&, int64_t, uint32_t*);
+    const int guide_bits_;
+    const Buffer<uint32_t> cdf_;    // (V, padded V)
+    const Buffer<uint16_t> guide_;  // (V, 2^guide_bits)
+};
+
+// The sums of blocks of kWeightsAtOnce weights, 8 bytes each; a draw computes the weights of one block again.
+// For few draws a row, and for large tables.
+class BlockRows : public LogitRows {
+  public:
+    static constexpr int kLanes = 4;
+    static constexpr int64_t kGrainSize = 1 << 8;
+
+    explicit BlockRows(const GenerateParams& params);
+
+    struct Place {
+        uint32_t row;
+        int64_t block;
+        uint64_t target_sum;  // within the block; 0 where the row is not a distribution
+    };
+
+    Place locate(uint32_t token, uint32_t r);
+    uint32_t find(const Place& place) const;
+
+  private:
+    bool prepare_row(int64_t token, LogitRow& row) override;
+
+    bool (*const sum_blocks_)(LogitRow&, int64_t, uint64_t*);
+    int64_t (*const find_in_block_)(const LogitRow&, int64_t, int64_t, uint64_t);
+    const int64_t num_blocks_, block_bytes_;
+    const Buffer<uint64_t> ends_;  // (V, blocks): cumulative sums after each
+    const Buffer<double> max_;     // (V)
+};
+
+// The argmax, whatever is drawn.
+class ArgmaxRows {
+  public:
+    static constexpr int kLanes = 8;
+    static constexpr int64_t kGrainSize = 1 << 14;
+
+    explicit ArgmaxRows(const at::Tensor& weight) : weight_(weight), argmax_(weight.size(0)) {}
+
+    using Place = uint32_t;  // the token itself
+
+    Place locate(uint32_t token, uint32_t) {
+        const uint32_t seen = argmax_[token].load(std::memory_order_relaxed);
+        return seen != 0 ? seen - 1 : compute(token);
+    }
+    uint32_t find(Place place) const { return place; }
+
+    bool is_distribution(int64_t) const { return true; }
+    bool all_are_distributions() const { return true; }
+
+  private:
+    uint32_t compute(uint32_t token);
+
+    const at::Tensor weight_;
+    std::vector<std::atomic<uint32_t>> argmax_;  // (V): 1 more than it; 0: not met
+};
+
+}  // namespace bigramx::cpu

@@ -1,0 +1,147 @@
+// Exponential variates as torch.multinomial draws them, and the race between them that it decides by:
+// token = argmax_j probs[j] / q[j], q exponentially distributed (the exponential race, or Gumbel-max trick).
+//
+// ATen's serial kernel makes q[j] = -log1p(-u) in float64, rounded to the dtype, from one 64-bit draw an
+// element. ReplayedRace makes the same draws, and takes the logarithm only where it decides between tokens
+// (exponential_variates_kernels.h). Other builds of ATen fill q by a library; DrawnRace then asks ATen for
+// it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <mutex>
+#include <optional>
+
+#include "cpu/sampling/mersenne_twister.h"
+#include "sampling/generator.h"
+
+namespace bigramx::cpu {
+
+// Holds the generator while it lives, and leaves it advanced by the words that were taken.
+class GeneratorStream {
+  public:
+    explicit GeneratorStream(at::CPUGeneratorImpl* generator)
+        : generator_(generator), lock_(generator->mutex_), twister_(generator->engine()) {}
+    ~GeneratorStream() { generator_->set_engine(twister_.engine()); }
+    GeneratorStream(const GeneratorStream&) = delete;
+    GeneratorStream& operator=(const GeneratorStream&) = delete;
+
+    static constexpr int64_t kMaxDraws = MersenneTwister::kMaxWords / 2;
+
+    // The words of the next `count` <= kMaxDraws draws, two each, raw.
+    const uint32_t* take(int64_t count) { return twister_.take(2 * count); }
+
+  private:
+    at::CPUGeneratorImpl* generator_;
+    std::lock_guard<std::mutex> lock_;
+    MersenneTwister twister_;
+};
+
+// [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>; count <= kMaxDraws.
+void draw_uniforms(GeneratorStream& stream, int64_t count, double* draws);
+
+// The token with the largest of probs (V) / q.
+template <typename scalar_t>
+int64_t sample_token(GeneratorStream& stream, const scalar_t* probs, int64_t vocab_size);
+
+// argmax as ATen takes it: the first of equals, and a NaN (0 / 0) before all.
+template <typename scalar_t>
+class BestRatio {
+  public:
+    void offer(int64_t token, scalar_t prob, scalar_t variate) {
+        const scalar_t ratio = prob / variate;
+        if (ratio > best_ || (ratio != ratio && best_ == best_)) {
+            best_ = ratio;
+            token_ = token;
+        }
+    }
+
+    int64_t token() const { return token_; }
+
+  private:
+    scalar_t best_ = 0;
+    int64_t token_ = 0;  // of equals that are all zero, too
+};
+
+template <typename scalar_t>
+class ReplayedRace {
+  public:
+    ReplayedRace(at::CPUGeneratorImpl* generator, int64_t vocab_size)
+        : stream_(generator), vocab_size_(vocab_size) {}
+
+    int64_t sample(const scalar_t* probs) { return sample_token(stream_, probs, vocab_size_); }
+
+  private:
+    GeneratorStream stream_;
+    int64_t vocab_size_;
+};
+
+template <typename scalar_t>
+class DrawnRace {
+  public:
+    // ATen's draws depend on the size of the tensor: `rows_per_draw` samples share one.
+    DrawnRace(const std::optional<at::Generator>& generator, int64_t vocab_size, int64_t rows_per_draw)
+        : generator_(generator),
+          variates_(
+              at::empty({rows_per_draw, vocab_size}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value))),
+          vocab_size_(vocab_size),
+          next_row_(rows_per_draw) {}
+
+    int64_t sample(const scalar_t* probs) {
+        if (next_row_ == variates_.size(0)) {
+            variates_.exponential_(1, generator_);
+            next_row_ = 0;
+        }
+        const scalar_t* variates = variates_.template const_data_ptr<scalar_t>() + next_row_++ * vocab_size_;
+        BestRatio<scalar_t> winner;
+        for (int64_t j = 0; j < vocab_size_; ++j) winner.offer(j, probs[j], variates[j]);
+        return winner.token();
+    }
+
+  private:
+    std::optional<at::Generator> generator_;
+    at::Tensor variates_;
+    int64_t vocab_size_;
+    int64_t next_row_;
+};
+
+// Whether this build of ATen draws exponential variates as ReplayedRace does: compared once a dtype, on a
+// generator of our own.
+template <typename scalar_t>
+bool replays_exponential() {
+    static const bool same = [] {
+        constexpr int64_t kSize = 1000, kCalls = 2;
+        at::Generator drawn = at::detail::createCPUGenerator(), replayed = at::detail::createCPUGenerator();
+        GeneratorStream stream(at::check_generator<at::CPUGeneratorImpl>(replayed));
+        double draws[kSize];
+        for (int64_t call = 0; call < kCalls; ++call) {
+            const at::Tensor variates =
+                at::empty({kSize}, at::dtype(c10::CppTypeToScalarType<scalar_t>::value));
+            variates.exponential_(1, drawn);
+            draw_uniforms(stream, kSize, draws);
+            const scalar_t* q = variates.const_data_ptr<scalar_t>();
+            for (int64_t j = 0; j < kSize; ++j) {
+                if (q[j] != static_cast<scalar_t>(-std::log1p(-draws[j]))) return false;
+            }
+        }
+        return true;
+    }();
+    return same;
+}
+
+// Calls draw(race) with the kind of race that makes the draws of this build of ATen.
+template <typename scalar_t, typename Draw>
+void with_exponential_race(const std::optional<at::Generator>& generator, int64_t vocab_size,
+                           int64_t rows_per_draw, const Draw& draw) {
+    if (replays_exponential<scalar_t>()) {
+        ReplayedRace<scalar_t> race(cpu_generator(generator), vocab_size);
+        draw(race);
+    } else {
+        DrawnRace<scalar_t> race(generator, vocab_size, rows_per_draw);
+        draw(race);
+    }
+}
+
+}  // namespace bigramx::cpu

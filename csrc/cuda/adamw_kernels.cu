@@ -1,0 +1,138 @@
+#include "cuda/adamw_kernels.h"
+
+#include <algorithm>
+
+#include "cuda/base/block.cuh"
+#include "cuda/base/launch.h"
+#include "cuda/base/vector_access.cuh"
+
+namespace bigramx {
+namespace {
+
+constexpr const char* kName = "adamw_";
+constexpr int kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 4;  // what its registers hold
+
+template <typename scalar_t>
+struct Arrays {
+    int64_t size;
+    scalar_t* param;
+    const scalar_t* grad;
+    scalar_t* exp_avg;
+    scalar_t* exp_avg_sq;
+    scalar_t* max_exp_avg_sq;  // null: no AMSGrad
+};
+
+// A step whose number lies on the device.
+struct CountedStep {
+    AdamWOptions options;
+    const void* number;  // null: the host knows it
+    FloatType type;
+};
+
+// The host's constants; or those of the step that the device has counted, computed once a block.
+template <typename scalar_t>
+__device__ AdamWConstants<scalar_t> constants_of(const AdamWConstants<scalar_t>& hosts, CountedStep counted) {
+    if (counted.number == nullptr) return hosts;
+    SharedMemory shared;
+    auto* const constants = shared.take<AdamWConstants<scalar_t>>(1);
+    if (threadIdx.x == 0) {
+        counted.options.step = counted.type == FloatType::float64
+                                   ? *static_cast<const double*>(counted.number)
+                                   : *static_cast<const float*>(counted.number);
+        *constants = adamw_constants<scalar_t>(counted.options);
+    }
+    __syncthreads();
+    return *constants;
+}
+
+// Whether these elements are moved by one access.
+template <typename scalar_t>
+__device__ bool is_vector(const scalar_t* row, int count) {
+    return count == kVectorSize<scalar_t> && elements_before_vectors(row, count) == 0;
+}
+
+template <typename scalar_t>
+__device__ AlignedVector<scalar_t> load_elements(const scalar_t* from, int count) {
+    if (is_vector(from, count)) return load_vector(from);
+    AlignedVector<scalar_t> vector{};
+    for (int k = 0; k < kVectorSize<scalar_t>; ++k) {
+        if (k < count) vector.elements[k] = from[k];
+    }
+    return vector;
+}
+
+template <typename scalar_t>
+__device__ void store_elements(scalar_t* to, const AlignedVector<scalar_t>& vector, int count) {
+    if (is_vector(to, count)) return store_vector(to, vector);
+    for (int k = 0; k < kVectorSize<scalar_t>; ++k) {
+        if (k < count) to[k] = vector.elements[k];
+    }
+}
+
+// The update of cpu/adamw_kernels.h, of `count` elements from `begin` on.
+template <typename scalar_t>
+__device__ void step_elements(const Arrays<scalar_t>& arrays, const AdamWConstants<scalar_t>& constants,
+                              int64_t begin, int count) {
+    const bool amsgrad = arrays.max_exp_avg_sq != nullptr;
+    AlignedVector<scalar_t> param = load_elements(arrays.param + begin, count);
+    const AlignedVector<scalar_t> grads = load_elements(arrays.grad + begin, count);
+    AlignedVector<scalar_t> exp_avg = load_elements(arrays.exp_avg + begin, count);
+    AlignedVector<scalar_t> exp_avg_sq = load_elements(arrays.exp_avg_sq + begin, count);
+    AlignedVector<scalar_t> largest{};
+    if (amsgrad) largest = load_elements(arrays.max_exp_avg_sq + begin, count);
+    for (int k = 0; k < kVectorSize<scalar_t>; ++k) {
+        const scalar_t grad = constants.grad_sign * grads.elements[k];
+        scalar_t& mean = exp_avg.elements[k];
+        scalar_t& mean_sq = exp_avg_sq.elements[k];
+        scalar_t& largest_sq = largest.elements[k];
+        mean += (grad - mean) * constants.one_minus_beta1;
+        mean_sq = mean_sq * constants.beta2 + grad * grad * constants.one_minus_beta2;
+        if (!amsgrad || !(largest_sq > mean_sq)) largest_sq = mean_sq;
+        const scalar_t denominator =
+            std::sqrt(largest_sq) * constants.inverse_root_correction2 + constants.eps;
+        param.elements[k] = param.elements[k] * constants.decay - constants.step_size * mean / denominator;
+    }
+    store_elements(arrays.param + begin, param, count);
+    store_elements(arrays.exp_avg + begin, exp_avg, count);
+    store_elements(arrays.exp_avg_sq + begin, exp_avg_sq, count);
+    if (amsgrad) store_elements(arrays.max_exp_avg_sq + begin, largest, count);
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(Arrays<scalar_t> arrays, AdamWConstants<scalar_t> of_host, CountedStep counted) {
+    const AdamWConstants<scalar_t> constants = constants_of(of_host, counted);
+    const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    const int64_t stride = int64_t{gridDim.x} * kThreads * kVectorSize<scalar_t>;
+    for (int64_t begin = thread * kVectorSize<scalar_t>; begin < arrays.size; begin += stride) {
+        const int64_t left = arrays.size - begin;
+        step_elements(arrays, constants, begin,
+                      left < kVectorSize<scalar_t> ? static_cast<int>(left) : kVectorSize<scalar_t>);
+    }
+}
+
+template <typename scalar_t>
+void launch_typed(const AdamWCudaJob& job, cudaStream_t stream) {
+    constexpr int64_t kPerBlock = kThreads * kVectorSize<scalar_t>;
+    const Arrays<scalar_t> arrays{job.size,
+                                  static_cast<scalar_t*>(job.param),
+                                  static_cast<const scalar_t*>(job.grad),
+                                  static_cast<scalar_t*>(job.exp_avg),
+                                  static_cast<scalar_t*>(job.exp_avg_sq),
+                                  static_cast<scalar_t*>(job.max_exp_avg_sq)};
+    const LaunchShape shape{kName, stream,
+                            std::min((job.size + kPerBlock - 1) / kPerBlock,
+                                     kBlocksPerMultiprocessor * num_multiprocessors(kName)),
+                            kThreads, SharedMemory::bytes<AdamWConstants<scalar_t>>(1)};
+    launch(shape, adamw_kernel<scalar_t>, arrays, adamw_constants<scalar_t>(job.options),
+           CountedStep{job.options, job.step, job.step_type});
+}
+
+}  // namespace
+
+void launch_adamw(const AdamWCudaJob& job, cudaStream_t stream) {
+    job.type == FloatType::float64 ? launch_typed<double>(job, stream) : launch_typed<float>(job, stream);
+}
+
+}  // namespace bigramx

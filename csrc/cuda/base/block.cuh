@@ -1,0 +1,168 @@
+// What the threads of a warp and of a block do together. Whoever calls a function of a block calls it with
+// all threads of the block; one of a warp, with all lanes of the warp.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/base/types.h"
+#include "sampling/philox.h"
+
+#if defined(__CUDACC__)
+// What assert() calls, which builds without assertions do not declare.
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
+                                                  const char* function) noexcept;
+#endif
+
+namespace bigramx {
+
+constexpr int kWarp = 32;  // lanes
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp;
+
+__device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ inline int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ inline int warps_of_block() { return (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp; }
+
+// Stops the kernel, and all later work of the context, as PyTorch's kernels do; `message` names the op.
+__device__ inline void device_assert(bool condition, const char* message) {
+    if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
+}
+
+// Hands out the dynamic shared memory of a block, each part aligned to 16 bytes: in a kernel what
+// shared_bytes_of counts on the host.
+class SharedMemory {
+  public:
+    __device__ SharedMemory() {
+        extern __shared__ __align__(16) unsigned char bigramx_shared_memory[];
+        next_ = bigramx_shared_memory;
+    }
+
+    template <typename T>
+    __device__ T* take(int64_t count) {
+        T* const part = reinterpret_cast<T*>(next_);
+        next_ += bytes<T>(count);
+        return part;
+    }
+
+    // What take<T>(count) takes.
+    template <typename T>
+    static constexpr __host__ __device__ int64_t bytes(int64_t count) {
+        return (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    }
+
+  private:
+    unsigned char* next_;
+};
+
+// ---------------------------------------------------------------------------------------------- of a warp
+
+// A value of any trivially copyable type whose size is a multiple of 4 bytes, from the lane that differs in
+// the bits of `lane_mask`.
+template <typename T>
+__device__ inline T shuffle_xor(T value, int lane_mask) {
+    if constexpr (sizeof(T) == 4 || sizeof(T) == 8) {
+        if constexpr (std::is_arithmetic_v<T>) return __shfl_xor_sync(kAllLanes, value, lane_mask);
+    }
+    static_assert(sizeof(T) % 4 == 0, "shuffles move words");
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &value, sizeof(T));
+    for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, lane_mask);
+    memcpy(&value, words, sizeof(T));
+    return value;
+}
+
+// combine(a, b) over all lanes: the same bits in each of them, for both lanes of an exchange combine what
+// they have in the same order.
+template <typename T, typename Combine>
+__device__ inline T warp_reduce(T value, const Combine& combine) {
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+        const T other = shuffle_xor(value, distance);
+        value = (lane_of_thread() & distance) != 0 ? combine(other, value) : combine(value, other);
+    }
+    return value;
+}
+
+template <typename T>
+__device__ inline T warp_sum(T value) {
+    return warp_reduce(value, [](T a, T b) { return a + b; });
+}
+
+// The sum over the lanes up to this one, itself included.
+template <typename T>
+__device__ inline T warp_inclusive_scan(T value) {
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+        const T before = __shfl_up_sync(kAllLanes, value, distance);
+        if (lane_of_thread() >= distance) value += before;
+    }
+    return value;
+}
+
+// --------------------------------------------------------------------------------------------- of a block
+
+// combine over all threads of the block, the same in each of them, in an order that depends on the number of
+// threads alone. scratch: kMaxWarps elements of shared memory, free again on return. The number of threads
+// is a multiple of kWarp.
+template <typename T, typename Combine>
+__device__ inline T block_reduce(T value, T* scratch, const Combine& combine) {
+    value = warp_reduce(value, combine);
+    if (lane_of_thread() == 0) scratch[warp_of_thread()] = value;
+    __syncthreads();
+    T total = scratch[0];
+    for (int warp = 1; warp < warps_of_block(); ++warp) total = combine(total, scratch[warp]);
+    __syncthreads();
+    return total;
+}
+
+template <typename T>
+__device__ inline T block_sum(T value, T* scratch) {
+    return block_reduce(value, scratch, [](T a, T b) { return a + b; });
+}
+
+// The sum over the threads before this one; *total: over all.
+template <typename T>
+__device__ inline T block_exclusive_scan(T value, T* scratch, T* total) {
+    const T within = warp_inclusive_scan(value);
+    if (lane_of_thread() == kWarp - 1) scratch[warp_of_thread()] = within;
+    __syncthreads();
+    T before = 0, sum = 0;
+    for (int warp = 0; warp < warps_of_block(); ++warp) {
+        if (warp == warp_of_thread()) before = sum;
+        sum += scratch[warp];
+    }
+    __syncthreads();
+    *total = sum;
+    return before + within - value;
+}
+
+// Whether this block is the last of the grid to come here; all that the others wrote before is then seen by
+// all threads of this one. ticket: 0 before the launch; in device memory. scratch: one int of shared memory.
+__device__ inline bool is_last_block(unsigned* ticket, int* scratch) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        *scratch = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return *scratch != 0;
+}
+
+// ------------------------------------------------------------------------------------------------- draws
+
+// The seed of the draws of a launch: the same number for all threads.
+__device__ inline uint64_t seed_of(const Seed& seed) {
+    if (!seed.of_device_generator) return seed.value;
+    const bool captured = seed.captured_seed != nullptr;
+    const uint64_t key = captured ? static_cast<uint64_t>(*seed.captured_seed) : seed.value;
+    const uint64_t offset =
+        captured ? static_cast<uint64_t>(*seed.captured_offset) + seed.offset : seed.offset;
+    const Philox mixed(key, offset, 0);
+    return uint64_t{mixed.words[1]} << 32 | mixed.words[0];
+}
+
+}  // namespace bigramx

@@ -1,0 +1,75 @@
+// The one way to launch a kernel: a function of a C++ compiler, too.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/base/types.h"
+
+namespace bigramx {
+
+inline void check_cuda(const char* op, cudaError_t status) {
+    if (status != cudaSuccess) {
+        throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
+    }
+}
+
+struct LaunchShape {
+    const char* op;  // for messages
+    cudaStream_t stream;
+    int64_t blocks;
+    int threads;              // of a block
+    size_t shared_bytes = 0;  // dynamic shared memory of a block
+};
+
+// Nothing is launched where there are no blocks. Raises a std::runtime_error where the launch is refused.
+template <typename... Parameters, typename... Arguments>
+void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
+    constexpr size_t kAlwaysAllowed = 48 << 10;  // bytes
+    constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+    if (shape.blocks == 0) return;
+    if (shape.blocks > kMaxBlocks) {
+        throw std::runtime_error(std::string(shape.op) +
+                                 ": expected work for at most 2147483647 blocks, got " +
+                                 std::to_string(shape.blocks));
+    }
+    if (shape.shared_bytes > kAlwaysAllowed) {
+        check_cuda(shape.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  static_cast<int>(shape.shared_bytes)));
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = shape.stream;
+    check_cuda(shape.op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// Sets `bytes` of device memory to zero.
+inline void clear(const char* op, cudaStream_t stream, void* memory, size_t bytes) {
+    if (bytes > 0) check_cuda(op, cudaMemsetAsync(memory, 0, bytes, stream));
+}
+
+// Of the current device.
+inline int64_t device_attribute(const char* op, cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    check_cuda(op, cudaGetDevice(&device));
+    check_cuda(op, cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+inline int64_t num_multiprocessors(const char* op) {
+    return device_attribute(op, cudaDevAttrMultiProcessorCount);
+}
+
+// The most dynamic shared memory, in bytes, that a block can have.
+inline int64_t max_shared_bytes(const char* op) {
+    return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+}  // namespace bigramx

@@ -1,0 +1,361 @@
+// The pairs (row, target) of a batch, counted in a table where that is small, else grouped by row.
+//
+// A source of pairs has num_pairs() and, for the threads of a block, for_each(begin, end, visit), which calls
+// visit(Pair) for each pair in that range, of which every thread takes some; it stops the kernel at tokens
+// out of range. Counts are integers, which atomic additions give the same whatever their order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/base/block.cuh"
+#include "cuda/base/launch.h"
+#include "cuda/base/vector_access.cuh"
+
+namespace bigramx {
+
+struct Pair {
+    static constexpr int32_t kIgnored = -1;
+
+    int64_t row;
+    int32_t target;  // kIgnored: the pair counts for nothing
+    int64_t number;  // in the batch
+};
+
+// Each token and the one that follows it.
+template <typename token_t>
+struct TokenPairs {
+    const token_t* tokens;  // (num_tokens)
+    int64_t num_tokens;
+    int64_t vocab_size;
+
+    __host__ __device__ int64_t num_pairs() const { return num_tokens > 0 ? num_tokens - 1 : 0; }
+
+    template <typename Visit>
+    __device__ void for_each(int64_t begin, int64_t end, const Visit& visit) const {
+        constexpr int kInFlight = 2, kLast = kVectorSize<token_t> - 1;
+        if (num_tokens == 1 && threadIdx.x == 0) checked(tokens[0]);  // it is in no pair
+        for_each_aligned_vector<kInFlight>(
+            tokens + begin, end - begin,
+            [&](int first, const AlignedVector<token_t>& vector) {
+                const int64_t n = begin + first;
+                const token_t next = tokens[n + kVectorSize<token_t>];
+                for (int k = 0; k < kLast; ++k)
+                    visit(pair(n + k, vector.elements[k], vector.elements[k + 1]));
+                visit(pair(n + kLast, vector.elements[kLast], next));
+            },
+            [&](int k) { visit(pair(begin + k, tokens[begin + k], tokens[begin + k + 1])); });
+    }
+
+  private:
+    __device__ Pair pair(int64_t n, token_t token, token_t next) const {
+        return {checked(token), static_cast<int32_t>(checked(next)), n};
+    }
+
+    __device__ int64_t checked(token_t token) const {
+        const auto number = static_cast<int64_t>(token);
+        device_assert(number >= 0 && number < vocab_size, "count_bigrams: expected 0 <= token < vocab_size");
+        return number;
+    }
+};
+
+// Two arrays of the same length.
+struct IndexedPairs {
+    const int64_t* idx;      // (N)
+    const int64_t* targets;  // (N)
+    int64_t size;            // N
+    int64_t num_rows, num_classes;
+    int64_t ignore_index;
+
+    __host__ __device__ int64_t num_pairs() const { return size; }
+
+    template <typename Visit>
+    __device__ void for_each(int64_t begin, int64_t end, const Visit& visit) const {
+        for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) visit(pair(n));
+    }
+
+  private:
+    __device__ Pair pair(int64_t n) const {
+        const int64_t row = idx[n], target = targets[n];
+        const bool is_ignored = target == ignore_index;
+        device_assert(row >= 0 && row < num_rows,
+                      "embedding_cross_entropy: index out of range: expected 0 <= idx < the rows of weight");
+        device_assert(is_ignored || (target >= 0 && target < num_classes),
+                      "embedding_cross_entropy: target out of bounds: expected 0 <= targets < the columns of "
+                      "weight, or ignore_index");
+        return {row, is_ignored ? Pair::kIgnored : static_cast<int32_t>(target), n};
+    }
+};
+
+// The part of the pairs that a block takes.
+struct Share {
+    int64_t begin, end;
+
+    __device__ explicit Share(int64_t num_pairs)
+        : begin(num_pairs / gridDim.x * blockIdx.x + min_with_rest(num_pairs, blockIdx.x)),
+          end(num_pairs / gridDim.x * (blockIdx.x + 1) + min_with_rest(num_pairs, blockIdx.x + 1)) {}
+
+  private:
+    // The first num_pairs % gridDim.x blocks take one more.
+    __device__ static int64_t min_with_rest(int64_t num_pairs, int64_t block) {
+        const int64_t rest = num_pairs % gridDim.x;
+        return block < rest ? block : rest;
+    }
+};
+
+constexpr int kPairThreads = 512;
+
+// So many that each has work that is worth its start, and no more than run at once.
+inline int64_t blocks_for_pairs(const char* op, int64_t num_pairs, int64_t blocks_a_multiprocessor) {
+    constexpr int64_t kMinPairs = 4 * kPairThreads;
+    return std::clamp<int64_t>(num_pairs / kMinPairs, 1, blocks_a_multiprocessor * num_multiprocessors(op));
+}
+
+// --------------------------------------------------------------------------------------- counted in a table
+
+// Whether a block has room for a table of entries of 32 bits, and for some scratch beside it; two blocks of a
+// multiprocessor, where that has much.
+inline bool fits_table(const char* op, int64_t num_rows, int64_t num_targets) {
+    constexpr int64_t kMost = 96 << 10, kScratch = 1 << 10;  // bytes
+    const int64_t most = std::min(kMost, max_shared_bytes(op) - kScratch);
+    return num_rows <= most && num_rows * num_targets * 4 <= most;
+}
+
+// table (rows, num_targets), all zero: += 1 at each pair that is not ignored.
+template <typename Source>
+__device__ void count_in_table(const Source& source, const Share& share, int64_t num_targets,
+                               uint32_t* table) {
+    source.for_each(share.begin, share.end, [&](const Pair& pair) {
+        if (pair.target != Pair::kIgnored) atomicAdd(table + pair.row * num_targets + pair.target, 1u);
+    });
+}
+
+__device__ inline void add_atomically(uint32_t* to, uint32_t count) { atomicAdd(to, count); }
+__device__ inline void add_atomically(int64_t* to, uint32_t count) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(count));
+}
+
+// What is done once all pairs are counted, by all threads of the block that has seen all counts:
+// finish(number of pairs that are not ignored). The first kMaxWarps doubles of shared memory are free.
+struct NothingToFinish {
+    __device__ void operator()(int64_t) const {}
+};
+
+constexpr int64_t kFinishBytes =
+    SharedMemory::bytes<double>(kMaxWarps) + SharedMemory::bytes<int>(1);  // and the flag of is_last_block
+
+template <typename count_t>
+__device__ int64_t sum_counts(const count_t* counts, int64_t size, double* scratch) {
+    double sum = 0;
+    for (int64_t k = threadIdx.x; k < size; k += blockDim.x) sum += static_cast<double>(counts[k]);
+    return static_cast<int64_t>(block_sum(sum, scratch));
+}
+
+// counts (rows, num_targets), zero before: each block counts in shared memory, and adds what it found.
+template <typename Source, typename count_t, typename Finish>
+__global__ void __launch_bounds__(kPairThreads, 1)
+    count_table_kernel(Source source, int64_t num_rows, int64_t num_targets, count_t* counts,
+                       unsigned* ticket, Finish finish) {
+    const int64_t num_entries = num_rows * num_targets;
+    SharedMemory shared;
+    auto* const scratch = shared.take<double>(kMaxWarps);
+    auto* const is_last = shared.take<int>(1);
+    auto* const table = shared.take<uint32_t>(num_entries);
+    for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) table[k] = 0;
+    __syncthreads();
+    count_in_table(source, Share(source.num_pairs()), num_targets, table);
+    __syncthreads();
+    for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) {
+        if (table[k] > 0) add_atomically(counts + k, table[k]);
+    }
+    if (ticket != nullptr && is_last_block(ticket, is_last)) finish(sum_counts(counts, num_entries, scratch));
+}
+
+// ticket: 0 before; null where there is nothing to finish.
+template <typename Source, typename count_t, typename Finish = NothingToFinish>
+void count_table(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
+                 int64_t num_targets, count_t* counts, unsigned* ticket = nullptr,
+                 const Finish& finish = {}) {
+    constexpr int64_t kBlocksAMultiprocessor = 2;
+    const int64_t blocks = blocks_for_pairs(op, source.num_pairs(), kBlocksAMultiprocessor);
+    const auto shared_bytes = kFinishBytes + SharedMemory::bytes<uint32_t>(num_rows * num_targets);
+    launch({op, stream, blocks, kPairThreads, static_cast<size_t>(shared_bytes)},
+           count_table_kernel<Source, count_t, Finish>, source, num_rows, num_targets, counts, ticket,
+           finish);
+}
+
+// ------------------------------------------------------------------------------------------- grouped by row
+
+// The targets of the pairs of row i are those from row_begin[i] to row_begin[i + 1], in an order that may
+// change from run to run; ignored pairs are left out.
+struct PairGroups {
+    int64_t* row_begin;  // (R + 1)
+    int32_t* targets;    // (num_pairs)
+    int64_t* numbers;    // (num_pairs), in the batch; or null: not wanted
+    // The rows that occur, be it in ignored pairs alone, ascending; or null: not wanted.
+    int64_t* slot_rows;  // (min(num_pairs, R))
+    int64_t* num_slots;  // ()
+
+    // Scratch: zero before, 32 bits each.
+    uint32_t* row_counts;    // (R): of the pairs that are not ignored
+    uint32_t* row_occurs;    // (R): whether a row occurs; or null, without slot_rows
+    uint32_t* class_counts;  // (num_targets): in how many pairs a target occurs; or null: not wanted
+    unsigned* ticket;        // ()
+    // Scratch.
+    uint32_t* cursors;  // (R): where the next pair of a row is to lie
+};
+
+// Counts in shared memory what a block finds, where so many counters fit and pay; else in `global` itself.
+struct RowCounters {
+    uint32_t* counters;  // (R)
+
+    __device__ RowCounters(uint32_t* global, bool are_shared, int64_t num_rows) : counters(global) {
+        if (!are_shared) return;
+        SharedMemory shared;
+        counters = shared.take<uint32_t>(num_rows);
+        for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) counters[row] = 0;
+        __syncthreads();
+    }
+
+    static bool can_share(const char* op, int64_t num_rows, int64_t num_pairs) {
+        return num_rows <= num_pairs && SharedMemory::bytes<uint32_t>(num_rows) <= max_shared_bytes(op);
+    }
+};
+
+// After all blocks have counted: where the pairs of each row begin, and which rows occur.
+// Returns how many pairs there are.
+__device__ inline int64_t scan_rows(const PairGroups& groups, int64_t num_rows, unsigned long long* scratch) {
+    constexpr int kRows = 8;       // that a thread takes in a turn
+    constexpr int kSlotBits = 24;  // a sum holds the pairs of a turn, and in its low bits the rows that occur
+    int64_t pairs_before = 0, slots_before = 0;
+    for (int64_t turn = 0; turn < num_rows; turn += int64_t{kRows} * blockDim.x) {
+        const int64_t first = turn + int64_t{kRows} * threadIdx.x;
+        uint32_t counts[kRows], occurs[kRows];
+        unsigned long long sum = 0;
+        for (int k = 0; k < kRows; ++k) {
+            const int64_t row = first + k;
+            counts[k] = row < num_rows ? groups.row_counts[row] : 0;
+            occurs[k] = groups.row_occurs != nullptr && row < num_rows ? groups.row_occurs[row] : 0;
+            sum += static_cast<unsigned long long>(counts[k]) << kSlotBits | occurs[k];
+        }
+        unsigned long long total;
+        const unsigned long long before = block_exclusive_scan(sum, scratch, &total);
+        int64_t begin = pairs_before + static_cast<int64_t>(before >> kSlotBits);
+        int64_t slot = slots_before + static_cast<int64_t>(before & ((1u << kSlotBits) - 1));
+        for (int k = 0; k < kRows && first + k < num_rows; ++k) {
+            groups.row_begin[first + k] = begin;
+            groups.cursors[first + k] = static_cast<uint32_t>(begin);
+            begin += counts[k];
+            if (occurs[k] != 0) groups.slot_rows[slot++] = first + k;
+        }
+        pairs_before += static_cast<int64_t>(total >> kSlotBits);
+        slots_before += static_cast<int64_t>(total & ((1u << kSlotBits) - 1));
+    }
+    if (threadIdx.x == 0) {
+        groups.row_begin[num_rows] = pairs_before;
+        if (groups.num_slots != nullptr) *groups.num_slots = slots_before;
+    }
+    return pairs_before;
+}
+
+template <typename Source>
+__device__ void count_rows(const Source& source, const PairGroups& groups, int64_t num_rows,
+                           bool share_counters) {
+    const RowCounters rows(groups.row_counts, share_counters, num_rows);
+    const Share share(source.num_pairs());
+    source.for_each(share.begin, share.end, [&](const Pair& pair) {
+        if (groups.row_occurs != nullptr) atomicOr(groups.row_occurs + pair.row, 1u);
+        if (pair.target == Pair::kIgnored) return;
+        atomicAdd(rows.counters + pair.row, 1u);
+        if (groups.class_counts != nullptr) atomicAdd(groups.class_counts + pair.target, 1u);
+    });
+    if (!share_counters) return;
+    __syncthreads();
+    for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
+        if (rows.counters[row] > 0) atomicAdd(groups.row_counts + row, rows.counters[row]);
+    }
+}
+
+template <typename Source, typename Finish>
+__global__ void __launch_bounds__(kPairThreads, 1)
+    count_rows_kernel(Source source, PairGroups groups, int64_t num_rows, bool share_counters,
+                      Finish finish) {
+    count_rows(source, groups, num_rows, share_counters);
+    __syncthreads();
+    SharedMemory shared;  // once more from its beginning: the counters are done with
+    auto* const scratch = shared.take<unsigned long long>(kMaxWarps);
+    auto* const is_last = shared.take<int>(1);
+    if (!is_last_block(groups.ticket, is_last)) return;
+    finish(scan_rows(groups, num_rows, scratch));
+}
+
+template <typename Source>
+__global__ void __launch_bounds__(kPairThreads, 1)
+    scatter_pairs_kernel(Source source, PairGroups groups, int64_t num_rows, bool share_counters) {
+    const RowCounters rows(groups.cursors, share_counters, num_rows);
+    const Share share(source.num_pairs());
+    if (share_counters) {  // the block reserves its places of each row
+        source.for_each(share.begin, share.end, [&](const Pair& pair) {
+            if (pair.target != Pair::kIgnored) atomicAdd(rows.counters + pair.row, 1u);
+        });
+        __syncthreads();
+        for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
+            const uint32_t count = rows.counters[row];
+            if (count > 0) rows.counters[row] = atomicAdd(groups.cursors + row, count);
+        }
+        __syncthreads();
+    }
+    source.for_each(share.begin, share.end, [&](const Pair& pair) {
+        if (pair.target == Pair::kIgnored) return;
+        const uint32_t place = atomicAdd(rows.counters + pair.row, 1u);
+        groups.targets[place] = pair.target;
+        if (groups.numbers != nullptr) groups.numbers[place] = pair.number;
+    });
+}
+
+// Fewer than 2^32 pairs.
+template <typename Source, typename Finish = NothingToFinish>
+void group_pairs(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
+                 const PairGroups& groups, const Finish& finish = {}) {
+    constexpr int64_t kBlocksAMultiprocessor = 2;
+    const bool share_counters = RowCounters::can_share(op, num_rows, source.num_pairs());
+    const int64_t counter_bytes = share_counters ? SharedMemory::bytes<uint32_t>(num_rows) : 0;
+    const int64_t blocks = blocks_for_pairs(op, source.num_pairs(), kBlocksAMultiprocessor);
+    launch({op, stream, blocks, kPairThreads, static_cast<size_t>(std::max(counter_bytes, kFinishBytes))},
+           count_rows_kernel<Source, Finish>, source, groups, num_rows, share_counters, finish);
+    launch({op, stream, blocks, kPairThreads, static_cast<size_t>(counter_bytes)},
+           scatter_pairs_kernel<Source>, source, groups, num_rows, share_counters);
+}
+
+// For the threads of a block that have a list of targets: sums (end - begin), += value(k) at the k-th target,
+// where it is one of those from `begin` to `end`.
+template <typename sum_t, typename Value>
+__device__ void add_targets(const int32_t* targets, int64_t size, int64_t begin, int64_t end, sum_t* sums,
+                            const Value& value) {
+    for (int64_t k = threadIdx.x; k < size; k += blockDim.x) {
+        const int64_t target = targets[k];
+        if (target >= begin && target < end) atomicAdd(sums + (target - begin), value(k));
+    }
+}
+
+// Hands out parts of one piece of scratch memory, each aligned to 256 bytes as an allocation is; without
+// memory, it measures.
+class ScratchMemory {
+  public:
+    explicit ScratchMemory(void* memory) : next_(reinterpret_cast<uintptr_t>(memory)) {}
+
+    template <typename T>
+    T* take(int64_t count) {
+        constexpr uintptr_t kAlignment = 256;
+        const uintptr_t part = next_;
+        next_ += (static_cast<uintptr_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+        return reinterpret_cast<T*>(part);
+    }
+
+    uintptr_t end() const { return next_; }
+
+  private:
+    uintptr_t next_;
+};
+
+}  // namespace bigramx

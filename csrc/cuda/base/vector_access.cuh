@@ -1,0 +1,132 @@
+// The types of tables and tokens in device code, what tables are accumulated in, and 16-byte accesses.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/base/types.h"
+
+namespace bigramx {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+// In what the kernels compute for a table of this type.
+template <typename scalar_t>
+using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float widen(float16 value) { return __half2float(value); }
+
+// Rounded to nearest, ties to even.
+template <typename scalar_t>
+__device__ inline scalar_t narrow(opmath_t<scalar_t> value) {
+    if constexpr (std::is_same_v<scalar_t, bfloat16>) {
+        return __float2bfloat16_rn(value);
+    } else if constexpr (std::is_same_v<scalar_t, float16>) {
+        return __float2half_rn(value);
+    } else {
+        return value;
+    }
+}
+
+// Calls visit(zero) with a zero of the type.
+template <typename Visit>
+void with_type(FloatType type, const Visit& visit) {
+    switch (type) {
+        case FloatType::float64:
+            return visit(double{});
+        case FloatType::float32:
+            return visit(float{});
+        case FloatType::bfloat16:
+            return visit(bfloat16{});
+        case FloatType::float16:
+            return visit(float16{});
+    }
+}
+
+template <typename Visit>
+void with_type(TokenType type, const Visit& visit) {
+    switch (type) {
+        case TokenType::uint8:
+            return visit(uint8_t{});
+        case TokenType::uint16:
+            return visit(uint16_t{});
+        case TokenType::int32:
+            return visit(int32_t{});
+        case TokenType::int64:
+            return visit(int64_t{});
+    }
+}
+
+constexpr int kVectorBytes = 16;
+
+template <typename T>
+constexpr int kVectorSize = kVectorBytes / sizeof(T);
+
+// What one access moves; aligned to its size.
+template <typename T>
+struct alignas(kVectorBytes) AlignedVector {
+    T elements[kVectorSize<T>];
+};
+
+template <typename T>
+__device__ inline AlignedVector<T> load_vector(const T* from) {
+    return *reinterpret_cast<const AlignedVector<T>*>(from);
+}
+
+template <typename T>
+__device__ inline void store_vector(T* to, const AlignedVector<T>& vector) {
+    *reinterpret_cast<AlignedVector<T>*>(to) = vector;
+}
+
+// How many elements the begin of a row lies behind the begin of the vector that it is in.
+template <typename T>
+__device__ inline int elements_into_vector(const T* row) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(T));
+}
+
+// How many elements lie before the first vector, `size` at most.
+template <typename T>
+__device__ inline int64_t elements_before_vectors(const T* row, int64_t size) {
+    const int64_t before = (kVectorSize<T> - elements_into_vector(row)) % kVectorSize<T>;
+    return before < size ? before : size;
+}
+
+// For the threads of a block: visit_vector(k, vector) for each 16 bytes of a row that can be read at once, k
+// being the first of their elements, and visit_element(k) for those before and behind them. A thread reads
+// kInFlight vectors before it visits the first of them. Fewer than 2^31 elements.
+template <int kInFlight = 1, typename T, typename VisitChunk, typename VisitElement>
+__device__ inline void for_each_aligned_vector(const T* row, int64_t size, const VisitChunk& visit_vector,
+                                               const VisitElement& visit_element) {
+    const int before = static_cast<int>(elements_before_vectors(row, size));
+    const int num_vectors = static_cast<int>((size - before) / kVectorSize<T>);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    for (int first = thread; first < num_vectors; first += kInFlight * threads) {
+        AlignedVector<T> vectors[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            const int c = first + k * threads;
+            if (c < num_vectors) vectors[k] = load_vector(row + before + c * kVectorSize<T>);
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            const int c = first + k * threads;
+            if (c < num_vectors) visit_vector(before + c * kVectorSize<T>, vectors[k]);
+        }
+    }
+    const int in_vectors = num_vectors * kVectorSize<T>, outside = static_cast<int>(size) - in_vectors;
+    for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_vectors);
+}
+
+}  // namespace bigramx

@@ -1,0 +1,80 @@
+// counts[i, j] = how often token j follows token i.
+//
+// A small table is counted in the shared memory of every block. For a larger one the tokens are first grouped
+// by the token before them: then a block counts a row in shared memory, and each entry of the result is
+// written once, without atomic additions that wander through all of device memory.
+#include "cuda/count_bigrams_kernels.h"
+
+#include "cuda/base/pairs.cuh"
+
+namespace bigramx {
+namespace {
+
+constexpr const char* kName = "count_bigrams";
+constexpr int kRowThreads = 512;
+constexpr int64_t kTile = 8192;  // entries that are counted at once
+
+// A block a row.
+__global__ void __launch_bounds__(kRowThreads)
+    count_rows_of_table_kernel(PairGroups groups, int64_t vocab_size, int64_t* counts) {
+    SharedMemory shared;
+    auto* const tile = shared.take<uint32_t>(kTile);
+    const int64_t row = blockIdx.x, first = groups.row_begin[row], size = groups.row_begin[row + 1] - first;
+    for (int64_t begin = 0; begin < vocab_size; begin += kTile) {
+        const int64_t end = begin + kTile < vocab_size ? begin + kTile : vocab_size;
+        for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) tile[k] = 0;
+        __syncthreads();
+        add_targets(groups.targets + first, size, begin, end, tile, [](int64_t) { return 1u; });
+        __syncthreads();
+        for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) {
+            counts[row * vocab_size + begin + k] = tile[k];
+        }
+        __syncthreads();
+    }
+}
+
+struct Scratch {
+    PairGroups groups;
+    void* zeros;
+    uintptr_t zero_bytes;
+    uintptr_t end;
+
+    Scratch(const CountBigramsJob& job, void* memory) : groups{}, zeros(memory) {
+        ScratchMemory scratch(memory);
+        groups.row_counts = scratch.take<uint32_t>(job.vocab_size);
+        groups.ticket = scratch.take<unsigned>(1);
+        zero_bytes = scratch.end() - reinterpret_cast<uintptr_t>(memory);
+        groups.cursors = scratch.take<uint32_t>(job.vocab_size);
+        groups.row_begin = scratch.take<int64_t>(job.vocab_size + 1);
+        groups.targets = scratch.take<int32_t>(job.num_tokens);
+        end = scratch.end();
+    }
+};
+
+template <typename token_t>
+void run(const CountBigramsJob& job, void* memory, cudaStream_t stream) {
+    const TokenPairs<token_t> pairs{static_cast<const token_t*>(job.tokens), job.num_tokens, job.vocab_size};
+    if (fits_table(kName, job.vocab_size, job.vocab_size)) {
+        clear(kName, stream, job.counts, job.vocab_size * job.vocab_size * sizeof(int64_t));
+        return count_table(kName, stream, pairs, job.vocab_size, job.vocab_size, job.counts);
+    }
+    const Scratch scratch(job, memory);
+    clear(kName, stream, scratch.zeros, scratch.zero_bytes);
+    group_pairs(kName, stream, pairs, job.vocab_size, scratch.groups);
+    const auto shared_bytes = static_cast<size_t>(SharedMemory::bytes<uint32_t>(kTile));
+    launch({kName, stream, job.vocab_size, kRowThreads, shared_bytes}, count_rows_of_table_kernel,
+           scratch.groups, job.vocab_size, job.counts);
+}
+
+}  // namespace
+
+int64_t count_bigrams_scratch_bytes(const CountBigramsJob& job) {
+    if (fits_table(kName, job.vocab_size, job.vocab_size)) return 0;
+    return static_cast<int64_t>(Scratch(job, nullptr).end);
+}
+
+void launch_count_bigrams(const CountBigramsJob& job, void* scratch, cudaStream_t stream) {
+    with_type(job.type, [&](auto zero) { run<decltype(zero)>(job, scratch, stream); });
+}
+
+}  // namespace bigramx

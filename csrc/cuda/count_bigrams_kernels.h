@@ -1,0 +1,20 @@
+#pragma once
+
+#include "cuda/base/types.h"
+
+namespace bigramx {
+
+struct CountBigramsJob {
+    const void* tokens;  // (num_tokens), fewer than 2^32
+    TokenType type;
+    int64_t num_tokens;
+    int64_t vocab_size;
+    int64_t* counts;  // (V, V)
+};
+
+// How much scratch memory the launch needs, in bytes.
+int64_t count_bigrams_scratch_bytes(const CountBigramsJob& job);
+
+void launch_count_bigrams(const CountBigramsJob& job, void* scratch, cudaStream_t stream);
+
+}  // namespace bigramx

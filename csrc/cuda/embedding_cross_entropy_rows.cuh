@@ -1,0 +1,559 @@
+// A row of the table: its logsumexp, the losses of the pairs that start in it, its gradient. A warp takes a
+// row of at most kMaxWarpRow elements, and keeps it in registers; a block takes a longer one, and keeps it in
+// shared memory where it fits.
+//
+// With s_j the sum over the pairs of row i that have the target j (of ones or, where each pair has a gradient
+// of its own, of those), g = sum_j s_j and u = sum_j class_weight_j s_j:
+//
+//     dW[i, j] = (mass / sum) e^(W[i, j] - max) - class_weight_j (smooth + unit s_j)
+//
+// mass being what all pairs of the row give to its softmax.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/base/block.cuh"
+#include "cuda/base/pairs.cuh"
+#include "cuda/base/vector_access.cuh"
+
+namespace bigramx {
+
+// What all rows share, known once the pairs are counted.
+struct LossTotals {
+    double loss_scale;        // of the reduction: 1, or 1 over the class weights of the pairs that count
+    double z_loss_scale;      // 1, or 1 over their number
+    double class_weight_sum;  // over all classes
+};
+
+// Of the pairs of some rows, before the scale of the reduction.
+struct RowLoss {
+    double cross_entropy = 0, z_loss = 0;
+
+    __device__ friend RowLoss operator+(const RowLoss& a, const RowLoss& b) {
+        RowLoss both;
+        both.cross_entropy = a.cross_entropy + b.cross_entropy;
+        both.z_loss = a.z_loss + b.z_loss;
+        return both;
+    }
+};
+
+// What the losses of single pairs need of their row.
+template <typename T>
+struct RowStats {
+    T max, log_sum;
+    T rest;  // what all pairs of the row share: label smoothing, z-loss
+};
+
+template <typename scalar>
+struct RowsJob {
+    using scalar_t = scalar;
+    using T = opmath_t<scalar_t>;
+    static constexpr bool kIsPlain = false;
+
+    const scalar_t* weight;  // (R, C)
+    int64_t row_stride, num_rows, num_classes;
+    const T* class_weight;  // (C), or null: all ones
+    double label_smoothing, smoothing_of_class, z_loss;
+    int64_t padding_idx;
+    const LossTotals* totals;
+
+    // The pairs: counted, (R, C), or grouped.
+    const uint32_t* counts;  // null: grouped
+    PairGroups groups;
+
+    // () or, where the losses are not reduced, (N); null: ones.
+    const scalar_t* grad_loss;
+    bool has_grad_losses;  // (N)
+    bool unless_one;       // nothing is to be done where *grad_loss is 1
+
+    // A slot is a row that is worked on: each of the table or, where they are there, of groups.slot_rows,
+    // behind which there may be slots without a row.
+    int64_t max_slots;
+
+    // Results, each null where it is not wanted.
+    RowLoss* losses_of_blocks;  // (blocks of the launch), summed in order by the last of them
+    scalar_t* loss;             // ()
+    unsigned* ticket;           // (): 0 before
+    RowStats<T>* stats;         // (R)
+    scalar_t* gradient;         // (max_slots, C)
+    int64_t* grad_rows;         // (max_slots)
+
+    __device__ bool has_slot_rows() const { return groups.slot_rows != nullptr; }
+    __device__ int64_t num_slots() const { return has_slot_rows() ? *groups.num_slots : max_slots; }
+    // -1: none.
+    __device__ int64_t row_of_slot(int64_t slot) const {
+        if (slot >= num_slots()) return -1;
+        return has_slot_rows() ? groups.slot_rows[slot] : slot;
+    }
+    // Of the grouped pairs.
+    __device__ bool has_pairs(int64_t row) const {
+        return row >= 0 && groups.row_begin[row] < groups.row_begin[row + 1];
+    }
+    __device__ const scalar_t* weight_row(int64_t row) const { return weight + row * row_stride; }
+    __device__ scalar_t* gradient_row(int64_t slot) const {
+        return gradient != nullptr ? gradient + slot * num_classes : nullptr;
+    }
+
+    __device__ T class_weight_of(int64_t j) const { return class_weight != nullptr ? class_weight[j] : T(1); }
+    __device__ bool smooths() const { return label_smoothing > 0; }
+    // What the k-th of the grouped pairs adds to the sum of its class.
+    template <typename sum_t>
+    __device__ sum_t value_of_pair(int64_t k) const {
+        if constexpr (std::is_same_v<sum_t, uint32_t>) {
+            return 1;
+        } else {
+            return grad_loss != nullptr ? widen(grad_loss[groups.numbers[k]]) : T(1);
+        }
+    }
+    __device__ double grad_of_all() const {
+        return grad_loss != nullptr && !has_grad_losses ? static_cast<double>(widen(*grad_loss)) : 1.0;
+    }
+    __device__ bool is_done() const { return unless_one && grad_of_all() == 1.0; }
+};
+
+// Without class weights and label smoothing, which compilers then leave out of the loops.
+template <typename scalar>
+struct PlainRowsJob : RowsJob<scalar> {
+    using typename RowsJob<scalar>::T;
+    static constexpr bool kIsPlain = true;
+
+    __device__ T class_weight_of(int64_t) const { return 1; }
+    __device__ bool smooths() const { return false; }
+};
+
+// e^(logit - max). For tables of 16 bits as a power of two, of whose exponent one product rounds off a
+// 2^-24th: far less than what their logits are rounded by.
+template <typename scalar_t>
+__device__ inline opmath_t<scalar_t> exponential(opmath_t<scalar_t> logit, opmath_t<scalar_t> max) {
+    if constexpr (sizeof(scalar_t) == 2) {
+        constexpr float kLog2E = 0x1.715476p0f;
+        return exp2f((logit - max) * kLog2E);
+    } else {
+        return std::exp(logit - max);
+    }
+}
+
+// What is taken from logits with this maximum: negative infinities add nothing, even to one another.
+template <typename T>
+__device__ inline T shift_of(T max) {
+    return max > -kInfinity<T> ? max : T(0);
+}
+
+// The maximum of logits, and the sum of e^(logit - max), as they come along.
+template <typename T>
+struct OnlineSum {
+    T max = -kInfinity<T>;
+    T sum = 0;
+
+    template <typename scalar_t, int count>
+    __device__ void include(const T (&logits)[count]) {
+        T largest = max;
+        for (int k = 0; k < count; ++k) largest = std::fmax(largest, logits[k]);
+        if (largest > max) {
+            sum *= std::exp(max - largest);
+            max = largest;
+        }
+        for (int k = 0; k < count; ++k) sum += exponential<scalar_t>(logits[k], shift());
+    }
+
+    __device__ T shift() const { return shift_of(max); }
+};
+
+template <typename T>
+struct MergeOnlineSums {
+    __device__ OnlineSum<T> operator()(const OnlineSum<T>& a, const OnlineSum<T>& b) const {
+        OnlineSum<T> both;
+        both.max = a.max > b.max ? a.max : b.max;
+        both.sum = a.sum * std::exp(a.max - both.shift()) + b.sum * std::exp(b.max - both.shift());
+        return both;
+    }
+};
+
+// Sums over the classes, which the gradient of a row needs.
+struct PairSums {
+    double pairs = 0;     // g
+    double weighted = 0;  // u
+
+    __device__ friend PairSums operator+(const PairSums& a, const PairSums& b) {
+        PairSums both;
+        both.pairs = a.pairs + b.pairs;
+        both.weighted = a.weighted + b.weighted;
+        return both;
+    }
+
+    template <typename T, typename sum_t>
+    __device__ void add(T class_weight, sum_t s) {
+        pairs += static_cast<double>(s);
+        weighted += static_cast<double>(class_weight * static_cast<T>(s));
+    }
+};
+
+// And those which its losses need.
+struct LossSums {
+    double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
+    double class_losses = 0;   // of class_weight_j (lse - W[i, j]): what label smoothing spreads
+
+    __device__ friend LossSums operator+(const LossSums& a, const LossSums& b) {
+        LossSums both;
+        both.target_logits = a.target_logits + b.target_logits;
+        both.class_losses = a.class_losses + b.class_losses;
+        return both;
+    }
+};
+
+// The part of a thread, which is short.
+template <typename T>
+struct OwnLossSums {
+    T target_logits = 0, class_losses = 0;
+
+    __device__ LossSums wide() const {
+        LossSums sums;
+        sums.target_logits = static_cast<double>(target_logits);
+        sums.class_losses = static_cast<double>(class_losses);
+        return sums;
+    }
+};
+
+// A row whose logits have been read.
+template <typename Job>
+struct MeasuredRow {
+    using T = typename Job::T;
+
+    const Job& job;
+    const T max, sum, log_sum;
+
+    // sum: of e^(logit - max).
+    __device__ MeasuredRow(const Job& job, T max, T sum)
+        : job(job), max(max), sum(sum), log_sum(std::log(sum)) {}
+
+    __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
+
+    // What class j adds, whose pairs have the sum s.
+    template <typename sum_t>
+    __device__ void add_losses(OwnLossSums<T>& sums, T logit, T class_weight, sum_t s) const {
+        if (s != sum_t(0)) {  // 0 times an infinity is none
+            sums.target_logits += class_weight * static_cast<T>(s) * (logit - max);
+        }
+        if (job.smooths()) sums.class_losses += class_weight * (max + log_sum - logit);
+    }
+
+    __device__ double smooth_loss(const LossSums& sums) const {
+        return job.smooths() ? job.smoothing_of_class * sums.class_losses : 0.0;
+    }
+
+    __device__ double z_loss() const { return job.z_loss * lse() * lse(); }
+
+    __device__ RowStats<T> stats(const LossSums& sums) const {
+        return {max, log_sum, static_cast<T>(smooth_loss(sums) + z_loss())};
+    }
+
+    __device__ RowLoss loss(const PairSums& pairs, const LossSums& sums) const {
+        const double epsilon = job.label_smoothing;
+        RowLoss loss;
+        loss.z_loss = pairs.pairs * z_loss();
+        if (epsilon > 0) loss.cross_entropy = pairs.pairs * smooth_loss(sums);
+        if (epsilon < 1) {
+            loss.cross_entropy +=
+                (1 - epsilon) * (pairs.weighted * static_cast<double>(log_sum) - sums.target_logits);
+        }
+        return loss;
+    }
+};
+
+// The elements of a gradient row.
+template <typename Job>
+struct GradientTerms {
+    using T = typename Job::T;
+
+    T max, scale, smooth, unit;
+
+    __device__ GradientTerms(const MeasuredRow<Job>& row, const PairSums& pairs) : max(row.max) {
+        const Job& job = row.job;
+        const double loss_scale = job.totals->loss_scale * job.grad_of_all();
+        const double z_loss_scale = job.totals->z_loss_scale * job.grad_of_all();
+        const double smooth_part = job.smoothing_of_class * pairs.pairs * loss_scale;
+        const double target_part = (1 - job.label_smoothing) * loss_scale;
+        const double mass = target_part * pairs.weighted + smooth_part * job.totals->class_weight_sum +
+                            2 * job.z_loss * row.lse() * pairs.pairs * z_loss_scale;
+        scale = static_cast<T>(mass) / row.sum;
+        smooth = static_cast<T>(smooth_part);
+        unit = static_cast<T>(target_part);
+    }
+
+    template <typename sum_t>
+    __device__ T element(T logit, T class_weight, sum_t s) const {
+        return scale * exponential<typename Job::scalar_t>(logit, max) -
+               class_weight * (smooth + unit * static_cast<T>(s));
+    }
+};
+
+// ------------------------------------------------------------------------------------------ a warp, a row
+
+// The most elements of a row that the registers of a warp hold beside all else.
+template <typename T>
+constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
+
+// The lanes take every 32nd column, kItems each.
+template <int kItems, typename Job>
+class WarpRow {
+  public:
+    using scalar_t = typename Job::scalar_t;
+    using T = typename Job::T;
+
+    __device__ WarpRow(const Job& job, int64_t row) : job_(job), row_(row) {
+        const scalar_t* const weight = job.weight_row(row);
+        for (int k = 0; k < kItems; ++k) logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<T>;
+    }
+
+    // sums (C): s_j. gradient (C), or null. Returns the same to all lanes.
+    template <typename sum_t>
+    __device__ RowLoss process(const sum_t* sums, scalar_t* gradient) const {
+        const MeasuredRow<Job> row = measure();
+        PairSums own_pairs;
+        OwnLossSums<T> own_losses;
+        for (int k = 0; k < kItems; ++k) {
+            if (!has(k)) continue;
+            const sum_t s = sums[column(k)];
+            const T class_weight = job_.class_weight_of(column(k));
+            if (s != sum_t(0)) own_pairs.add(class_weight, s);
+            row.add_losses(own_losses, logits_[k], class_weight, s);
+        }
+        const PairSums pairs = warp_sum(own_pairs);
+        if (gradient != nullptr) write_gradient(GradientTerms<Job>(row, pairs), sums, gradient);
+        return row.loss(pairs, warp_sum(own_losses.wide()));
+    }
+
+    __device__ RowStats<T> stats() const {
+        const MeasuredRow<Job> row = measure();
+        OwnLossSums<T> own;
+        for (int k = 0; k < kItems; ++k) {
+            if (has(k)) row.add_losses(own, logits_[k], job_.class_weight_of(column(k)), 0);
+        }
+        return row.stats(warp_sum(own.wide()));
+    }
+
+  private:
+    __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
+    __device__ bool has(int k) const { return column(k) < job_.num_classes; }
+
+    __device__ MeasuredRow<Job> measure() const {
+        T max = logits_[0], sum = 0;
+        for (int k = 1; k < kItems; ++k) max = std::fmax(max, logits_[k]);
+        max = warp_reduce(max, [](T a, T b) { return std::fmax(a, b); });
+        for (int k = 0; k < kItems; ++k) sum += exponential<scalar_t>(logits_[k], shift_of(max));
+        return {job_, max, warp_sum(sum)};
+    }
+
+    template <typename sum_t>
+    __device__ void write_gradient(const GradientTerms<Job>& terms, const sum_t* sums,
+                                   scalar_t* gradient) const {
+        const bool is_padding = row_ == job_.padding_idx;
+        for (int k = 0; k < kItems; ++k) {
+            if (!has(k)) continue;
+            const int j = column(k);
+            const T element = terms.element(logits_[k], job_.class_weight_of(j), sums[j]);
+            gradient[j] = narrow<scalar_t>(is_padding ? T(0) : element);
+        }
+    }
+
+    const Job& job_;
+    const int64_t row_;
+    T logits_[kItems];
+};
+
+// ------------------------------------------------------------------------------------------ a block, a row
+
+// How a block goes about its row.
+struct BlockPlan {
+    int threads;
+    int64_t tile;  // how many classes are summed at once: whole vectors
+    bool caches_row;
+};
+
+// The shared memory of a block. Row and tile begin where the row of the table begins within a vector, so that
+// their vectors are its vectors.
+template <typename Job, typename sum_t>
+struct BlockMemory {
+    using scalar_t = typename Job::scalar_t;
+
+    OnlineSum<typename Job::T>* online_sums;  // (kMaxWarps)
+    PairSums* pair_sums;                      // (kMaxWarps)
+    LossSums* loss_sums;                      // (kMaxWarps)
+    RowLoss* losses;                          // (kMaxWarps)
+    int* is_last;                             // ()
+    sum_t* tile;                              // (tile)
+    scalar_t* row;                            // (C), or null
+
+    __device__ BlockMemory(const BlockPlan& plan, int64_t num_classes) {
+        SharedMemory shared;
+        online_sums = shared.take<OnlineSum<typename Job::T>>(kMaxWarps);
+        pair_sums = shared.take<PairSums>(kMaxWarps);
+        loss_sums = shared.take<LossSums>(kMaxWarps);
+        losses = shared.take<RowLoss>(kMaxWarps);
+        is_last = shared.take<int>(1);
+        tile = shared.take<sum_t>(plan.tile + kVectorSize<scalar_t>);
+        row = plan.caches_row ? shared.take<scalar_t>(num_classes + kVectorSize<scalar_t>) : nullptr;
+    }
+
+    static int64_t bytes(const BlockPlan& plan, int64_t num_classes) {
+        return SharedMemory::bytes<OnlineSum<typename Job::T>>(kMaxWarps) +
+               SharedMemory::bytes<PairSums>(kMaxWarps) + SharedMemory::bytes<LossSums>(kMaxWarps) +
+               SharedMemory::bytes<RowLoss>(kMaxWarps) + SharedMemory::bytes<int>(1) +
+               SharedMemory::bytes<sum_t>(plan.tile + kVectorSize<scalar_t>) +
+               (plan.caches_row ? SharedMemory::bytes<scalar_t>(num_classes + kVectorSize<scalar_t>) : 0);
+    }
+};
+
+template <typename Job, typename sum_t>
+class BlockRow {
+  public:
+    using scalar_t = typename Job::scalar_t;
+    using T = typename Job::T;
+
+    __device__ BlockRow(const Job& job, const BlockPlan& plan, const BlockMemory<Job, sum_t>& memory,
+                        int64_t row)
+        : job_(job),
+          plan_(plan),
+          memory_(memory),
+          row_(row),
+          source_(job.weight_row(row)),
+          tile_(memory.tile + elements_into_vector(source_)),
+          first_pair_(job.groups.row_begin[row]),
+          num_pairs_(job.groups.row_begin[row + 1] - first_pair_) {}
+
+    // gradient (C), or null. Returns the same to all threads.
+    __device__ RowLoss process(scalar_t* gradient) {
+        const MeasuredRow<Job> row = measure();
+        const PairSums pairs = sum_pairs();
+        const GradientTerms<Job> terms(row, pairs);
+        const bool is_zero = gradient == nullptr || row_ == job_.padding_idx;
+        OwnLossSums<T> own;
+        sweep(gradient, [&](int64_t j, T logit, sum_t s) {
+            const T class_weight = job_.class_weight_of(j);
+            row.add_losses(own, logit, class_weight, s);
+            return is_zero ? T(0) : terms.element(logit, class_weight, s);
+        });
+        return row.loss(pairs, block_sum(own.wide(), memory_.loss_sums));
+    }
+
+    __device__ RowStats<T> stats() {
+        const MeasuredRow<Job> row = measure();
+        OwnLossSums<T> own;
+        for (int64_t j = threadIdx.x; job_.smooths() && j < job_.num_classes; j += blockDim.x) {
+            row.add_losses(own, widen(source_[j]), job_.class_weight_of(j), 0);
+        }
+        return row.stats(block_sum(own.wide(), memory_.loss_sums));
+    }
+
+  private:
+    // Reads the row, into shared memory where it is to be kept.
+    __device__ MeasuredRow<Job> measure() {
+        constexpr int kInFlight = sizeof(T) == sizeof(double) ? 2 : 4;
+        OnlineSum<T> own;
+        scalar_t* const kept = memory_.row != nullptr ? memory_.row + elements_into_vector(source_) : nullptr;
+        for_each_aligned_vector<kInFlight>(
+            source_, job_.num_classes,
+            [&](int first, const AlignedVector<scalar_t>& vector) {
+                T logits[kVectorSize<scalar_t>];
+                for (int k = 0; k < kVectorSize<scalar_t>; ++k) logits[k] = widen(vector.elements[k]);
+                own.template include<scalar_t>(logits);
+                if (kept != nullptr) store_vector(kept + first, vector);
+            },
+            [&](int j) {
+                const T logit[1] = {widen(source_[j])};
+                own.template include<scalar_t>(logit);
+                if (kept != nullptr) kept[j] = source_[j];
+            });
+        const OnlineSum<T> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<T>());
+        if (kept != nullptr) source_ = kept;
+        return {job_, total.max, total.sum};
+    }
+
+    // Without class weights and gradients of single pairs, their number says all.
+    __device__ PairSums sum_pairs() const {
+        PairSums own;
+        if (job_.class_weight == nullptr && !job_.has_grad_losses) {
+            own.pairs = own.weighted = static_cast<double>(num_pairs_);
+            return own;
+        }
+        for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
+            const int64_t end = end_of_tile(begin);
+            sum_tile(begin, end);
+            for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) {
+                if (tile_[k] != sum_t(0)) own.add(job_.class_weight_of(begin + k), tile_[k]);
+            }
+            __syncthreads();  // the tile is free again
+        }
+        return block_sum(own, memory_.pair_sums);
+    }
+
+    // visit(j, W[i, j], s_j) for each class; what it returns is written to out (C), where that is not null.
+    template <typename Visit>
+    __device__ void sweep(scalar_t* out, const Visit& visit) const {
+        for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
+            const int64_t end = end_of_tile(begin);
+            sum_tile(begin, end);
+            const scalar_t* const part = source_ + begin;
+            scalar_t* const part_out = out != nullptr ? out + begin : nullptr;
+            const auto visit_element = [&](int k) {
+                const T element = visit(begin + k, widen(part[k]), tile_[k]);
+                if (out != nullptr) part_out[k] = narrow<scalar_t>(element);
+            };
+            if (out == nullptr || elements_into_vector(out) == elements_into_vector(source_)) {
+                for_each_aligned_vector(
+                    part, end - begin,
+                    [&](int first, const AlignedVector<scalar_t>& vector) {
+                        sum_t sums[kVectorSize<scalar_t>];
+                        load_sums(tile_ + first, sums);
+                        AlignedVector<scalar_t> elements;
+                        for (int k = 0; k < kVectorSize<scalar_t>; ++k) {
+                            elements.elements[k] = narrow<scalar_t>(
+                                visit(begin + first + k, widen(vector.elements[k]), sums[k]));
+                        }
+                        if (out != nullptr) store_vector(part_out + first, elements);
+                    },
+                    visit_element);
+            } else {
+                for (int k = static_cast<int>(threadIdx.x); k < end - begin; k += blockDim.x)
+                    visit_element(k);
+            }
+            __syncthreads();  // the tile is free for the next columns
+        }
+    }
+
+    __device__ int64_t end_of_tile(int64_t begin) const {
+        return begin + plan_.tile < job_.num_classes ? begin + plan_.tile : job_.num_classes;
+    }
+
+    // tile_: s_j of the columns from begin to end.
+    __device__ void sum_tile(int64_t begin, int64_t end) const {
+        for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) tile_[k] = 0;
+        __syncthreads();
+        add_targets(job_.groups.targets + first_pair_, num_pairs_, begin, end, tile_,
+                    [&](int64_t k) { return job_.template value_of_pair<sum_t>(first_pair_ + k); });
+        __syncthreads();
+    }
+
+    // As many as a vector of the row has elements.
+    __device__ static void load_sums(const sum_t* from, sum_t (&sums)[kVectorSize<scalar_t>]) {
+        if constexpr (kVectorSize<scalar_t> % kVectorSize<sum_t> == 0) {
+            for (int k = 0; k < kVectorSize<scalar_t>; k += kVectorSize<sum_t>) {
+                const AlignedVector<sum_t> vector = load_vector(from + k);
+                for (int i = 0; i < kVectorSize<sum_t>; ++i) sums[k + i] = vector.elements[i];
+            }
+        } else {
+            for (int k = 0; k < kVectorSize<scalar_t>; ++k) sums[k] = from[k];
+        }
+    }
+
+    const Job& job_;
+    const BlockPlan& plan_;
+    const BlockMemory<Job, sum_t>& memory_;
+    const int64_t row_;
+    const scalar_t* source_;  // (C): the row in the table, or kept in shared memory
+    sum_t* const tile_;       // (tile)
+    const int64_t first_pair_, num_pairs_;
+};
+
+}  // namespace bigramx

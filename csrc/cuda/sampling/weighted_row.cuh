@@ -1,0 +1,271 @@
+// Draws from rows of weights, by the cdf of cdf.h: what multinomial and generate share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/base/block.cuh"
+#include "cuda/base/launch.h"
+#include "cuda/base/vector_access.cuh"
+#include "sampling/fixed_point_cdf.h"
+#include "sampling/philox.h"
+
+namespace bigramx {
+
+// ------------------------------------------------------------------------------- how elements become weights
+
+template <typename scalar_t_>
+struct Probs {
+    using scalar_t = scalar_t_;
+    using T = opmath_t<scalar_t>;
+    using Scale = ProbScale<T>;
+    static constexpr T kWeightless = 0;
+
+    __device__ static bool is_allowed(T prob) { return prob >= 0 && prob < kInfinity<T>; }
+    __device__ T scaled(T prob) const { return prob; }
+    __device__ uint32_t weight(T prob, const Scale& scale) const { return weight_of_prob(prob, scale); }
+};
+
+template <typename scalar_t_>
+struct Logits {
+    using scalar_t = scalar_t_;
+    using T = opmath_t<scalar_t>;
+    using Scale = T;  // the largest
+    static constexpr T kWeightless = -kInfinity<T>;
+
+    T temperature;  // divides the logits
+
+    __device__ static bool is_allowed(T logit) { return logit < kInfinity<T>; }
+    // Grows with the logit. Rounded to the table's type, as ATen's division leaves it.
+    __device__ T scaled(T logit) const {
+        return temperature == 1 ? logit : widen(narrow<scalar_t>(logit / temperature));
+    }
+    __device__ uint32_t weight(T logit, T largest) const {
+        return weight_of_logit(static_cast<float>(logit - largest));
+    }
+};
+
+// *largest of some elements: infinity where one of them is not allowed in a distribution.
+template <typename Elements>
+__device__ inline void include_element(typename Elements::T element, typename Elements::T* largest) {
+    if (!Elements::is_allowed(element)) element = kInfinity<typename Elements::T>;
+    *largest = element > *largest ? element : *largest;
+}
+
+struct Larger {
+    template <typename T>
+    __device__ T operator()(T a, T b) const {
+        return a > b ? a : b;
+    }
+};
+
+// ----------------------------------------------------------------------------------- a row, drawn by a block
+
+// What a block keeps in shared memory.
+template <typename scalar_t>
+struct RowMemory {
+    struct Place {
+        int64_t begin, end;  // the tokens among which the sum is reached
+        uint64_t sum_before;
+    };
+
+    opmath_t<scalar_t>* largest;  // (kMaxWarps)
+    uint64_t* sums;               // (kMaxWarps)
+    uint64_t* target_sum;         // ()
+    Place* place;                 // ()
+    scalar_t* row;  // (V, and a vector to begin where the row begins within a vector), or null: not kept
+
+    __device__ RowMemory(int64_t vocab_size, bool keeps_row) {
+        SharedMemory shared;
+        largest = shared.take<opmath_t<scalar_t>>(kMaxWarps);
+        sums = shared.take<uint64_t>(kMaxWarps);
+        target_sum = shared.take<uint64_t>(1);
+        place = shared.take<Place>(1);
+        row = keeps_row ? shared.take<scalar_t>(vocab_size + kVectorSize<scalar_t>) : nullptr;
+    }
+
+    static int64_t bytes(int64_t vocab_size, bool keeps_row) {
+        return SharedMemory::bytes<opmath_t<scalar_t>>(kMaxWarps) + SharedMemory::bytes<uint64_t>(kMaxWarps) +
+               SharedMemory::bytes<uint64_t>(1) + SharedMemory::bytes<Place>(1) +
+               (keeps_row ? SharedMemory::bytes<scalar_t>(vocab_size + kVectorSize<scalar_t>) : 0);
+    }
+
+    // Where a row of the table is kept: in vectors as it lies there. Null: nowhere.
+    __device__ scalar_t* place_of(const scalar_t* table_row) const {
+        if (row == nullptr) return nullptr;
+        return row + elements_into_vector(table_row);
+    }
+};
+
+constexpr int kMaxRowThreads = 512;  // more would have too few registers
+
+// How a block takes a row: it is kept in shared memory where it fits.
+struct RowPlan {
+    bool keeps_row;
+    int threads;
+    size_t shared_bytes;
+};
+
+template <typename scalar_t>
+RowPlan plan_row(const char* op, int64_t vocab_size, bool may_keep_row = true) {
+    constexpr int64_t kElementsAWarp = 4 * kWarp;
+    const int64_t warps = (vocab_size + kElementsAWarp - 1) / kElementsAWarp;
+    const bool keeps_row =
+        may_keep_row && RowMemory<scalar_t>::bytes(vocab_size, true) <= max_shared_bytes(op);
+    return {keeps_row, static_cast<int>(std::min<int64_t>(warps * kWarp, kMaxRowThreads)),
+            static_cast<size_t>(RowMemory<scalar_t>::bytes(vocab_size, keeps_row))};
+}
+
+// The least sum that thread 0's r asks of weights with this total. One thread computes it for the block:
+// double precision is slow on many GPUs.
+template <typename scalar_t>
+__device__ inline uint64_t block_target_sum(uint64_t total, uint32_t r, const RowMemory<scalar_t>& memory) {
+    if (threadIdx.x == 0) *memory.target_sum = CdfScale(total).target_sum(r);
+    __syncthreads();
+    return *memory.target_sum;
+}
+
+template <typename Elements>
+class WeightedRow {
+  public:
+    using scalar_t = typename Elements::scalar_t;
+    using T = opmath_t<scalar_t>;
+    using Scale = typename Elements::Scale;
+
+    // Reads the row.
+    __device__ WeightedRow(const Elements& elements, const scalar_t* row, int64_t vocab_size,
+                           const RowMemory<scalar_t>& memory)
+        : elements_(elements), vocab_size_(vocab_size), memory_(memory), row_(row) {
+        constexpr int kInFlight = 4;
+        scalar_t* const kept = memory.place_of(row);
+        if (kept != nullptr) __syncthreads();  // some may be reading the row before
+        T largest = Elements::kWeightless;
+        for_each_aligned_vector<kInFlight>(
+            row, vocab_size,
+            [&](int64_t k, const AlignedVector<scalar_t>& vector) {
+                for (const scalar_t element : vector.elements) {
+                    include_element<Elements>(widen(element), &largest);
+                }
+                if (kept != nullptr) store_vector(kept + k, vector);
+            },
+            [&](int64_t k) {
+                include_element<Elements>(widen(row[k]), &largest);
+                if (kept != nullptr) kept[k] = row[k];
+            });
+        largest_ = elements.scaled(block_reduce(largest, memory.largest, Larger()));
+        if (kept != nullptr) row_ = kept;
+    }
+
+    // Infinity where an element is not allowed, kWeightless where all weigh nothing: then the row is no
+    // distribution.
+    __device__ T largest() const { return largest_; }
+    __device__ bool is_distribution() const {
+        return largest_ > Elements::kWeightless && largest_ < kInfinity<T>;
+    }
+
+    __device__ uint32_t weight(int64_t token, const Scale& scale) const {
+        return elements_.weight(elements_.scaled(widen(row_[token])), scale);
+    }
+
+    // The token that r draws. The warps sum a run of tokens each; the run in which the sum is reached is
+    // shared out anew, until the lanes of a warp have one token each.
+    __device__ int64_t find(uint32_t r) const {
+        const Scale scale(largest_);
+        int64_t begin = 0, end = vocab_size_;
+        uint64_t target_sum = 0;
+        do {
+            const Run run = run_of_warp(begin, end);
+            const uint64_t sum = sum_share(run, scale);
+            uint64_t total;
+            const uint64_t sum_before = block_exclusive_scan(sum, memory_.sums, &total);
+            if (target_sum == 0) target_sum = block_target_sum(total, r, memory_);
+            const uint64_t before_run = __shfl_sync(kAllLanes, sum_before, 0);
+            const uint64_t after_run = __shfl_sync(kAllLanes, sum_before + sum, kWarp - 1);
+            if (lane_of_thread() == 0 && before_run < target_sum && target_sum <= after_run) {
+                *memory_.place = {run.begin, run.end, before_run};
+            }
+            __syncthreads();
+            begin = memory_.place->begin;
+            end = memory_.place->end;
+            target_sum -= memory_.place->sum_before;
+        } while (end - begin > kWarp);
+        const int64_t token = begin + lane_of_thread();
+        const uint64_t sum = warp_inclusive_scan<uint64_t>(token < end ? weight(token, scale) : 0);
+        return begin + __ffs(static_cast<int>(__ballot_sync(kAllLanes, sum >= target_sum))) - 1;
+    }
+
+    // cdf (V).
+    __device__ void write_cdf(uint32_t* cdf) const {
+        const Scale scale(largest_);
+        const Run run = run_of_warp(0, vocab_size_);
+        uint64_t total;
+        const uint64_t sum_before = block_exclusive_scan(sum_share(run, scale), memory_.sums, &total);
+        const CdfScale cdf_scale(total);
+        uint64_t sum = __shfl_sync(kAllLanes, sum_before, 0);
+        for (int64_t tile = run.begin; tile < run.end; tile += kWarp) {
+            const int64_t token = tile + lane_of_thread();
+            sum += warp_inclusive_scan<uint64_t>(token < run.end ? weight(token, scale) : 0);
+            if (token < run.end) cdf[token] = cdf_scale.cdf(sum);
+            sum = __shfl_sync(kAllLanes, sum, kWarp - 1);
+        }
+    }
+
+  private:
+    struct Run {
+        int64_t begin, end;
+    };
+
+    // Whole warps of tokens, so that a run of one cannot be shared out again.
+    __device__ static Run run_of_warp(int64_t begin, int64_t end) {
+        const int64_t tokens_a_round = int64_t{warps_of_block()} * kWarp;
+        const int64_t length = (end - begin + tokens_a_round - 1) / tokens_a_round * kWarp;
+        const int64_t first = begin + warp_of_thread() * length;
+        return {first < end ? first : end, first + length < end ? first + length : end};
+    }
+
+    // What this lane sums of the run of its warp.
+    __device__ uint64_t sum_share(const Run& run, const Scale& scale) const {
+        uint64_t sum = 0;
+        for (int64_t token = run.begin + lane_of_thread(); token < run.end; token += kWarp) {
+            sum += weight(token, scale);
+        }
+        return sum;
+    }
+
+    const Elements elements_;
+    const int64_t vocab_size_;
+    const RowMemory<scalar_t> memory_;
+    const scalar_t* row_;  // in the table, or kept
+    T largest_;
+};
+
+// -------------------------------------------------------------------------------------- draws by cdf
+
+// The first of `size` cdf, which grow, that lies above r; the last one does.
+template <typename index_t>
+__device__ inline index_t search_row(const uint32_t* cdf, index_t size, uint32_t r) {
+    const uint32_t* first = cdf;
+    while (size > 1) {
+        const index_t half = size / 2;
+        const uint32_t* const middle = first + half;
+        first = __ldg(middle - 1) > r ? first : middle;
+        size -= half;
+    }
+    return static_cast<index_t>(first - cdf);
+}
+
+// The tokens that one evaluation of Philox draws, or the first `count` of them.
+__device__ inline void store_tokens(int64_t* to, const uint32_t (&tokens)[Philox::kWords], int count) {
+    if (count == Philox::kWords && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+        store_vector(to, AlignedVector<int64_t>{{tokens[0], tokens[1]}});
+        store_vector(to + 2, AlignedVector<int64_t>{{tokens[2], tokens[3]}});
+        return;
+    }
+    for (int k = 0; k < Philox::kWords; ++k) {
+        if (k < count) to[k] = tokens[k];
+    }
+}
+
+}  // namespace bigramx

@@ -1,0 +1,107 @@
+// The formulas of a row of the table, host and device: the losses of the pairs that start in it, its
+// gradient.
+//
+// For a row W of C logits, pairs n with the targets y_n, and class weights c, with label smoothing e and
+// z-loss z:
+//
+//     lse    = max + log(sum),    sum = sum_j e^(W_j - max)
+//     loss_n = (1 - e) c[y_n] (lse - W[y_n]) + e/C sum_j c_j (lse - W_j) + z lse^2
+//
+// With g_n the gradient that reaches loss_n, before the scale of the reduction, and s_j its sum over the
+// pairs with the target j:
+//
+//     dW_j = mass / sum * e^(W_j - max) - c_j (smoothing + target s_j)
+//
+// mass being what all pairs give to the softmax of the row.
+#pragma once
+
+#include "base/host_device.h"
+
+namespace bigramx {
+
+struct RowLossOptions {
+    double label_smoothing;
+    double smoothing_of_class;  // label_smoothing / C
+    double z_loss;
+};
+
+// What all rows share, known once the pairs are counted.
+struct LossScales {
+    double loss;              // of the reduction: 1, or 1 over the class weights of the pairs that count
+    double z_loss;            // 1, or 1 over their number
+    double class_weight_sum;  // over all classes
+};
+
+// Over the pairs of a row that are not ignored.
+struct PairSums {
+    double gradients = 0;  // of g
+    double weighted = 0;   // of g class_weight[target]
+};
+
+BIGRAMX_HOST_DEVICE PairSums operator+(const PairSums& a, const PairSums& b) {
+    return {a.gradients + b.gradients, a.weighted + b.weighted};
+}
+
+// Of the pairs of some rows, before the scale of the reduction.
+struct LossSums {
+    double cross_entropy = 0, z_loss = 0;
+};
+
+BIGRAMX_HOST_DEVICE LossSums operator+(const LossSums& a, const LossSums& b) {
+    return {a.cross_entropy + b.cross_entropy, a.z_loss + b.z_loss};
+}
+
+BIGRAMX_HOST_DEVICE double reduced_loss(const LossSums& sums, const LossScales& scales) {
+    return sums.cross_entropy * scales.loss + sums.z_loss * scales.z_loss;
+}
+
+BIGRAMX_HOST_DEVICE double z_loss_of_row(const RowLossOptions& options, double lse) {
+    return options.z_loss * lse * lse;
+}
+
+// class_losses: sum_j c_j (lse - W_j).
+BIGRAMX_HOST_DEVICE double smoothing_loss_of_row(const RowLossOptions& options, double class_losses) {
+    return options.smoothing_of_class * class_losses;
+}
+
+// target_logits: the sum of g_n c[y_n] (W[y_n] - max).
+BIGRAMX_HOST_DEVICE LossSums loss_of_row(const RowLossOptions& options, const PairSums& pairs, double log_sum,
+                                         double target_logits, double smoothing_loss, double z_loss) {
+    LossSums sums;
+    sums.z_loss = pairs.gradients * z_loss;
+    if (options.label_smoothing > 0) sums.cross_entropy = pairs.gradients * smoothing_loss;
+    if (options.label_smoothing < 1) {
+        sums.cross_entropy += (1 - options.label_smoothing) * (pairs.weighted * log_sum - target_logits);
+    }
+    return sums;
+}
+
+// shared: what all pairs of the row have alike, label smoothing and z-loss. target_logit: W[y_n] - max.
+BIGRAMX_HOST_DEVICE double loss_of_pair(const RowLossOptions& options, double shared, double class_weight,
+                                        double log_sum, double target_logit) {
+    double loss = shared;
+    if (options.label_smoothing < 1) {
+        loss += (1 - options.label_smoothing) * class_weight * (log_sum - target_logit);
+    }
+    return loss;
+}
+
+// What a pair of class weight 1 and gradient 1 takes from its target.
+BIGRAMX_HOST_DEVICE double target_gradient(const RowLossOptions& options, const LossScales& scales) {
+    return (1 - options.label_smoothing) * scales.loss;
+}
+
+struct RowGradient {
+    double mass, smoothing, target;
+};
+
+BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, const LossScales& scales,
+                                                const PairSums& pairs, double lse) {
+    const double smoothing = options.smoothing_of_class * pairs.gradients * scales.loss;
+    const double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss +
+                        smoothing * scales.class_weight_sum +
+                        2 * options.z_loss * lse * pairs.gradients * scales.z_loss;
+    return {mass, smoothing, target_gradient(options, scales)};
+}
+
+}  // namespace bigramx

@@ -1,0 +1,49 @@
+// Counter-based random numbers: a pure function of (seed, sequence, position), on host and device. No state.
+//
+// Philox4x32-10 of Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). The
+// key is the seed; the 128-bit counter is (position / 4, sequence), low words first: four positions share one
+// evaluation, each has a word of it.
+#pragma once
+
+#include <cstdint>
+
+#include "base/host_device.h"
+
+namespace bigramx {
+
+struct Philox {
+    static constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
+    static constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;  // what each round adds to the key
+    static constexpr int kRounds = 10, kWords = 4;
+
+    uint32_t words[kWords];
+
+    BIGRAMX_HOST_DEVICE Philox(uint64_t seed, uint64_t sequence, uint64_t counter)
+        : words{low(counter), high(counter), low(sequence), high(sequence)} {
+        uint32_t key0 = low(seed), key1 = high(seed);
+        for (int round = 0; round < kRounds; ++round) {
+            const uint64_t product0 = kMultiplier0 * words[0];
+            const uint64_t product1 = kMultiplier1 * words[2];
+            words[0] = high(product1) ^ words[1] ^ key0;
+            words[1] = low(product1);
+            words[2] = high(product0) ^ words[3] ^ key1;
+            words[3] = low(product0);
+            key0 += kWeyl0;
+            key1 += kWeyl1;
+        }
+    }
+
+  private:
+    BIGRAMX_HOST_DEVICE static uint32_t low(uint64_t value) { return static_cast<uint32_t>(value); }
+    BIGRAMX_HOST_DEVICE static uint32_t high(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
+};
+
+constexpr int kDrawBits = 31;
+
+// The uniform number of kDrawBits bits at a position of a sequence.
+BIGRAMX_HOST_DEVICE uint32_t draw(uint64_t seed, uint64_t sequence, uint64_t position) {
+    return Philox(seed, sequence, position / Philox::kWords).words[position % Philox::kWords] >>
+           (32 - kDrawBits);
+}
+
+}  // namespace bigramx
