@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "bigramx"]
 
 
 def bigramx(*arguments: str, cwd: Path, code: int = 0) -> str:
-    """Runs a command in this process, which spares the start of another; what it printed, stderr last."""
+    """Runs a command in this process, which is faster than in another; returns what it printed, stderr last."""
     output, errors = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,

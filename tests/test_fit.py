@@ -70,7 +70,7 @@ def test_padding_row_stays() -> None:
         model.token_embedding_table.weight[3] = padding_row
     fit(model, torch.randint(20, (500,)), max_steps=50, lr=0.1)
     weight = model.token_embedding_table.weight.detach()
-    torch.testing.assert_close(weight[3], padding_row * (1 - 0.1 * 0.01) ** 50)  # weight decay alone
+    torch.testing.assert_close(weight[3], padding_row * (1 - 0.1 * 0.01) ** 50)  # only weight decay
 
 
 def test_a_frozen_table_raises_as_backward_does() -> None:

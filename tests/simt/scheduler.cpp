@@ -307,7 +307,7 @@ void check_collective(WarpOp op, unsigned mask, int argument, int width, Site si
     const bool is_shuffle = op >= WarpOp::shuffle && op <= WarpOp::shuffle_xor;
     if (!is_shuffle) return;
     if (width < 1 || width > kWarp || (width & (width - 1)) != 0)
-        fail_in_warp(op, site, "has a width that is no power of two up to 32");
+        fail_in_warp(op, site, "has a width that is not a power of two up to 32");
     const int source = source_of(op, lane, argument, width);
     if (source < 0 || source >= kWarp || (mask >> source & 1) == 0)
         fail_in_warp(op, site, "reads from a lane that is not in its mask");
