@@ -1,4 +1,4 @@
-"""BIGRAMX_SIMT: the extension with its CUDA kernels run on the CPU (tests/simt), to load before the package's own."""
+"""With BIGRAMX_SIMT, loads the extension built for the GPU emulator (tests/simt) in place of the package's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-import torch  # noqa: F401  (the libraries that the extension needs)
+import torch  # noqa: F401  (loads the libraries that the extension needs)
 
 if simt_module := os.environ.get("BIGRAMX_SIMT"):
     spec = importlib.util.spec_from_file_location("bigramx._C", simt_module)

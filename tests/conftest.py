@@ -1,8 +1,9 @@
-"""Fixtures and settings that all tests share."""
+"""Fixtures and settings shared by all tests."""
 
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import settings
 
 from tests import devices
 
-# What torch.compile keeps for one CPU capability corrupts memory under another: each has a folder of its own.
+# Code that torch.compile caches under one CPU capability corrupts memory under another: each gets its own folder.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     str(Path(tempfile.gettempdir()) / f"bigramx_inductor_{torch.backends.cpu.get_cpu_capability()}"),
@@ -24,18 +25,18 @@ settings.load_profile("bigramx")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marks that devices.py explains."""
+    """Registers the marks that devices.py explains."""
     for mark in devices.MARKS:
         config.addinivalue_line("markers", f"{mark}: see tests/devices.py")
 
 
 def marks_of(item: pytest.Item) -> set[str]:
-    """Their names."""
+    """The names of a test's marks."""
     return {mark.name for mark in item.iter_markers()}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `device` runs on each that its marks leave."""
+    """Runs a test that asks for `device` on each device that its marks allow."""
     marks = marks_of(metafunc.definition)
     if "num_threads" in metafunc.fixturenames:
         places = devices.devices_and_threads_of(marks)
@@ -45,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests here, not in a fixture, whose skips pytest reports in a line for each test."""
+    """Skips tests here rather than in a fixture, for which pytest would report each test in a line of its own."""
     marks = marks_of(item)
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     if "cpu_only" in marks:
@@ -56,7 +57,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where tensors lie that name no device."""
+    """The device of tensors that are created without one."""
     chosen = torch.device(request.param)
     if chosen.type == "cuda":
         torch.set_default_device(chosen)
@@ -66,7 +67,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Two threads, whatever the machine has; restored afterwards."""
+    """Two threads, however many the machine has; restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -75,11 +76,21 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """So many threads, whatever the machine has; restored afterwards."""
+    """This many threads, however many the machine has; restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def keyboard_interrupt() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even where the tests were started with SIGINT ignored or blocked."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(autouse=True)

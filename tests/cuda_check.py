@@ -1,8 +1,8 @@
-"""Compiles the CUDA kernels for several architectures, and says what each takes of a multiprocessor.
+"""Compiles the CUDA kernels for several architectures and prints the resources that each uses.
 
     python tests/cuda_check.py [the folder of the .cu files]
 
-Fails where nvcc warns, and where a kernel spills registers. Nothing here needs a GPU or torch.
+Fails if nvcc warns or a kernel spills registers. Needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100)
 FLAGS = [
     *("-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"),
-    # Torch compiles extensions so.
+    # As torch compiles extensions.
     *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"),
     *(f"-gencode=arch=compute_{architecture},code=sm_{architecture}" for architecture in ARCHITECTURES),
 ]
@@ -29,12 +29,12 @@ JOBS = 2
 
 
 class CompileError(Exception):
-    """What nvcc says."""
+    """Carries what nvcc printed."""
 
 
 @dataclass
 class Usage:
-    """What a function takes, for one architecture; registers are counted for kernels alone, the rest is in bytes."""
+    """What a function uses on one architecture: registers, of kernels only, and bytes of memory."""
 
     registers: int = 0
     shared: int = 0
@@ -49,7 +49,7 @@ Table = dict[str, dict[int, Usage]]  # by function, then by architecture
 
 
 def is_fresh(log: Path, dependencies: Path) -> bool:
-    """Whether nothing that a file was compiled from has changed since."""
+    """Whether nothing that the log's file was compiled from has changed since."""
     if not log.exists():
         return False
     inputs = dependencies.read_text().partition(":")[2].replace("\\\n", " ").split()
@@ -57,7 +57,7 @@ def is_fresh(log: Path, dependencies: Path) -> bool:
 
 
 def compile_file(nvcc: str, source: Path, build: Path) -> str:
-    """What ptxas says about the functions of a file, which is compiled only where something has changed."""
+    """What ptxas prints about the functions of a file, which is compiled only if something has changed."""
     log, dependencies, output = (build / f"{source.stem}.{kind}" for kind in ("log", "d", "o"))
     if is_fresh(log, dependencies):
         return log.read_text()
@@ -70,7 +70,7 @@ def compile_file(nvcc: str, source: Path, build: Path) -> str:
 
 
 def read_usage(ptxas: str) -> Table:
-    """The numbers in the output of ptxas."""
+    """Parses the output of ptxas."""
     table: Table = defaultdict(lambda: defaultdict(Usage))
     architecture, kernel, function = 0, "", ""
     for line in ptxas.splitlines():
@@ -90,13 +90,13 @@ def read_usage(ptxas: str) -> Table:
 
 
 def short_names(mangled: Iterable[str]) -> list[str]:
-    """Names as the source has them, without namespaces, parameters and results."""
+    """Names as in the source, without namespaces, parameters and return types."""
     result = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     return [re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", name) for name in result.stdout.splitlines()]
 
 
 def report(source: Path, table: Table) -> list[str]:
-    """Prints what the kernels of a file take, and returns which functions spill."""
+    """Prints what the kernels of a file use, and returns the functions that spill."""
     spilling = []
     for name, usages in sorted(zip(short_names(table), table.values(), strict=True), key=lambda row: row[0]):
         if usages[ARCHITECTURES[0]].registers > 0:
@@ -106,7 +106,7 @@ def report(source: Path, table: Table) -> list[str]:
 
 
 def check(sources: list[Path], build: Path) -> list[str]:
-    """Compiles the files, prints the table, and returns what is wrong."""
+    """Compiles the files, prints the table, and returns the problems."""
     nvcc = shutil.which("nvcc") or sys.exit("cuda-check: nvcc is not found")
     build.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(JOBS) as pool:

@@ -1,14 +1,14 @@
-"""Where a test runs, and what is by design another behaviour on a GPU.
+"""Where a test runs, and what behaves differently on a GPU by design.
 
-A test that asks for the fixture `device`, or whose file does, runs on the CPU and on CUDA; there the tensors that name
-no device lie on the GPU. Marks name what runs elsewhere:
+A test that asks for the fixture `device`, or whose file does, runs on the CPU and on CUDA, where tensors created
+without a device are on the GPU. Marks restrict that:
 
-    cpu_only            about what the kernels of the CPU alone do
-    gpu_only            about what the kernels of a GPU alone do
-    device_assertion    raises what ends the process on a GPU; test_cuda.py has such in processes of their own
-    cuda                for a GPU, not for its stand-in; says where its tensors lie
+    cpu_only            tests what only the CPU kernels do
+    gpu_only            tests what only the CUDA kernels do
+    device_assertion    an error on the CPU, which ends the process on a GPU; test_cuda.py runs such in subprocesses
+    cuda                needs a GPU, not the emulator, and places its tensors itself
 
-BIGRAMX_SIMT in the environment: the CUDA kernels run on the CPU, and serve its tensors.
+With BIGRAMX_SIMT in the environment, the emulator (tests/simt) runs the CUDA kernels on the CPU's tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def devices_of(marks: set[str]) -> list[str]:
 
 
 def devices_and_threads_of(marks: set[str]) -> list[tuple[str, int]]:
-    """Where, and in how many threads: the kernels of a GPU know of none."""
+    """Where, and with how many CPU threads, which do not matter to CUDA kernels."""
     return [
         (device, num_threads)
         for device in devices_of(marks)
@@ -47,7 +47,7 @@ def devices_and_threads_of(marks: set[str]) -> list[tuple[str, int]]:
 
 def skip_without_gpu() -> None:
     """Skips where CUDA tensors have no kernels."""
-    missing = "the stand-in for a GPU is in use"
+    missing = "the GPU emulator is in use"
     if not IN_SIMT:
         missing = "" if ops.HAS_CUDA_KERNELS else "this build has no CUDA kernels"
         missing = missing if torch.cuda.is_available() else "there is no GPU"
@@ -56,39 +56,39 @@ def skip_without_gpu() -> None:
 
 
 def skip_without_cpu_kernels() -> None:
-    """Skips where the CUDA kernels serve the CPU's tensors."""
+    """Skips where the emulator runs the CUDA kernels on the CPU's tensors."""
     if IN_SIMT:
-        pytest.skip("about the kernels of the CPU")
+        pytest.skip("tests the CPU kernels")
 
 
 def runs_on_gpu() -> bool:
-    """Whether the CUDA kernels serve tensors that name no device."""
+    """Whether CUDA kernels run on tensors created without a device."""
     return IN_SIMT or torch.get_default_device().type == "cuda"
 
 
 def default_sampler() -> str:
-    """The one that None stands for."""
+    """The sampler that None selects."""
     return "philox" if runs_on_gpu() else "torch"
 
 
 def on_device(value: _Value) -> _Value:
-    """A tensor of the CPU, made before the test, on its device; anything else as it is."""
+    """Moves a CPU tensor that was made before the test to the test's device; returns anything else as it is."""
     if isinstance(value, Tensor) and value.is_cpu:
         return value.to(torch.get_default_device())  # type: ignore[return-value]
     return value
 
 
 def raises_in_kernel(op: str, error: type[Exception], message: str) -> AbstractContextManager[object]:
-    """Expects what a kernel finds wrong: the CPU's says what and where, a GPU's stops with an assertion of the op."""
+    """Expects an error found by a kernel: the CPU's says what and where, a CUDA kernel asserts, naming the op."""
     return pytest.raises(RuntimeError, match=f"{op}: ") if IN_SIMT else pytest.raises(error, match=message)
 
 
 def skip_if_long(num_elements: int) -> None:
-    """Skips what the stand-in would take long for."""
+    """Skips what would take the emulator long."""
     if IN_SIMT and num_elements > 10**6:
-        pytest.skip("long in the stand-in for a GPU")
+        pytest.skip("takes long in the GPU emulator")
 
 
 def fewer(count: int) -> int:
-    """A tenth of them in the stand-in."""
+    """A tenth of the count in the emulator."""
     return count // 10 if IN_SIMT else count

@@ -11,8 +11,8 @@ from hypothesis import given
 from torch import Tensor
 
 from bigramx import functional, optim, reference
-from tests.closeness import assert_as_close_as_eager
 from tests.devices import on_device, skip_if_long
+from tests.tolerances import assert_as_close_as_eager
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -31,7 +31,7 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "ep
 def test_equals_reference(
     seed: int, size: int, offsets: list[int], dtype: torch.dtype, step: int, amsgrad: bool, maximize: bool
 ) -> None:
-    """Wherever each of the tensors begins."""
+    """For any alignment of each tensor."""
     torch.manual_seed(seed)
     tensors = [torch.randn(size), torch.randn(size), torch.randn(size), torch.rand(size), torch.rand(size)]
 
@@ -52,7 +52,7 @@ def test_equals_reference(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_more_elements_than_threads(dtype: torch.dtype) -> None:
-    """Of the GPU at once: its threads go round."""
+    """More than a GPU runs at once, so that its threads loop."""
     size = 2**20 + 3
     skip_if_long(size)
     tensors = [torch.rand(size, dtype=dtype) for _ in range(4)]
@@ -178,14 +178,14 @@ def test_step_counts_in_float32_or_more_and_hooks_run_once(default: torch.dtype,
     torch.testing.assert_close(params[0], params[1])
 
 
-def test_capturable_parameters_on_the_cpu_raise_as_torchs() -> None:
+def test_capturable_parameters_on_the_cpu_raise_as_in_torch() -> None:
     param = torch.nn.Parameter(torch.ones(3, device="cpu"))
     param.grad = torch.ones(3, device="cpu")
     with pytest.raises(AssertionError, match="capturable=True, params and state_steps must be on supported devices"):
         optim.AdamW([param], capturable=True).step()
 
 
-def test_half_parameters_take_torchs_step() -> None:
+def test_half_parameters_use_torchs_step() -> None:
     params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
     for param, optimizer_class in zip(params, (optim.AdamW, torch.optim.AdamW), strict=True):
         param.grad = torch.full_like(param, 0.5)
@@ -193,7 +193,7 @@ def test_half_parameters_take_torchs_step() -> None:
     assert torch.equal(params[0], params[1])
 
 
-def test_sparse_gradients_raise_as_torchs() -> None:
+def test_sparse_gradients_raise_as_in_torch() -> None:
     param = torch.nn.Parameter(torch.ones(3, 3))
     param.grad = torch.eye(3).to_sparse(1)
     with pytest.raises(RuntimeError, match="sparse"):

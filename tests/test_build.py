@@ -1,4 +1,4 @@
-"""The build says what it needs, and its archives hold what they should."""
+"""The build says what it needs, and its archives contain what they should."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from torch.utils import cpp_extension
 
 from bigramx import ops
-from tests import cuda_check
+from tests import cuda_check, processes
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
@@ -25,15 +25,15 @@ WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, without what was built."""
+    """A copy of the sources, without anything built."""
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("build") / "bigramx", ignore=ignored))
 
 
-def setup_py(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py in an environment without torch, as pip's isolation makes it."""
+def setup_py(checkout: Path, *arguments: str) -> CompletedProcess[str]:
+    """Runs setup.py without torch, as under pip's build isolation."""
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCH, *arguments]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    return processes.run(command, cwd=checkout)
 
 
 def test_sdist_needs_no_torch_and_contains_the_sources(checkout: Path) -> None:
@@ -54,7 +54,7 @@ def test_sdist_needs_no_torch_and_contains_the_sources(checkout: Path) -> None:
     assert "tests/simt/Makefile" in names
 
 
-def test_without_torch_it_says_what_to_type(checkout: Path) -> None:
+def test_without_torch_the_build_says_what_to_type(checkout: Path) -> None:
     result = setup_py(checkout, "-q", "build_ext")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -75,7 +75,7 @@ def test_make_names_what_is_missing(checkout: Path, variables: list[str], messag
     old_python = checkout / "old-python"
     old_python.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.8.1\n[ "$1" = -V ]\n')
     old_python.chmod(0o755)
-    result = subprocess.run(["make", "train", *variables], cwd=checkout, capture_output=True, text=True, check=False)
+    result = processes.run(["make", "train", *variables], cwd=checkout)
     assert result.returncode == 2
     assert result.stderr.startswith(message)
     assert len(result.stderr.splitlines()) == 2  # and make's own
@@ -94,7 +94,7 @@ for num_threads in (1, 2):
     threads.append(len(os.listdir("/proc/self/task")))
 print(threads[1] - threads[0])
 """
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = processes.run([sys.executable, "-c", script], cwd=ROOT)
     assert result.stdout == "1\n", result.stderr
 
 
@@ -108,7 +108,7 @@ esac
 
 
 def write_nvcc(folder: Path, home: Path, release: str = "13.0") -> None:
-    """An nvcc that compiles nothing."""
+    """Writes an nvcc that compiles nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nvcc").write_text(NVCC.format(release=release, home=home))
     (folder / "nvcc").chmod(0o755)
@@ -116,7 +116,7 @@ def write_nvcc(folder: Path, home: Path, release: str = "13.0") -> None:
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a CUDA toolkit that fits this torch, which has CUDA."""
+    """The folder of a CUDA toolkit that matches torch, which appears to have CUDA."""
     home = tmp_path / "cuda"
     write_nvcc(home / "bin", home)
     monkeypatch.chdir(ROOT)
@@ -134,7 +134,7 @@ def setup_functions() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def test_cuda_is_built_where_torch_and_nvcc_have_it(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_built_if_torch_and_nvcc_have_it(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = setup_functions()
     assert functions["nvcc_for_cuda"]() == str(toolkit / "bin/nvcc")
     monkeypatch.setenv("BIGRAMX_CUDA", "0")
@@ -152,7 +152,7 @@ def test_cuda_is_built_where_torch_and_nvcc_have_it(toolkit: Path, monkeypatch: 
         ("release", "torch .* is built with CUDA 13.0, and nvcc is of CUDA 12.8"),
     ],
 )
-def test_what_cuda_lacks_is_said(
+def test_the_build_says_what_cuda_lacks(
     lacks: str, message: str, toolkit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if lacks == "torch":

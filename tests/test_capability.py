@@ -1,26 +1,17 @@
-"""Each CPU capability that this machine can run passes the tests of the vectorised kernels."""
+"""The vectorised kernels pass their tests under each CPU capability that this machine has."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import bigramx
+from tests import processes, tree
 
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
-VECTORISED = [
-    "test_embedding_cross_entropy.py",
-    "test_adamw.py",
-    "test_fit.py",
-    "test_count_bigrams.py",
-    "test_multinomial.py",
-    "test_generate.py",
-]
 
 
 def can_run(capability: str) -> bool:
@@ -34,12 +25,12 @@ def test_kernels_under(capability: str) -> None:
     if not can_run(capability):
         pytest.skip(f"this machine cannot run {capability}")
     if CAPABILITIES[capability] == bigramx.build_info()["cpu_capability"]:
-        return  # what all other tests run under
+        return  # all other tests run under it
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "CUDA_VISIBLE_DEVICES": ""}
     script = "import bigramx; print(bigramx.build_info()['cpu_capability'])"
-    in_use = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert in_use.stdout.strip() in {CAPABILITIES[capability], "NO AVX"}
-    tests = [str(Path(__file__).with_name(name)) for name in VECTORISED]
+    in_use = processes.run([sys.executable, "-c", script], env=environment, check=True).stdout.strip()
+    assert in_use in {CAPABILITIES[capability], "NO AVX"}
+    tests = [str(tree.TESTS / name) for name in tree.vectorised_tests()]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = processes.run(command, env=environment, seconds=3600)
     assert result.returncode == 0, result.stdout[-3000:]

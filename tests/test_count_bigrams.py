@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.uint8, torch.uint16, torch.int32, torch.int64]
 BLOCK = 256  # pairs
-JOB = 2**17  # pairs that a thread is woken for, where there are no more pairs of tokens than that
+JOB = 2**17  # pairs that make another thread worthwhile, for tables of no more entries than that
 
 
 def counted(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -46,7 +46,7 @@ def test_equals_a_counter(seed: int, vocab_size: int, num_tokens: int, dtype: to
     assert torch.equal(counts, reference.count_bigrams(tokens, vocab_size))
 
 
-# Where one job becomes two, where 16-bit counters become 8-bit ones, and where a job's table becomes worth its memory.
+# Sizes at which one job becomes two, 16-bit counters become 8-bit ones, and a job's own table begins to pay off.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("vocab_size", "num_pairs"),
@@ -99,7 +99,7 @@ def test_token_out_of_range(dtype: torch.dtype, values: list[int], num_tokens: i
         for value in values:
             tokens = torch.randint(65, (num_tokens,)).to(dtype)
             if value != values[0]:
-                tokens[-1] = torch.tensor(values[0]).to(dtype)  # the first of them is the one that is named
+                tokens[-1] = torch.tensor(values[0]).to(dtype)  # the error names the first of the two
             tokens[position] = torch.tensor(value).to(dtype)
             message = rf"tokens holds {value} at position {position}, expected 0 <= token < 65"
             with raises_in_kernel("count_bigrams", IndexError, message):

@@ -1,11 +1,10 @@
-"""What only a GPU shows: the results of the CPU, streams, devices, graphs, launches, memory, large offsets, assertions.
+"""What only a GPU can show: results equal to the CPU's, streams, graphs, launches, memory, large offsets, assertions.
 
-The tests named test_sanitize_* run each op at small sizes: for compute-sanitizer (make sanitize).
+The tests named test_sanitize_* run each op at small sizes, under compute-sanitizer (make sanitize).
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bigramx import BigramLanguageModel, CharTokenizer, data, fit, functional, optim, reference
+from tests import processes
 
 pytestmark = pytest.mark.cuda
 
@@ -43,10 +43,10 @@ def seeded(device: torch.device = CPU) -> torch.Generator:
 
 @dataclass
 class Inputs:
-    """Of all ops: the same numbers on any device."""
+    """The inputs of all ops, with the same values on any device."""
 
     weight: Tensor
-    probs: Tensor  # as one device rounds them
+    probs: Tensor  # rounded by one device
     idx: Tensor
     targets: Tensor
     tokens: Tensor
@@ -74,7 +74,7 @@ def loss_and_gradient(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def results_of(inputs: Inputs) -> dict[str, Any]:
-    """Of each op."""
+    """The results of each op."""
     probs, few = inputs.probs, min(9, len(inputs.probs))
     start = inputs.idx.view(-1, 5)
     param, grad, exp_avg, exp_avg_sq = (tensor.clone() for tensor in inputs.moments)
@@ -95,7 +95,7 @@ def results_of(inputs: Inputs) -> dict[str, Any]:
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """To rounding; whole numbers exactly. Wherever they lie."""
+    """On any devices; up to rounding, integers exactly."""
     if isinstance(actual, dict):
         assert actual.keys() == expected.keys()
         actual, expected = tuple(actual.values()), tuple(expected.values())
@@ -109,7 +109,7 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert torch.equal(actual.cpu(), expected.cpu())
 
 
-# ---------------------------------------------------------------------------------------- the results of the CPU
+# ------------------------------------------------------------------------------------- results equal to the CPU's
 
 
 @pytest.mark.parametrize("vocab_size", [2, 65, 300, 2000])
@@ -160,7 +160,7 @@ def test_the_optimizer_equals_torchs(options: dict[str, Any], capturable: bool) 
     torch.testing.assert_close(states[0], states[1])
 
 
-def test_a_model_is_trained_evaluated_and_writes() -> None:
+def test_a_model_is_trained_evaluated_and_generates() -> None:
     text = data.default_text()[:100_000]
     tokenizer = CharTokenizer.from_text(text)
     tokens = tokenizer.encode(text).to(GPU, torch.uint8)
@@ -174,7 +174,7 @@ def test_a_model_is_trained_evaluated_and_writes() -> None:
 
 
 def gpu_seed(seed: int, offset: int) -> int:
-    """That of the draws by a generator on the GPU in this state."""
+    """The seed that the ops draw from a generator on the GPU in this state."""
     low, high = (int(reference.philox(seed, torch.tensor(offset), k)) for k in (0, 1))
     return high << 32 | low
 
@@ -213,8 +213,8 @@ def test_tokens_by_a_generator_on_the_gpu() -> None:
 # --------------------------------------------------------------------------------------- streams and devices
 
 
-def test_a_stream_of_its_own() -> None:
-    """What is there before the stream has come so far would give other results."""
+def test_a_stream_other_than_the_default() -> None:
+    """The inputs are wrong until the stream has copied them."""
     expected = results_of(Inputs.make(GPU))
     prepared, inputs = Inputs.make(GPU), Inputs.make(GPU).moved(torch.zeros_like)
     torch.cuda.synchronize()
@@ -242,7 +242,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
         assert torch.cuda.current_device() == 0
 
 
-# -------------------------------------------------------------------------- nothing waits, nothing is left behind
+# ------------------------------------------------------------------------- no synchronization, no growing memory
 
 
 @contextmanager
@@ -292,8 +292,8 @@ def test_memory_does_not_grow() -> None:
     assert allocated[1:] == allocated[1:2] * 10
 
 
-@pytest.mark.filterwarnings("ignore")  # of the profiler about itself
-def test_a_step_forward_and_back_is_few_launches() -> None:
+@pytest.mark.filterwarnings("ignore")  # the profiler's, about itself
+def test_forward_and_backward_are_few_launches() -> None:
     model = BigramLanguageModel(65, device=GPU)
     idx, targets = (torch.randint(65, (32, 8), device=GPU) for _ in range(2))
 
@@ -314,7 +314,7 @@ def test_a_step_forward_and_back_is_few_launches() -> None:
 
 
 class Trainer:
-    """Steps of which nothing happens on the host."""
+    """Training steps that do not depend on the host."""
 
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -338,7 +338,7 @@ class Trainer:
 
 
 def captured(run: Callable[[], Tensor], generator: torch.Generator) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Run, whose results each replay writes anew; it has run before."""
+    """Captures `run`, which has run before: the graph, and the result that each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
@@ -346,7 +346,7 @@ def captured(run: Callable[[], Tensor], generator: torch.Generator) -> tuple[tor
     return graph, result
 
 
-def test_a_captured_training_step_goes_on() -> None:
+def test_a_captured_training_step_continues_the_run() -> None:
     trainers = [Trainer(), Trainer()]
     expected = torch.stack([trainers[0].step() for _ in range(9)])
     stream = torch.cuda.Stream()
@@ -367,7 +367,7 @@ def test_a_captured_training_step_goes_on() -> None:
 
 @pytest.mark.parametrize("num_chains", [1, 300])
 @pytest.mark.parametrize("num_tokens", [5, 20_000])
-def test_captured_draws_go_on(num_chains: int, num_tokens: int) -> None:
+def test_captured_draws_advance_the_generator(num_chains: int, num_tokens: int) -> None:
     weight, probs = torch.randn(65, 65, device=GPU), torch.rand(300, 65, device=GPU)
     idx = torch.zeros((num_chains, 1), dtype=torch.long, device=GPU)
 
@@ -398,7 +398,7 @@ def test_a_step_that_the_host_counts_is_not_captured() -> None:
         optimizer.step()
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
 def test_compiled_with_graphs() -> None:
     torch._dynamo.utils.counters.clear()
     model = BigramLanguageModel(65, device=GPU)
@@ -421,7 +421,7 @@ def test_compiled_with_graphs() -> None:
 
 # ------------------------------------------------------------------------------------------------ large offsets
 
-LARGE = 50_257  # tokens: a table has more than 2^31 elements
+LARGE = 50_257  # tokens; the table has more than 2^31 elements
 
 
 def needs_gigabytes(count: int) -> None:
@@ -431,7 +431,7 @@ def needs_gigabytes(count: int) -> None:
 
 
 def certain_followers() -> tuple[Tensor, Tensor]:
-    """A bfloat16 table of logits in which one token can follow each, and these tokens."""
+    """A bfloat16 table of logits in which exactly one token can follow each token, and these followers."""
     followers = (7 * torch.arange(LARGE, device=GPU) + 1) % LARGE
     weight = torch.full((LARGE, LARGE), float("-inf"), dtype=torch.bfloat16, device=GPU)
     weight[torch.arange(LARGE, device=GPU), followers] = 0
@@ -534,7 +534,7 @@ token, table = torch.zeros(1, dtype=torch.long, device="cuda"), torch.zeros(5, 5
 functional.{call}
 torch.cuda.synchronize()
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    result = processes.run([sys.executable, "-c", script])
     assert result.returncode != 0
     assert f"Assertion `{op}: " in result.stdout + result.stderr
 

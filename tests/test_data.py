@@ -1,4 +1,4 @@
-"""Reading of texts and tokens."""
+"""Reading texts and tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_names_the_byte_that_is_not_utf8(tmp_path: Path) -> None:
         data.read_text(path)
 
 
-def test_default_text_is_a_good_half_million_characters() -> None:
+def test_default_text_is_about_half_a_million_characters() -> None:
     assert 300_000 < len(data.default_text()) < 1_000_000
 
 

@@ -1,4 +1,4 @@
-"""functional.embedding_cross_entropy against its float64 reference, and against the semantics of F.cross_entropy."""
+"""functional.embedding_cross_entropy against its float64 reference and the semantics of F.cross_entropy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from bigramx import functional, reference
-from tests.closeness import assert_as_close_as_eager
 from tests.devices import on_device, raises_in_kernel, runs_on_gpu, skip_if_long
+from tests.tolerances import assert_as_close_as_eager
 
 pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Less than a vector, a vector and a tail of one, whole vectors but one element, more than one block of rows.
+# Less than a vector, whole vectors and one element, whole vectors less one element, more than one block of rows.
 SIZES = [(1, 1), (2, 3), (65, 256), (67, 1), (127, 333), (1000, 77), (65, 0)]
 
 
 @dataclass
 class Case:
-    """The arguments of one call, and what comes of it in three ways."""
+    """The arguments of a call, which can be run and checked."""
 
     idx: Tensor
     weight: Tensor
@@ -45,7 +45,7 @@ class Case:
         return loss.detach(), weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
 
     def check(self, grad_loss: float = 1.0) -> None:
-        """The kernel is as close to float64 as eager is."""
+        """Asserts that the kernel is as close to float64 as eager is."""
         dtype = self.weight.dtype
         actual = self.run(functional.embedding_cross_entropy, dtype, grad_loss)
         eager = self.run(reference.embedding_cross_entropy, dtype, grad_loss)
@@ -54,7 +54,7 @@ class Case:
         assert_as_close_as_eager(actual[1], eager[1], exact[1], self.largest_term(grad_loss))
 
     def largest_term(self, grad_loss: float) -> float:
-        """What the pairs of one row add to and take from an entry of the gradient, at most."""
+        """The most that the pairs of one row add to or subtract from an entry of the gradient."""
         counts = self.targets.flatten() != self.options.get("ignore_index", -100)
         pair_weights = torch.ones(len(counts))[counts]
         if self.options.get("class_weight") is not None:
@@ -84,9 +84,9 @@ def test_equals_reference(vocab_size: int, num_pairs: int, dtype: torch.dtype, r
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Tables square and not, all dtypes and options, several memory layouts."""
+    """Square and other tables, all dtypes and options, several memory layouts."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
-    # With 300 rows a table of pair counts is too large, and the pairs are sorted.
+    # For 300 rows, a table of pair counts is too large, so the pairs are sorted.
     num_rows, num_classes = draw(st.sampled_from([1, 2, 7, 40, 300])), draw(st.integers(1, 70))
     shape = draw(st.sampled_from([(0,), (1,), (7,), (4, 5), (2, 3, 4), ()]))
     dtype = draw(st.sampled_from(DTYPES))
@@ -137,7 +137,7 @@ def test_gradcheck(reduction: str, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(
         lambda weight: functional.embedding_cross_entropy(idx, weight, targets, reduction=reduction, **options),  # type: ignore[call-overload]
         (weight,),
-        nondet_tol=1e-12,  # a GPU adds up the gradients of "none" in any order
+        nondet_tol=1e-12,  # a GPU sums the gradients of "none" in any order
     )
 
 
@@ -150,7 +150,7 @@ def test_gradcheck_through_logits() -> None:
 
 
 class TestEdges:
-    """What F.cross_entropy does where there is little or nothing to do."""
+    """Cases with few or no pairs, and with special values, as F.cross_entropy treats them."""
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_no_pairs(self, reduction: str) -> None:
@@ -202,14 +202,14 @@ def test_the_exponential_is_accurate_down_to_subnormals() -> None:
     functional.embedding_cross_entropy(idx, weight, torch.zeros_like(idx), reduction="sum").backward()
     assert weight.grad is not None
     exact = x.double().sigmoid()
-    # 2 ulp of the exponential, and a rounding each of the sum, its reciprocal and their product.
+    # 2 ulp for the exponential, and one rounding each for the sum, its reciprocal and the product.
     float32 = torch.finfo(torch.float32)
     allowed = 4 * float32.eps * exact + 2 * float32.smallest_normal * float32.eps
     assert ((weight.grad[:, 1].double() - exact).abs() <= allowed).all()
 
 
 class TestAutograd:
-    """The gradient that the forward pass wrote is handed over once, and never changed after that."""
+    """The gradient that the forward pass wrote is handed over once and never changed after that."""
 
     def test_hands_over_without_copy_and_accumulates(self) -> None:
         case = make_case(65, 256)
@@ -257,7 +257,7 @@ class TestAutograd:
 
     def test_loss_scale_keeps_small_float16_gradients(self) -> None:
         case = make_case(65, 4096, torch.float16)
-        case.weight[0, 1] = -12.0  # a gradient below float16's least number, until it is scaled
+        case.weight[0, 1] = -12.0  # its gradient underflows in float16 unless it is scaled
         case.check(grad_loss=2.0**14)
 
     @pytest.mark.parametrize("scale", [float("inf"), float("nan")])
@@ -268,7 +268,7 @@ class TestAutograd:
         assert not grad[2:].any()
         assert not grad[:2].isfinite().any()
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.func, about its own decompositions
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's, about its own decompositions
     def test_forward_mode_raises(self) -> None:
         weight, idx, targets = map(on_device, (WEIGHT, IDX, TARGETS))
         with pytest.raises(NotImplementedError, match="forward-mode"):
@@ -335,7 +335,7 @@ class TestAutograd:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 4096), (65, 200_000), (500, 70_000), (1000, 100_001)])
-def test_same_bits_at_each_run_and_for_any_number_of_threads(
+def test_same_bits_in_each_run_and_for_any_number_of_threads(
     vocab_size: int, num_pairs: int, reduction: str, two_threads: None
 ) -> None:
     skip_if_long(3 * (num_pairs + vocab_size**2))
@@ -387,7 +387,7 @@ def test_long_rows_whose_largest_logit_comes_late(first: float, last: float) -> 
 
 
 @pytest.mark.parametrize(("dtype", "num_rows"), [(torch.float32, 2800), (torch.bfloat16, 5600), (torch.float64, 1400)])
-@pytest.mark.parametrize("num_classes", [3001, 3008])  # rows that begin anywhere, and at whole vectors
+@pytest.mark.parametrize("num_classes", [3001, 3008])  # rows that are not aligned to vectors, and rows that are
 def test_gradients_larger_than_the_caches(dtype: torch.dtype, num_rows: int, num_classes: int) -> None:
     skip_if_long(num_rows * num_classes)
     idx, targets = torch.randint(num_rows, (1000,)), torch.randint(num_classes, (1000,))
@@ -404,8 +404,8 @@ def test_gradients_larger_than_the_caches(dtype: torch.dtype, num_rows: int, num
 
 @pytest.mark.parametrize("num_classes", [5, 1500])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_rows_further_apart_than_32_bits_count(reduction: str, num_classes: int, device: torch.device) -> None:
-    """Two rows of memory that nothing else touches."""
+def test_row_offsets_beyond_32_bits(reduction: str, num_classes: int, device: torch.device) -> None:
+    """Two rows; the memory between them is never accessed."""
     stride = 2**31 + 3
     weight = torch.empty(stride + num_classes, dtype=torch.bfloat16).as_strided((2, num_classes), (stride, 1))
     weight.copy_(torch.randn(2, num_classes))

@@ -1,4 +1,4 @@
-"""The native steps of fit against the same steps in Python."""
+"""The native steps of fit, against the same steps in Python."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bigramx import BigramLanguageModel, fit, ops
 
-pytestmark = pytest.mark.cpu_only  # on a GPU all steps are those in Python
+pytestmark = pytest.mark.cpu_only  # on a GPU, fit takes its steps in Python
 
 
 class PythonSteps(BigramLanguageModel):
-    """A forward of its own: fit takes its steps in Python."""
+    """Overrides forward, so that fit takes its steps in Python."""
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor | None, Tensor | None]:
         return super().forward(*arguments, **options)
@@ -24,7 +24,7 @@ class PythonSteps(BigramLanguageModel):
 @pytest.mark.parametrize("vocab_size", [1, 2, 65, 127, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("token_dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
-def test_equal_the_steps_in_python(vocab_size: int, dtype: torch.dtype, token_dtype: torch.dtype) -> None:
+def test_native_steps_equal_those_in_python(vocab_size: int, dtype: torch.dtype, token_dtype: torch.dtype) -> None:
     tokens = torch.randint(min(vocab_size, 256), (2000,)).to(token_dtype)
     results = []
     for model_class in (BigramLanguageModel, PythonSteps):
@@ -40,7 +40,7 @@ def test_equal_the_steps_in_python(vocab_size: int, dtype: torch.dtype, token_dt
     torch.testing.assert_close(native_history.optimizer_state, python_history.optimizer_state, rtol=1e-4, atol=1e-7)
 
 
-def test_hooks_and_an_own_forward_run_at_each_step() -> None:
+def test_hooks_and_overridden_forwards_run_at_each_step() -> None:
     tokens = torch.randint(20, (500,))
 
     def count_calls(prepare: Any) -> int:
@@ -52,11 +52,11 @@ def test_hooks_and_an_own_forward_run_at_each_step() -> None:
             handle.remove()
         return len(calls)
 
-    def own_forward(model: BigramLanguageModel, called: Any) -> None:
+    def override_forward(model: BigramLanguageModel, called: Any) -> None:
         forward = model.forward
         model.forward = lambda *arguments, **options: (called(), forward(*arguments, **options))[1]  # type: ignore
 
-    assert count_calls(own_forward) == 7
+    assert count_calls(override_forward) == 7
     assert count_calls(lambda model, called: model.register_forward_hook(called)) == 7
     assert count_calls(lambda model, called: model.token_embedding_table.weight.register_hook(called)) == 7
     assert count_calls(lambda _model, called: register_optimizer_step_post_hook(called)) == 7
@@ -70,7 +70,7 @@ def test_padding_row_stays() -> None:
         model.token_embedding_table.weight[3] = padding_row
     fit(model, torch.randint(20, (500,)), max_steps=50, lr=0.1)
     weight = model.token_embedding_table.weight.detach()
-    torch.testing.assert_close(weight[3], padding_row * (1 - 0.1 * 0.01) ** 50)  # weight decay alone
+    torch.testing.assert_close(weight[3], padding_row * (1 - 0.1 * 0.01) ** 50)  # only weight decay
 
 
 def test_a_frozen_table_raises_as_backward_does() -> None:
@@ -82,7 +82,7 @@ def test_a_frozen_table_raises_as_backward_does() -> None:
     assert torch.equal(model.token_embedding_table.weight, before)
 
 
-def test_no_gradient_is_left_and_graphs_notice_the_steps() -> None:
+def test_leaves_no_gradient_and_graphs_notice_the_steps() -> None:
     model = BigramLanguageModel(20)
     weight = model.token_embedding_table.weight
     loss = (weight**2).sum()
@@ -115,7 +115,7 @@ def fit_op(**changes: Any) -> int:
     return steps
 
 
-def test_the_time_ends_a_call_after_a_step() -> None:
+def test_a_call_ends_after_the_step_that_exceeds_its_time() -> None:
     losses = torch.full((10,), -1.0, dtype=torch.float64)
     assert fit_op(losses=losses, max_seconds=0.0) == 1
     assert losses[0] > 0

@@ -1,4 +1,4 @@
-"""functional.generate against the loop over torch.multinomial, and against philox in plain PyTorch."""
+"""functional.generate against the loop over torch.multinomial, and against Philox in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_equals_reference(
 
 @pytest.mark.cpu_only
 def test_equals_the_lectures_loop() -> None:
-    """Default generator, batches, and the generator's state afterwards."""
+    """With the default generator, in batches, and in the generator's state afterwards."""
     model = reference.BigramLanguageModel(65)
     for batch in (1, 32):
         idx = torch.zeros((batch, 1), dtype=torch.long)
@@ -99,7 +99,7 @@ def test_philox_does_not_depend_on_the_other_chains() -> None:
 def philox_chains(
     weight: torch.Tensor, num_tokens: int, num_chains: int = 1, *, seed: int = 1, threads: int = 1, **options: Any
 ) -> torch.Tensor:
-    """From token 0 on, without it."""
+    """Chains that start with token 0, without that token."""
     generator = torch.Generator().manual_seed(seed)
     idx = torch.zeros((num_chains, 1), dtype=torch.long)
     threads_before = torch.get_num_threads()
@@ -117,7 +117,7 @@ def philox_chains(
     filters=st.sampled_from(FILTERS),
 )
 def test_philox_many_draws_equal_few(seed: int, vocab_size: int, dtype: torch.dtype, filters: dict[str, Any]) -> None:
-    """From 32 draws a row on, whole rows are prepared, in one of two ways; else the sums of their blocks."""
+    """From 32 draws per row on, whole rows are prepared, in one of two ways; for fewer, only sums of blocks."""
     torch.manual_seed(seed)
     weight = (torch.randn(vocab_size, vocab_size) * 3).to(dtype)
     many = philox_chains(weight, 40 * vocab_size, seed=seed, **filters)
@@ -133,7 +133,7 @@ def cycle_of(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def tables() -> dict[str, torch.Tensor]:
-    """Chains that meet soon, late, and never."""
+    """Tables whose chains coalesce soon, late, and never."""
     torch.manual_seed(1)
     vocab_size = 1000
     late = torch.full((vocab_size, vocab_size), float("-inf"))
@@ -147,13 +147,13 @@ def tables() -> dict[str, torch.Tensor]:
 
 
 def thread_counts(*counts: int) -> tuple[int, ...]:
-    """One for a GPU, whose kernels know of none."""
+    """The counts on a CPU; a single one on a GPU, where they make no difference."""
     return (1,) if runs_on_gpu() else counts
 
 
 @pytest.mark.parametrize("name", ["soon", "late", "never"])
 def test_philox_parallel_over_time(name: str) -> None:
-    """One thread takes few draws a row one after the other; all else runs segments at once."""
+    """One thread draws few tokens per row sequentially; all other calls run segments in parallel."""
     weight, num_tokens = tables()[name], 31_000
     expected = philox_chains(weight, num_tokens)
     for threads in thread_counts(2, 3):
@@ -166,7 +166,7 @@ def test_philox_parallel_over_time(name: str) -> None:
         assert torch.equal(batch, philox_chains(weight, 20_001, num_chains=fewer(40), threads=threads)[:3])
 
 
-def test_philox_stops_where_the_whole_chain_meets_it() -> None:
+def test_philox_stops_where_the_whole_chain_does() -> None:
     weight = torch.randn(65, 65)
     weight[:, 64] = -5
     whole = philox_chains(weight, 100_000, num_chains=4)
@@ -180,8 +180,8 @@ def test_philox_stops_where_the_whole_chain_meets_it() -> None:
 
 
 @pytest.mark.device_assertion
-def test_philox_raises_for_the_rows_of_the_chain_alone() -> None:
-    """0 -> 1 -> 2 -> 0, now and then -> 3, whose row is no distribution. Segments that begin out of step meet it at
+def test_philox_raises_only_for_the_rows_of_the_chain() -> None:
+    """0 -> 1 -> 2 -> 0, occasionally -> 3, whose row is not a distribution. Segments that start out of step reach it at
     other times than the chain does."""
     weight = cycle_of(torch.arange(3), 1000)
     weight[0, 3], weight[3, 0] = -8.5, float("nan")
@@ -222,7 +222,7 @@ def test_philox_can_be_interrupted() -> None:
 
 
 @pytest.mark.cpu_only
-def test_calls_in_sequence_equal_one() -> None:
+def test_consecutive_calls_equal_one() -> None:
     weight, idx = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
     generator = torch.Generator().manual_seed(2)
     parts = functional.generate(
@@ -249,15 +249,15 @@ def test_layouts_and_int32() -> None:
         assert torch.equal(actual, expected)
 
 
-def test_the_likeliest_of_infinite_logits() -> None:
+def test_the_likeliest_token_of_infinite_logits() -> None:
     weight = torch.zeros(3, 3)
     weight[0, 2], weight[2, 1] = float("inf"), float("nan")
     idx = torch.zeros((1, 1), dtype=torch.long)
     assert functional.generate(idx, weight, 3, temperature=0).tolist() == [[0, 2, 1, 0]]
 
 
-def test_hooks_of_autograd_do_not_reach_into_the_kernel() -> None:
-    """They would run, and may draw, while the kernel holds the generator."""
+def test_autograd_hooks_do_not_run_in_the_kernel() -> None:
+    """They might draw while the kernel holds the generator."""
     weight, idx = torch.nn.Parameter(torch.randn(65, 65)), torch.zeros((1, 1), dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t + torch.rand(()), lambda t: t):
         assert not functional.generate(idx, weight, 10, temperature=0.5).requires_grad
@@ -266,10 +266,10 @@ def test_hooks_of_autograd_do_not_reach_into_the_kernel() -> None:
 @pytest.mark.device_assertion
 @pytest.mark.parametrize("sampler", [None, "philox"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_no_distribution_raises_when_it_is_met(sampler: Any, value: float) -> None:
+def test_a_row_that_is_not_a_distribution_raises_when_reached(sampler: Any, value: float) -> None:
     weight = torch.zeros(3, 3)
     weight[2, 1] = value
-    weight[:2, 2] = float("-inf")  # row 2 is never met from 0 or 1
+    weight[:2, 2] = float("-inf")  # row 2 is never reached from 0 or 1
     idx = torch.zeros((1, 1), dtype=torch.long)
     assert functional.generate(idx, weight, 20, sampler=sampler).max() < 2
     with raises_in_kernel("generate", RuntimeError, r"`inf`, `nan` or element < 0: row 2 of weight"):

@@ -46,7 +46,7 @@ def test_draws_the_lectures_batches(
 
 @pytest.mark.parametrize("batch_size", [447, 448, 449, 896, 1000])
 def test_batches_of_many_blocks(batch_size: int) -> None:
-    """To a GPU the starts go in launches of 448 at most."""
+    """A GPU gets the starts in launches of at most 448."""
     tokens = torch.randint(200, (5000,))
     torch.manual_seed(1)
     expected = lectures_get_batch(tokens, batch_size, 3)
@@ -54,7 +54,7 @@ def test_batches_of_many_blocks(batch_size: int) -> None:
     assert torch.equal(torch.stack(data.get_batch(tokens, batch_size, 3)), torch.stack(expected))
 
 
-def test_generator_leaves_the_default_one_alone() -> None:
+def test_a_generator_leaves_the_default_one_unchanged() -> None:
     tokens, state = torch.arange(100), torch.get_rng_state()
     first = data.get_batch(tokens, 4, 8, generator=torch.Generator().manual_seed(1))
     again = data.get_batch(tokens, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -88,8 +88,8 @@ def test_tokens_that_are_not_contiguous() -> None:
     assert torch.equal(actual[1], expected[1])
 
 
-def test_draws_from_texts_too_long_for_32_bits_as_torch_does() -> None:
-    tokens = torch.zeros(1, dtype=torch.uint8).expand(2**28 + 9)  # beyond 2^28 starts torch draws 64 bits each
+def test_draws_from_long_texts_as_torch_does() -> None:
+    tokens = torch.zeros(1, dtype=torch.uint8).expand(2**28 + 9)  # beyond 2^28 starts, torch draws 64 bits each
     torch.manual_seed(1)
     torch.randint(len(tokens) - 8, (32,), device="cpu")
     state = torch.get_rng_state()

@@ -1,34 +1,23 @@
-"""The lecture's script prints the same with either model."""
+"""The lecture's script prints the same output with either model."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from bigramx import data
+from tests import processes
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lecture.py"
 
 
 def run(model: str, text: Path, seed: int) -> tuple[list[float], str]:
-    """The losses, and the text that follows them."""
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--model",
-        model,
-        "--data",
-        str(text),
-        "--seed",
-        str(seed),
-        "--steps",
-        "301",
-    ]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+    """The losses that the script prints, and the text after them."""
+    options = ["--model", model, "--data", str(text), "--seed", str(seed), "--steps", "301"]
+    output = processes.run([sys.executable, SCRIPT, *options], check=True).stdout
     losses = re.findall(r"^step \d+: train loss (\S+), val loss (\S+)$", output, flags=re.MULTILINE)
     written = output.split(f"val loss {losses[-1][1]}\n")[-1]
     return [float(loss) for pair in losses for loss in pair], written

@@ -1,4 +1,4 @@
-"""BigramLanguageModel: the lecture's class, with more to it."""
+"""BigramLanguageModel, which extends the lecture's class."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_errors_name_the_argument() -> None:
         BigramLanguageModel(5)(idx, idx[:, :1])
 
 
-# Fewer tokens than a table of counts is worth, and more.
+# Too few tokens for a table of counts to pay off, and enough.
 @pytest.mark.parametrize("num_tokens", [5000, 20_000])
 class TestEvaluate:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -152,7 +152,7 @@ class TestEvaluate:
             model.evaluate(torch.zeros(num_tokens))
 
 
-def test_evaluate_counts_of_any_number_of_pairs() -> None:
+def test_evaluates_counts_of_any_number_of_pairs() -> None:
     model, tokens = BigramLanguageModel(20), torch.randint(20, (50,))
     assert model.count_pairs(tokens) is None
     counts = functional.count_bigrams(tokens, 20)
@@ -255,7 +255,7 @@ class TestSaving:
             with pytest.raises(ValueError, match=r"model.safetensors: "):
                 BigramLanguageModel.load(path)
 
-    def test_does_not_depend_on_its_file_any_more(self, tmp_path: Path) -> None:
+    def test_does_not_depend_on_its_file_after_loading(self, tmp_path: Path) -> None:
         model = BigramLanguageModel(300)
         model.save(tmp_path / "model.safetensors")
         loaded = BigramLanguageModel.load(tmp_path / "model.safetensors")

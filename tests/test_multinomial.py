@@ -1,4 +1,4 @@
-"""functional.multinomial draws what torch.multinomial or, by "philox", the reference draws; and refuses the same."""
+"""functional.multinomial draws and rejects what torch.multinomial does; with "philox", what the reference does."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_default_generator() -> None:
 def assert_equals_torch(
     probs: torch.Tensor, num_samples: int = 1, replacement: bool = False, generator: torch.Generator | None = None
 ) -> None:
-    """The samples, and the generator's state afterwards."""
+    """In the samples, and in the generator's state afterwards."""
     ours = generator or torch.Generator().manual_seed(1)
     torchs = torch.Generator()
     torchs.set_state(ours.get_state())
@@ -81,7 +81,7 @@ def assert_equals_torch(
 @pytest.mark.parametrize("words_before", [0, 1, 2, 311, 622, 623, 624, 625, 1248])
 @pytest.mark.parametrize("vocab_size", [1, 2, 311, 312, 313, 1024, 1025, 3000])
 def test_the_generators_state(vocab_size: int, words_before: int) -> None:
-    """The Mersenne Twister makes 624 words at a time; a draw takes two."""
+    """The Mersenne Twister generates 624 words at a time; a draw takes two."""
     for num_rows in range(4):
         generator = torch.Generator().manual_seed(1)
         torch.rand(words_before, generator=generator)
@@ -89,9 +89,9 @@ def test_the_generators_state(vocab_size: int, words_before: int) -> None:
 
 
 @pytest.mark.cpu_only
-def test_a_normal_sample_that_waits_in_the_generator_stays() -> None:
+def test_a_normal_sample_cached_in_the_generator_stays() -> None:
     generator = torch.Generator().manual_seed(1)
-    torch.randn(1, generator=generator)  # makes two
+    torch.randn(1, generator=generator)  # draws two and caches one
     state = generator.get_state()
     assert_equals_torch(torch.rand(3, 65), generator=generator)
     assert_equals_torch(torch.rand(65), 10, replacement=True, generator=generator)
@@ -99,7 +99,7 @@ def test_a_normal_sample_that_waits_in_the_generator_stays() -> None:
 
 
 def hard_rows(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Rows of 1500: more than are searched at once."""
+    """Rows of 1500 elements, more than are searched at once."""
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal * limits.eps
     zeros, powers = torch.zeros(1500, dtype=torch.float64), torch.rand(1500, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_many_rows(dtype: torch.dtype) -> None:
 
 
 def probs_like_the_noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """So that all ratios are equal but for a few roundings."""
+    """Probabilities whose ratios to the noise are all equal up to a few roundings."""
     state = generator.get_state()
     noise = torch.empty(shape, dtype=dtype).exponential_(generator=generator)
     generator.set_state(state)
@@ -154,10 +154,10 @@ def test_ratios_that_are_nearly_equal(scale: float, dtype: torch.dtype) -> None:
 
 
 def generator_that_draws(draws: list[int]) -> torch.Generator:
-    """Its next draws are these, in units of 2^-53; at most 311."""
+    """A generator whose next draws are these, in units of 2^-53; at most 311."""
 
     def raw(word: int) -> int:
-        """Of which the Mersenne Twister makes this word."""
+        """The word of the state from which the Mersenne Twister generates this one."""
         word ^= word >> 18
         word ^= word << 15 & 0xEFC60000
         shifted = word
@@ -166,10 +166,10 @@ def generator_that_draws(draws: list[int]) -> torch.Generator:
         return shifted ^ shifted >> 11 ^ shifted >> 22
 
     generator = torch.Generator().manual_seed(1)
-    torch.rand(1, generator=generator)  # 623 words are left of the state
+    torch.rand(1, generator=generator)  # 623 words of the state are left
     state = generator.get_state()
     words = torch.tensor([raw(word) for draw in draws for word in (draw >> 32, draw & 0xFFFFFFFF)])
-    state.view(torch.int64)[4 : 4 + len(words)] = words  # after seed, number of words left, of words taken, first word
+    state.view(torch.int64)[4 : 4 + len(words)] = words  # after seed, words left, words taken, and the first word
     generator.set_state(state)
     drawn = torch.rand(len(draws), dtype=torch.float64, generator=generator) * 2.0**53
     assert drawn.long().tolist() == draws
@@ -177,7 +177,7 @@ def generator_that_draws(draws: list[int]) -> torch.Generator:
     return generator
 
 
-# The draws that round to zero or to a subnormal number as float16, whose first word says nothing, the largest.
+# Draws that round to zero or are subnormal in float16, draws whose first word is zero, and the largest draws.
 RARE_DRAWS = [0, 1, 2**27, 2**28, 2**28 + 1, 2**29, 2**32 - 1, 2**32, 2**33, 2**39 - 1, 2**39, 2**52, 2**53 - 1]
 
 
@@ -194,7 +194,7 @@ RARE_DRAWS = [0, 1, 2**27, 2**28, 2**28 + 1, 2**29, 2**32 - 1, 2**32, 2**33, 2**
     dtype=st.sampled_from(DTYPES),
 )
 def test_rare_draws(row: list[tuple[int, float]], dtype: torch.dtype) -> None:
-    """Infinite ratios, 0 / 0, ties."""
+    """Infinite ratios, 0 / 0, and ties."""
     draws, values = zip(*row, strict=True)
     probs = torch.tensor(values, dtype=torch.float64).clamp(max=torch.finfo(dtype).max).to(dtype)
     if not probs.any():
@@ -206,7 +206,7 @@ def test_rare_draws(row: list[tuple[int, float]], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("largest", [2.0**-22, 2.0**-18, 2.0**-14, 2.0**-10])
 def test_ratios_of_small_noise_that_are_nearly_equal(largest: float, dtype: torch.dtype) -> None:
-    """Down to noise that is subnormal as float16."""
+    """Down to noise that is subnormal in float16."""
     for _ in range(50):
         draws = torch.randint(int(largest * 2**52), int(largest * 2**53), (67,))
         generator = generator_that_draws(draws.tolist())
@@ -228,7 +228,7 @@ def test_draws_that_equal_a_cumulative_sum(num_samples: int, vocab_size: int, dt
 @pytest.mark.parametrize("vocab_size", [1, 67, 5000])
 @pytest.mark.parametrize("num_samples", [2, 600, 1024, 1025, 5000])
 def test_replacement(num_samples: int, vocab_size: int) -> None:
-    """Few samples and many, of even and of very uneven rows."""
+    """Few and many samples, of even and very uneven rows."""
     for exponent in (0, 1, 30):
         assert_equals_torch(torch.rand(3, vocab_size) ** exponent, num_samples, replacement=True)
 
@@ -246,7 +246,7 @@ def test_tiny_and_huge_weights(scale: float) -> None:
 
 
 def assert_equals_reference(probs: torch.Tensor, num_samples: int = 1, replacement: bool = False) -> None:
-    """By the counter, from the seed of philox_samples."""
+    """With "philox" and the seed of philox_samples."""
     generator = torch.Generator().manual_seed(1)
     expected = reference.multinomial(probs, num_samples, replacement, sampler="philox", generator=generator)
     assert torch.equal(philox_samples(probs, num_samples, replacement), expected)
@@ -277,7 +277,7 @@ def philox_samples(probs: torch.Tensor, num_samples: int, replacement: bool = Fa
 
 
 def assert_follow(tokens: torch.Tensor, probs: torch.Tensor) -> None:
-    """Pearson's chi-squared, within five of its standard deviations."""
+    """Pearson's chi-squared is within five standard deviations of its mean."""
     expected = probs / probs.sum() * len(tokens)
     counts = torch.bincount(tokens, minlength=len(probs))
     assert counts[probs == 0].sum() == 0
@@ -305,7 +305,7 @@ def test_philox_follows_the_distribution(vocab_size: int) -> None:
         assert_follow(after_likeliest, probs.index_fill(0, torch.tensor(likeliest), 0))
 
 
-def test_philox_samples_depend_on_row_and_position_alone() -> None:
+def test_philox_samples_depend_only_on_row_and_position() -> None:
     skip_if_long(100 * 40 * 3000)
     probs = torch.rand(40, 3000)
     for replacement in (False, True):
@@ -340,7 +340,7 @@ def test_many_samples_follow_the_distribution() -> None:
 @pytest.mark.parametrize("sampler", [None, "philox"])
 @pytest.mark.parametrize("replacement", [False, True])
 def test_more_categories_than_torch_takes(replacement: bool, sampler: Any) -> None:
-    """2^24 categories and one: float32 sums could not count them."""
+    """More than 2^24 categories, which float32 sums could not count."""
     skip_if_long(2**24)
     probs = torch.ones(2**24 + 8)
     probs[: 2**24] = 0
@@ -420,7 +420,7 @@ def test_bad_probs_anywhere(value: float, dtype: torch.dtype) -> None:
 
 
 def rows_of_zeros(dtype: torch.dtype) -> torch.Tensor:
-    """And negative zeros: one number is left in the first two of the rows."""
+    """Rows of zeros and negative zeros; only the first two have an element that is not zero."""
     probs = torch.zeros(3, 67, dtype=dtype)
     probs[:, ::2] = -0.0
     probs[:2, 66] = torch.finfo(dtype).smallest_normal
@@ -434,7 +434,7 @@ def test_a_row_of_zeros_and_negative_zeros(dtype: torch.dtype) -> None:
 
 @pytest.mark.device_assertion
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_of_zeros_alone(dtype: torch.dtype) -> None:
+def test_a_row_of_zeros_only(dtype: torch.dtype) -> None:
     with raises_in_kernel("multinomial", RuntimeError, r"sum of probabilities <= 0\) in row 2"):
         functional.multinomial(rows_of_zeros(dtype), 1)
 

@@ -1,8 +1,7 @@
-"""The ops as PyTorch's compilers see them: schemas, fakes, autograd; and the loading of the kernels."""
+"""The ops as PyTorch's compilers see them: schemas, fakes, autograd; and how the kernels are loaded."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigramx
 from bigramx import BigramLanguageModel, functional
+from tests import processes
 from tests.devices import on_device
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -56,18 +56,18 @@ def test_opcheck_embedding_cross_entropy_kernels(sparse: bool, reduction: int) -
 
 def test_opcheck_others() -> None:
     idx, _targets = pairs()
-    certain = torch.eye(4)  # one possible result, whatever is drawn
+    certain = torch.eye(4)  # the result is the same, whatever is drawn
     library.opcheck(OPS.multinomial.default, (certain, 1))
     library.opcheck(OPS.multinomial.default, (certain, 1), {"sampler": "philox"})
     library.opcheck(OPS.generate.default, (idx, weight(False), 4, 0.0))
     library.opcheck(OPS.generate.default, (idx, weight(False), 4, 0.0, None, None, None, 3))
     library.opcheck(OPS.count_bigrams.default, (idx[0], 5))
-    library.opcheck(OPS.get_batch.default, (torch.arange(5), 2, 4))  # one block alone
+    library.opcheck(OPS.get_batch.default, (torch.arange(5), 2, 4))  # only one block is possible
     state = [torch.rand(3) for _ in range(4)]
     library.opcheck(OPS.adamw_.default, (*state, None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
 @pytest.mark.parametrize("return_logits", [True, False])
 def test_compile_fullgraph(return_logits: bool) -> None:
     model = BigramLanguageModel(5)
@@ -185,7 +185,7 @@ def test_build_info() -> None:
 @pytest.mark.cpu_only
 def test_missing_kernels_raise_a_clear_error() -> None:
     script = "import sys; sys.modules['bigramx._C'] = None; import bigramx"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    result = processes.run([sys.executable, "-c", script])
     assert result.returncode == 1
     assert "ImportError: bigramx: the compiled kernels cannot be loaded" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
@@ -193,7 +193,6 @@ def test_missing_kernels_raise_a_clear_error() -> None:
 
 @pytest.mark.cpu_only
 def test_import_is_light() -> None:
-    """Neither the command line's packages nor matplotlib are needed, or imported."""
+    """The command line's packages and matplotlib are neither needed nor imported."""
     script = "import bigramx, sys; print([name for name in ('typer', 'rich', 'matplotlib') if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert processes.run([sys.executable, "-c", script], check=True).stdout == "[]\n"

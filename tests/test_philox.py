@@ -1,20 +1,20 @@
-"""csrc/philox.h and csrc/thresholds.h, compiled alone, against known answers and against the reference, bit for bit."""
+"""csrc/philox.h and csrc/thresholds.h, compiled on their own, match known answers and the reference bit for bit."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from bigramx import reference
+from tests import processes
 
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-KNOWN_ANSWERS = [  # of Random123's kat_vectors: (key, sequence, counter, words)
+KNOWN_ANSWERS = [  # from Random123's kat_vectors: (key, sequence, counter, words)
     (0, 0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     (2**64 - 1, 2**64 - 1, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
     (  # the digits of pi
@@ -60,18 +60,18 @@ def test_known_answers_of_the_reference(key: int, sequence: int, counter: int, w
 
 @pytest.fixture(scope="module", params=["-O0", "-O3 -march=native"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processor can fuse products and sums, the second lets the compiler do so."""
+    """With the second flags, the compiler may fuse products and sums where the processor can."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("philox")
     (folder / "main.cpp").write_text(PROGRAM)
     flags = [*request.param.split(), "-std=c++17", "-Wall", "-Wextra", f"-I{CSRC}"]
-    subprocess.run([COMPILER, *flags, "main.cpp", "-o", "main", "-lm"], cwd=folder, check=True)
+    processes.run([COMPILER, *flags, "main.cpp", "-o", "main", "-lm"], cwd=folder, check=True)
     return folder / "main"
 
 
 def run(program: Path, lines: list[str]) -> list[int]:
-    result = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
+    result = processes.run([program], input="\n".join(lines), check=True)
     return [int(word) for word in result.stdout.split()]
 
 

@@ -1,4 +1,4 @@
-"""The pictures are written, and show what they should."""
+"""The plots are written and show what they should."""
 
 from __future__ import annotations
 

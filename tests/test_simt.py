@@ -1,4 +1,4 @@
-"""The CUDA kernels pass the tests on a CPU (tests/simt); what checks them there finds the mistakes planted for it."""
+"""The CUDA kernels pass their tests in the GPU emulator (tests/simt), which detects faults injected into kernels."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import ctypes
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+from tests import processes, tree
+from tests.tree import ROOT
+
 BUILD = Path("build", "simt")
 SEEDS = range(5)
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stand-in for a GPU needs Linux")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the GPU emulator needs Linux")
 
-# Of each kernel of planted.cu: what is said of its mistake.
-MISTAKES = {
+# The kernels of injected_faults.cu, and how the error that reports each fault reads.
+FAULTS = {
     "missing_barrier": "data race|uninitialised",
     "missing_barrier_after_reading": "data race",
     "missing_warp_barrier": "data race|uninitialised",
@@ -55,43 +57,30 @@ MISTAKES = {
     "local_of_another_thread": "out of bounds: .* where there is no device memory",
     "memcpy_past_end": "out of bounds: .* writes 100 bytes",
     "memset_past_end": "invalid argument",
-    "divergent_barrier": "divergent barrier: .* waits at planted.cu:",
+    "divergent_barrier": "divergent barrier: .* waits at injected_faults.cu:",
     "early_return": "divergent barrier: .* has returned",
     "early_return_in_warp": "divergent barrier|waits for a lane that has returned",
     "barrier_in_uneven_loop": "divergent barrier: .* has returned",
     "divergent_shuffle": "deadlock",
     "crosswise_waits": "deadlock",
     "shuffle_outside_mask": "is not in its own mask|lane that is not in its mask",
-    "failed_assertion": "^planted: expected value >= 0",
+    "failed_assertion": "^injected_faults: expected value >= 0",
     "endless_loop": "no end in sight",
     "too_many_threads": "invalid configuration argument",
     "too_much_shared_memory": "invalid argument",
     "shared_memory_not_asked_for": "invalid argument",
 }
-RIGHT = ["right_functions", "block_functions", "last_block", "chunks_of_rows"]
-
-# The tests that run on the CUDA kernels.
-TESTED = [
-    "test_adamw.py",
-    "test_count_bigrams.py",
-    "test_embedding_cross_entropy.py",
-    "test_generate.py",
-    "test_get_batch.py",
-    "test_model.py",
-    "test_multinomial.py",
-    "test_ops.py",
-    "test_training.py",
-]
+CORRECT = ["correct_functions", "block_functions", "last_block", "chunks_of_rows"]
 
 
 @dataclass
 class Mutation:
-    """A mistake in a kernel: `text`, which stands in a file of csrc once, replaced; and the tests that must fail."""
+    """A fault to inject: `text`, which occurs once in a file of csrc, is replaced; then these tests must fail."""
 
     file: str
     text: str
     replacement: str
-    tests: str  # arguments of pytest; or a kernel of planted.cu
+    tests: str  # arguments of pytest, or a kernel of injected_faults.cu
 
     def __str__(self) -> str:
         return f"{Path(self.file).name}:{self.tests.split('/')[-1]}:{self.replacement[:30]}"
@@ -132,7 +121,7 @@ MUTATIONS = [
         "cuda/loss_rows.cuh",
         "weight + row * row_stride",
         "weight + static_cast<int32_t>(row * row_stride)",
-        "tests/test_embedding_cross_entropy.py -k 32_bits",
+        "tests/test_embedding_cross_entropy.py -k beyond_32_bits",
     ),
     Mutation(
         "cuda/embedding_cross_entropy.cu",
@@ -153,82 +142,80 @@ MUTATIONS = [
 
 
 def make(root: Path, target: str) -> Path:
-    """Builds what is stale of tests/simt in this copy of the repository."""
+    """Builds a target of tests/simt/Makefile in this copy of the repository."""
     command = ["make", "--silent", "-C", str(root / "tests" / "simt"), f"PYTHON={sys.executable}"]
-    result = subprocess.run(
-        [*command, str(Path("..", "..", BUILD, target))], capture_output=True, text=True, check=False
-    )
+    result = processes.run([*command, Path("..", "..", BUILD, target)], seconds=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     return root / BUILD / target
 
 
-class Planted:
-    """The kernels of planted.cu."""
+class InjectedFaults:
+    """The kernels of injected_faults.cu."""
 
     def __init__(self, path: Path) -> None:
         self.kernels = ctypes.CDLL(str(path))
-        self.kernels.planted_run.restype = ctypes.c_char_p
-        self.kernels.planted_run.argtypes = [ctypes.c_char_p, ctypes.c_bool, ctypes.c_uint64]
-        self.kernels.planted_order.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
+        self.kernels.run_fault.restype = ctypes.c_char_p
+        self.kernels.run_fault.argtypes = [ctypes.c_char_p, ctypes.c_bool, ctypes.c_uint64]
+        self.kernels.run_order.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
 
     def run(self, name: str, seed: int, broken: bool = False) -> str:
-        """What the kernel is said to do wrong."""
-        message = self.kernels.planted_run(name.encode(), broken, seed)
-        assert message is not None, f"planted.cu has no {name}"
+        """The error that the emulator reports; empty if none."""
+        message = self.kernels.run_fault(name.encode(), broken, seed)
+        assert message is not None, f"injected_faults.cu has no {name}"
         return bytes(message).decode()
 
     def order(self, blocks: int, threads: int, seed: int) -> list[int]:
-        """The numbers of the threads, in the order in which they run."""
+        """The indices of the threads within the grid, in the order in which they run."""
         order = torch.empty(blocks * threads, dtype=torch.int32)
-        self.kernels.planted_order(blocks, threads, seed, order.data_ptr())
+        self.kernels.run_order(blocks, threads, seed, order.data_ptr())
         return list(order.tolist())
 
 
 @pytest.fixture(scope="module")
-def planted() -> Planted:
-    return Planted(make(ROOT, "planted.so"))
+def faults() -> InjectedFaults:
+    return InjectedFaults(make(ROOT, "injected_faults.so"))
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_finds_mistake(planted: Planted, name: str) -> None:
+@pytest.mark.parametrize("name", FAULTS)
+def test_finds_fault(faults: InjectedFaults, name: str) -> None:
     for seed in SEEDS:
-        assert planted.run(name, seed) == ""
-        assert re.search(MISTAKES[name], planted.run(name, seed, broken=True))
+        assert faults.run(name, seed) == ""
+        assert re.search(FAULTS[name], faults.run(name, seed, broken=True))
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_finds_no_mistake(planted: Planted, name: str) -> None:
+@pytest.mark.parametrize("name", CORRECT)
+def test_finds_no_fault(faults: InjectedFaults, name: str) -> None:
     for seed in SEEDS:
-        assert planted.run(name, seed) == ""
+        assert faults.run(name, seed) == ""
 
 
-def test_order_is_random(planted: Planted) -> None:
-    orders = [planted.order(3, 64, seed) for seed in SEEDS]
-    assert orders[0] == planted.order(3, 64, SEEDS[0])
+def test_order_is_random(faults: InjectedFaults) -> None:
+    orders = [faults.order(3, 64, seed) for seed in SEEDS]
+    assert orders[0] == faults.order(3, 64, SEEDS[0])
     assert len({tuple(order) for order in orders}) == len(orders)
     for order in orders:
         assert sorted(order) == list(range(3 * 64))
         blocks = [thread // 64 for thread in order]
         assert blocks == sorted(blocks, key=blocks.index), "a block ends before the next begins"
-    assert {planted.order(3, 1, seed)[0] for seed in range(20)} == {0, 1, 2}
+    assert {faults.order(3, 1, seed)[0] for seed in range(20)} == {0, 1, 2}
 
 
 def same_bits(values: Tensor, expected: Tensor) -> bool:
-    """NaNs are all the same."""
+    """Whether the values are the same, where one NaN is as good as another."""
     integers = torch.int16 if values.dtype.itemsize == 2 else torch.int32
     equal = values.view(integers) == expected.view(integers)
     return bool((equal | (values.isnan() & expected.isnan())).all())
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_narrow_types(planted: Planted, name: str, dtype: torch.dtype) -> None:
-    widen, narrow = planted.kernels[f"planted_from_{name}"], planted.kernels[f"planted_{name}"]
+def test_narrow_types(faults: InjectedFaults, name: str, dtype: torch.dtype) -> None:
+    widen, narrow = faults.kernels[f"{name}_to_float"], faults.kernels[f"float_to_{name}"]
     widen.restype, widen.argtypes = ctypes.c_float, [ctypes.c_uint16]
     narrow.restype, narrow.argtypes = ctypes.c_uint16, [ctypes.c_float]
     bits = range(2**16)
     values = torch.tensor(bits, dtype=torch.uint16).view(dtype)
     assert same_bits(torch.tensor([widen(pattern) for pattern in bits], dtype=torch.float32), values.float())
-    # Each number, the middle between it and the next, and what lies beside that.
+    # Each number, the midpoint between it and the next, and the two floats beside that.
     numbers = values[values.isfinite()].float().sort().values
     middles = (numbers[1:].double() + numbers[:-1].double()).div(2).float()
     beside = [torch.nextafter(middles, torch.full_like(middles, end)) for end in (-torch.inf, torch.inf)]
@@ -238,14 +225,14 @@ def test_narrow_types(planted: Planted, name: str, dtype: torch.dtype) -> None:
     assert same_bits(narrowed, floats.to(dtype))
 
 
-def run_tests(module: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Of tests/, in a process whose CPU tensors the CUDA kernels of the module serve."""
+def run_tests(module: Path, arguments: list[str]) -> CompletedProcess[str]:
+    """Runs pytest in the emulator, with the CUDA kernels of the module."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "BIGRAMX_SIMT": str(module), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return processes.run(command, cwd=ROOT, env=environment, seconds=3600)
 
 
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("name", tree.cuda_tests())
 def test_kernels_pass(name: str) -> None:
     result = run_tests(make(ROOT, "_C.so"), [f"tests/{name}"])
     assert result.returncode == 0, result.stdout[-3000:]
@@ -253,22 +240,22 @@ def test_kernels_pass(name: str) -> None:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_finds_mutation(mutation: Mutation, tmp_path: Path) -> None:
-    in_planted = not mutation.tests.startswith("tests/")
-    target = "planted.so" if in_planted else "_C.so"
+    on_injected_faults = not mutation.tests.startswith("tests/")
+    target = "injected_faults.so" if on_injected_faults else "_C.so"
     make(ROOT, target)
-    # What the build reads: make takes a copy for as old as its original, and builds what the mutation reaches.
+    # Copies of what the build reads; they keep their times, so that make builds only what the mutation affects.
     for part in (Path("csrc"), Path("tests", "simt"), BUILD):
         shutil.copytree(ROOT / part, tmp_path / part)
     (tmp_path / "build" / "objects").symlink_to(ROOT / "build" / "objects")
     path = tmp_path / "csrc" / mutation.file
     source = path.read_text()
     assert source.count(mutation.text) == 1, (
-        f"{mutation.file} has changed: it holds this {source.count(mutation.text)} times"
+        f"{mutation.file} has changed: it contains the text {source.count(mutation.text)} times"
     )
     path.write_text(source.replace(mutation.text, mutation.replacement))
     module = make(tmp_path, target)
-    if in_planted:
-        mutant = Planted(module)
+    if on_injected_faults:
+        mutant = InjectedFaults(module)
         assert any(mutant.run(mutation.tests, seed) for seed in SEEDS)
     else:
         result = run_tests(module, mutation.tests.split())

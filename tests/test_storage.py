@@ -1,11 +1,10 @@
-"""A kill at any moment leaves the old file or the new one whole."""
+"""A process killed at any moment leaves either the old file or the new one, whole."""
 
 from __future__ import annotations
 
 import os
 import signal
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from bigramx import BigramLanguageModel, storage
+from tests import processes
 
 SAVE_FOREVER = """
 import sys, torch, bigramx
@@ -33,13 +33,10 @@ while True:
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for delay in (0.0, 0.003, 0.011, 0.02):
-        process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"saving\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        with processes.start([sys.executable, "-c", SAVE_FOREVER, path]) as process:
+            processes.read_until(process, "saving")
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
         weight = BigramLanguageModel.load(path).token_embedding_table.weight
         assert weight.unique().tolist() in ([1.0], [2.0])
 
@@ -64,7 +61,7 @@ def test_the_usual_permissions(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(tmp_path / "ours").st_mode) == stat.S_IMODE(os.stat(tmp_path / "usual").st_mode)
 
 
-def test_links_and_permissions_stay(tmp_path: Path) -> None:
+def test_links_and_permissions_are_kept(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     target.chmod(0o600)
@@ -84,7 +81,7 @@ def test_missing_folder(tmp_path: Path) -> None:
         BigramLanguageModel(2).save(tmp_path / "none" / "model.safetensors")
 
 
-def test_kinds_are_told_apart(tmp_path: Path) -> None:
+def test_kinds_of_files_are_distinguished(tmp_path: Path) -> None:
     storage.write_tensors(tmp_path / "file", "model", {"a": torch.empty(0)}, {"note": "é"})
     tensors, metadata = storage.read_tensors(tmp_path / "file", "model")
     assert tensors["a"].shape == (0,)

@@ -1,4 +1,4 @@
-"""CharTokenizer: what it encodes it decodes, what it saves it loads, and what it does not know it names."""
+"""CharTokenizer decodes what it encodes, loads what it saves, and names what it does not know."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bigramx import CharTokenizer
 
-# Any characters that a str can hold: lone surrogates and NUL too.
+# All characters that a str can hold, including lone surrogates and NUL.
 CHARACTERS = st.characters(codec=None, categories=None, exclude_characters=None)
 TEXTS = st.text(CHARACTERS, max_size=100)  # no more characters than int8 has tokens
 
@@ -26,7 +26,7 @@ INTEGERS = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64
 )  # fmt: skip
 
-# The last character of each form that a str is stored in, and the first of the next.
+# The last character of each form in which a str is stored, and the first of the next.
 WIDTHS = "\x7f\x80\xff\u0100\uffff\U00010000\U0010ffff"
 
 
@@ -50,7 +50,7 @@ def test_numbers_as_the_lecture_does(text: str) -> None:
 
 
 def test_encodes_many_characters() -> None:
-    """More tokens than two huge pages hold, in each of the three widths."""
+    """More tokens than fit into two huge pages, in each of the three widths."""
     for text in ("abc" * 200_000, "abя" * 200_000, "aя\U0001f600" * 200_000):
         tokens = CharTokenizer.from_text(text).encode(text)
         assert torch.equal(tokens, torch.arange(3).repeat(200_000))
@@ -60,7 +60,7 @@ def test_encodes_many_characters() -> None:
 @pytest.mark.parametrize("unknown", ["X", *WIDTHS])
 @pytest.mark.parametrize("after", ["", "aa"])
 def test_unknown_character_anywhere(before: str, unknown: str, after: str) -> None:
-    """Beside characters of every width, which decide how the text is stored."""
+    """Next to characters of every width, which determine how the text is stored."""
     characters = "".join(sorted(set("abc" + WIDTHS) - {unknown}))
     text = before.replace(unknown, "b") + unknown + after
     message = f"unknown character {unknown!r} at position {len(before)}: expected one of"
@@ -82,7 +82,7 @@ def test_unknown_character(text: str, message: str) -> None:
         CharTokenizer.from_text("abc").encode(text)
 
 
-def test_unknown_to_an_empty_tokenizer() -> None:
+def test_an_empty_tokenizer_knows_no_character() -> None:
     empty = CharTokenizer.from_text("")
     assert empty.vocab_size == 0
     assert empty.encode("").shape == (0,)
@@ -116,7 +116,7 @@ def test_huge_ints_are_out_of_range(tokens: Sequence[int]) -> None:
         CharTokenizer.from_text("abc").decode(tokens)
 
 
-def test_nothing_is_known_to_an_empty_tokenizer() -> None:
+def test_an_empty_tokenizer_knows_no_token() -> None:
     empty = CharTokenizer("")
     assert empty.decode([]) == empty.decode(torch.tensor([], dtype=torch.int64)) == ""
     for tokens in ([0], torch.tensor([0])):
@@ -131,7 +131,7 @@ def test_decodes_every_dtype(text: str, dtype: torch.dtype) -> None:
 
 
 def test_many_distinct_characters() -> None:
-    """Some in each 256 code points; ints far beyond those of which CPython keeps one object."""
+    """Some in every 256 code points; and ints far beyond those that CPython caches."""
     characters = "".join(map(chr, range(0, sys.maxunicode + 1, 97)))
     tokenizer = CharTokenizer(characters)
     tokens = tokenizer.encode(characters)
@@ -175,8 +175,8 @@ def test_decodes_nothing(empty: Sequence[int]) -> None:
 
 
 @given(characters=st.lists(CHARACTERS, min_size=1, unique=True), choice=st.data())
-def test_decoded_text_is_stored_as_any_other(characters: list[str], choice: st.DataObject) -> None:
-    """In the narrowest form that holds it, whatever the other characters of the tokenizer need."""
+def test_decoded_text_is_stored_like_any_other(characters: list[str], choice: st.DataObject) -> None:
+    """In the narrowest form that fits, whatever the other characters of the tokenizer require."""
     tokens = choice.draw(st.lists(st.integers(0, len(characters) - 1), min_size=2))
     first, *rest = (characters[token] for token in tokens)
     expected = first + "".join(rest)
@@ -199,7 +199,7 @@ def test_widths_of_decoded_text(widest: str, used: str) -> None:
         assert sys.getsizeof(text) == sys.getsizeof(expected)
 
 
-def test_surrogates_that_stand_together_stay_two() -> None:
+def test_adjacent_surrogates_stay_two() -> None:
     tokenizer = CharTokenizer.from_text("\ud83d\ude00")
     assert CharTokenizer.from_json(tokenizer.to_json()).vocab_size == 2
 

@@ -1,4 +1,4 @@
-"""fit, its history, and the optimum."""
+"""fit, its history, and the optimal loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def corpus() -> tuple[torch.Tensor, int]:
 
 
 def test_reaches_the_optimum_of_a_corpus(corpus: tuple[torch.Tensor, int]) -> None:
-    tokens, vocab_size = corpus  # of the CPU, wherever the model lies
+    tokens, vocab_size = corpus  # on the CPU, wherever the model is
     train_tokens, val_tokens = data.split(tokens)
     model = BigramLanguageModel(vocab_size)
     history = fit(model, train_tokens, val_tokens)
@@ -108,7 +108,7 @@ def test_interrupt_keeps_the_model_and_the_history() -> None:
 
 
 @pytest.mark.cpu_only
-def test_ctrl_c_at_any_moment_resumes_to_the_same(tmp_path: Path) -> None:
+def test_runs_resumed_after_ctrl_c_at_any_moment_equal_one(keyboard_interrupt: None) -> None:
     tokens = torch.randint(20, (500,))
 
     def run(history: History | None, interrupt_after: float | None) -> tuple[History, torch.Tensor]:
@@ -146,7 +146,7 @@ def test_ctrl_c_at_any_moment_resumes_to_the_same(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_resume_checks_that_the_history_is_the_models() -> None:
+def test_resume_checks_that_the_history_belongs_to_the_model() -> None:
     tokens = torch.randint(20, (500,))
     model = BigramLanguageModel(20)
     history = fit(model, tokens, max_steps=3)

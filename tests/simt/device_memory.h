@@ -1,16 +1,16 @@
-// What stands for memory on the device. Free of the stand-in's CUDA, which torch's headers cannot be mixed
-// with.
+// The emulated device memory. Independent of the emulator's cuda_runtime.h, which cannot be combined with
+// torch's headers.
 #pragma once
 
 #include <cstddef>
 
 namespace simt {
 
-// Fresh memory is full of bytes 0xFF, and nothing lies near it.
+// Fresh memory is filled with bytes 0xFF, and nothing else is near it.
 void* allocate(size_t bytes);
 void release(void* memory);
 
-// Makes memory that others have allocated memory on the device, until it is forgotten or allocated again.
+// Makes memory allocated elsewhere count as device memory, until it is forgotten or allocated again.
 void adopt(const void* memory, size_t bytes);
 void forget(const void* memory);
 

@@ -1,4 +1,4 @@
-// In place of csrc/gpu.cpp: all tensors of the CPU are on the device.
+// Replaces csrc/gpu.cpp: every CPU tensor counts as a tensor on the device.
 #include "../../csrc/gpu.h"
 
 #include <c10/core/Allocator.h>
@@ -24,8 +24,8 @@ struct Allocator final : c10::Allocator {
     void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
 
-// Deep copies of tensors, and such as are read from files, lie in memory of ATen's default allocator, which
-// cannot be replaced, but reports what it does to profilers.
+// Copies of tensors and tensors read from files use ATen's default allocator, which cannot be replaced but
+// reports its allocations to profilers.
 struct Listener final : torch::profiler::impl::ProfilerStateBase {
     using Config = torch::profiler::impl::ProfilerConfig;
 
@@ -54,7 +54,7 @@ const bool is_installed = [] {
 
 namespace bigramx {
 
-// Some tensors are older than this module, or lie in memory of NumPy's.
+// Some tensors are older than this module, or use memory allocated by NumPy.
 bool is_on_gpu(const at::Tensor& tensor) {
     if (tensor.has_storage()) simt::adopt(tensor.storage().data(), tensor.storage().nbytes());
     return true;

@@ -1,9 +1,9 @@
-// Every access of a kernel, checked: see simt.h. The compiler calls the functions named __tsan_ before each.
+// Checks every memory access of a kernel: see simt.h. The compiler inserts calls of the __tsan_ functions.
 //
-// An access must lie within one live allocation, or in the shared memory of the block, or on the thread's own
-// stack; constants and the arguments of the kernel may be read. Two accesses to the same byte, one of which
-// writes and one of which is no atomic, must be ordered (order.h): for that, each granule of 4 bytes has a
-// cell that tells who has accessed it. Bytes that are accessed alone, or in pairs, have cells of their own.
+// An access must be within one live allocation, the shared memory of the block, or the thread's own stack;
+// constants and the arguments of the kernel may be read. Two accesses to the same byte, at least one a write
+// and not both atomic, must be ordered (order.h): each granule of 4 bytes has a cell that records who has
+// accessed it. Bytes that are accessed singly or in pairs have their own cells.
 #include "memory.h"
 
 #include <cuda_runtime.h>
@@ -23,7 +23,7 @@
 
 namespace bigramx {
 
-// What the kernels declare; the second half is there so that what reaches too far meets nothing else.
+// Declared by the kernels. The second half keeps out-of-bounds accesses away from other data.
 alignas(1024) unsigned char bigramx_shared_memory[2 * simt::kMaxSharedBytes];
 
 }  // namespace bigramx
@@ -38,9 +38,9 @@ using Byte = unsigned char;
 using bigramx::bigramx_shared_memory;
 
 constexpr int kPoison = 0xFF;                      // NaN; -1
-constexpr size_t kMaxPoisonedBytes = 64ull << 20;  // larger allocations take no room before they are used
-constexpr size_t kRedZone = 512;                   // around allocations
-constexpr size_t kMappedBytes = 1ull << 20;        // allocations from here on are mapped
+constexpr size_t kMaxPoisonedBytes = 64ull << 20;  // larger allocations use no memory until accessed
+constexpr size_t kRedZone = 512;                   // around each allocation
+constexpr size_t kMappedBytes = 1ull << 20;        // allocations of this size or larger are mapped
 constexpr size_t kGranule = 4;
 constexpr uint32_t kPreemptionInterval = 128;  // accesses, at most
 
@@ -48,7 +48,7 @@ enum class Access { read, write, atomic };
 constexpr const char* kDoes[] = {"reads", "writes", "atomically updates"};
 constexpr const char* kHasDone[] = {"read", "written", "atomically updated"};
 
-// Zeros, which take no room before they are used.
+// Zeros that use no memory until they are accessed.
 void* map_zeros(size_t bytes) {
     void* const memory =
         mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -57,10 +57,10 @@ void* map_zeros(size_t bytes) {
     return memory;
 }
 
-// The last accesses to a granule or to a byte. A write forgets what it comes after.
+// The last accesses to a granule or a byte. A write clears those before it.
 struct Cell {
     Stamp last[3];      // by Access
-    uint64_t is_split;  // of a granule: whether its bytes have cells of their own
+    uint64_t is_split;  // of a granule: whether its bytes have their own cells
 };
 
 template <typename T>
@@ -73,7 +73,7 @@ class LazyArray {
         if (elements_ != nullptr) munmap(elements_, size_ * sizeof(T));
     }
 
-    // `size` elements, all zero at first.
+    // `size` elements, initially zero.
     T* get(size_t size) {
         if (elements_ == nullptr) {
             elements_ = static_cast<T*>(map_zeros(size * sizeof(T)));
@@ -91,8 +91,8 @@ class LazyArray {
 struct Region {
     const Byte* const begin;
     const size_t bytes;
-    void* const base;         // what to release: null where others do
-    const size_t base_bytes;  // 0: of malloc
+    void* const base;         // what to release; null if adopted
+    const size_t base_bytes;  // 0: allocated by malloc, not mapped
     LazyArray<Cell> cells, byte_cells;
 
     Region(const Byte* begin, size_t bytes, void* base, size_t base_bytes)
@@ -102,12 +102,12 @@ struct Region {
     bool contains(const Byte* address) const { return static_cast<size_t>(address - begin) < bytes; }
 };
 
-// The allocations, by where they begin. Not destroyed: tensors are released as late as when a process ends.
+// The allocations, by address. Never destroyed: some tensors are released only when the process ends.
 std::map<const Byte*, Region>& regions = *new std::map<const Byte*, Region>;
-std::mutex& regions_mutex = *new std::mutex;  // held through a launch
+std::mutex& regions_mutex = *new std::mutex;  // held during a launch
 
 constexpr int kRecent = 4;
-Region* recent[kRecent];  // regions, as a kernel meets the same ones again and again; null after them
+Region* recent[kRecent];  // the regions last found, newest first, then null: kernels use few regions
 
 struct Range {
     const Byte* begin;
@@ -119,9 +119,9 @@ struct Range {
 };
 
 Range arguments{nullptr, 0};
-Range constants{nullptr, 0};  // that were read last
+Range constants{nullptr, 0};  // the range read last
 Region shared(bigramx_shared_memory, kMaxSharedBytes, nullptr, 0);
-size_t shared_bytes = 0;           // that the blocks of the launch have of it
+size_t shared_bytes = 0;           // of it, how much each block of the launch has
 Byte is_written[kMaxSharedBytes];  // of each byte of shared memory, whether the block has written it
 uint32_t until_preemption;         // accesses
 
@@ -131,7 +131,7 @@ void draw_preemption() { until_preemption = 1 + random_below(kPreemptionInterval
 
 void forget_recent() { std::fill(recent, recent + kRecent, nullptr); }
 
-// The region that begins last at or before the address, or end().
+// The last region that begins at or before the address, or end().
 std::map<const Byte*, Region>::iterator region_before(const Byte* address) {
     auto after = regions.upper_bound(address);
     return after == regions.begin() ? regions.end() : std::prev(after);
@@ -147,7 +147,7 @@ Region* find_region(const Byte* address) {
     return recent[0] = &found->second;
 }
 
-// Memory of others, which they have released if it is allocated again.
+// Adopted memory has been released by its owner if it is allocated again.
 void forget_adopted(const Byte* begin, size_t bytes) {
     for (auto last = region_before(begin + bytes); last != regions.end();
          last = region_before(begin + bytes)) {
@@ -281,7 +281,7 @@ std::string place_in(const Region& region, const Byte* address) {
          kHasDone[static_cast<int>(earlier)] + " them, and nothing orders the two");
 }
 
-// Of a region of constants, whether it has the address.
+// Whether the module has constants at the address; remembers their range.
 int find_constants(dl_phdr_info* module, size_t, void* address_of) {
     const auto* const address = *static_cast<const Byte**>(address_of);
     for (int i = 0; i < module->dlpi_phnum; ++i) {
@@ -330,7 +330,7 @@ void note_in_cell(const Checked& access, Cell& cell) {
     }
 }
 
-// `offset` within the granule, `bytes` of it.
+// Checks `bytes` bytes from `offset` within the granule on.
 void check_granule(const Checked& access, size_t granule, size_t offset, size_t bytes) {
     Cell& cell = access.region.cells.get(access.region.granules())[granule];
     check_cell(access, cell);
@@ -466,7 +466,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// The functions of libc that kernels call are renamed to these.
+// Kernels call these instead of libc's functions: the Makefile renames the symbols.
 void* simt_memcpy(void* to, const void* from, size_t bytes) {
     simt::check(from, bytes, simt::Access::read);
     simt::check(to, bytes, simt::Access::write);
@@ -482,7 +482,7 @@ void* simt_memset(void* to, int value, size_t bytes) {
     return std::memset(to, value, bytes);
 }
 
-// -fsanitize=undefined calls these with what begins with a place in the source.
+// Called by -fsanitize=undefined, with data that begins with a source location.
 struct SourceLocation {
     const char* file;
     uint32_t line, column;

@@ -1,4 +1,4 @@
-// What the scheduler tells memory.cpp.
+// What memory.cpp offers to the scheduler.
 #pragma once
 
 #include <cstddef>
@@ -9,13 +9,13 @@ namespace simt {
 
 extern Order order;
 
-// From here to end_kernel no memory is allocated or released. arguments: those of the kernel, which all
-// threads may read.
+// Between this and end_kernel no memory is allocated or released. arguments: those of the kernel, which
+// every thread may read.
 void begin_kernel(size_t shared_bytes, const void* arguments, size_t arguments_bytes);
 void begin_block(unsigned block, unsigned threads);
 void end_kernel();
 
-// Sets memory on the device; false where it does not lie in one allocation.
+// Sets device memory; returns false unless the range is within one allocation.
 bool set_memory(void* memory, int value, size_t bytes);
 
 }  // namespace simt

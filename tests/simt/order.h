@@ -1,4 +1,5 @@
-// Which accesses of a kernel the barriers and fences order: what of two threads comes first in every run.
+// Which accesses of a kernel are ordered by its barriers and fences, that is, happen in the same order in
+// every run.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +12,13 @@
 
 namespace simt {
 
-// When memory was accessed, and by whom: the time, which each barrier and fence moves on, in the upper bits;
-// the thread in the lower. As blocks run one after another, the time tells the block and the launch. 0 tells
-// that it never was.
+// When memory was accessed, and by which thread: the time in the upper bits, the thread in the lower ones.
+// Each barrier and fence advances the time. As blocks run one after another, the time identifies the block
+// and the launch. 0: never accessed.
 using Stamp = uint64_t;
 
 constexpr Stamp kThreadMask = kMaxThreads - 1;
-// Others, too, have accessed it, without order between them:
+// Others have accessed it as well, unordered:
 constexpr Stamp kSeveralLanes = 1 << 10;  // lanes of the same warp
 constexpr Stamp kSeveralWarps = 1 << 11;  // warps of the same block
 constexpr Stamp kOtherBlocks = 1 << 12;   // earlier blocks of the launch
@@ -46,9 +47,9 @@ class Order {
     void block_barrier() { barrier_ = now_ += kTick; }
     void warp_barrier(unsigned warp) { warp_barriers_[warp] = now_ += kTick; }
 
-    // A fence releases, to all blocks that meet the same atomic later, what the thread has done, and what
-    // others have done before the last barrier; and acquires what those have released whose atomics came
-    // before one of this thread.
+    // A fence before an atomic releases what the thread has done, and what its block has done before the last
+    // barrier, to all later blocks that use the same atomic. A fence after an atomic acquires what was
+    // released through it.
     void fence(unsigned thread) {
         now_ += kTick;
         threads_[thread].fence = {now_, barrier_};
@@ -64,11 +65,11 @@ class Order {
         releases.push_back({blocks_.size() - 1, thread, fence});
     }
 
-    // The start of the launch and of the block: what was stamped before is past.
+    // The start of the launch and of the block: earlier stamps are past.
     Stamp launch() const { return launch_; }
     Stamp block() const { return block_; }
 
-    // Whether the thread comes after all that a stamp tells of. What has a stamp before `oldest` is past.
+    // Whether the thread runs after all accesses that a stamp stands for. Stamps before `oldest` are past.
     bool is_after(Stamp stamp, unsigned thread, Stamp oldest) const {
         if (stamp < oldest) return true;
         if (stamp < block_ || (stamp & kOtherBlocks) != 0) {
@@ -83,7 +84,7 @@ class Order {
     // The stamp of an access now.
     Stamp now(unsigned thread) const { return now_ | thread; }
 
-    // The same for one that stands for an earlier one, too.
+    // The stamp of an access now that also stands for an earlier one.
     Stamp joined(Stamp stamp, unsigned thread, Stamp oldest) const {
         const Stamp fresh = now(thread);
         if (stamp < oldest) return fresh;
@@ -111,7 +112,7 @@ class Order {
 
     struct Fences {
         Fence fence;                   // the last one
-        const void* atomic = nullptr;  // that the thread last took part in
+        const void* atomic = nullptr;  // the last one that the thread performed
     };
 
     struct Release {
@@ -126,7 +127,7 @@ class Order {
         Stamp time;
     };
 
-    // Which block of the launch it was, in the order in which they run.
+    // The block's position in the order in which the blocks of the launch run.
     size_t rank_of(Stamp stamp) const {
         size_t below = 0, end = blocks_.size();
         while (end - below > 1) {
@@ -142,8 +143,8 @@ class Order {
                stamp < warp_barriers_[warp];
     }
 
-    // Whether the thread has acquired what the block of the stamp released: that of all blocks before this
-    // one where several have accessed the memory.
+    // Whether the thread has acquired what the block of the stamp released; if several blocks have accessed
+    // the memory, what all earlier blocks released.
     bool is_after_blocks(Stamp stamp, unsigned thread) const {
         for (const Acquire& acquire : acquires_) {
             if (acquire.thread != thread && acquire.time >= barrier_) continue;
@@ -153,7 +154,7 @@ class Order {
         return false;
     }
 
-    // releases: of one atomic, one a block, in the order in which they run.
+    // releases: of one atomic, at most one per block, in the order in which the blocks run.
     bool are_released(const std::vector<Release>& releases, Stamp stamp) const {
         const size_t current = blocks_.size() - 1;
         const size_t earlier_blocks = releases.size() - (releases.back().block == current ? 1 : 0);
@@ -169,10 +170,10 @@ class Order {
 
     Stamp now_ = kTick, launch_ = 0, block_ = 0;
     Stamp barrier_ = 0;                    // the last one of the block
-    Stamp warp_barriers_[kMaxWarps] = {};  // of all lanes
+    Stamp warp_barriers_[kMaxWarps] = {};  // the last one of each warp with all its lanes
     Fences threads_[kMaxThreads];
     std::vector<Block> blocks_;
-    std::unordered_map<const void*, std::vector<Release>> releases_;  // by the atomic, by block
+    std::unordered_map<const void*, std::vector<Release>> releases_;  // by atomic, then by block
     std::vector<Acquire> acquires_;                                   // of this block
 };
 

@@ -1,4 +1,4 @@
-// Where in the source an error is: see simt.h.
+// Finds the source lines of an error: see simt.h.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace simt {
 namespace {
 
-// Of frames that are neither the stand-in's own nor between it and the kernel.
+// Whether a frame belongs to the kernel, not to the emulator or to the code between the two.
 bool is_in_kernel(std::string_view line) {
     for (const char* other : {":?", " at cuda_runtime.h", " at invoke.h", " at tuple:"}) {
         if (line.find(other) != std::string_view::npos) return false;
@@ -21,8 +21,8 @@ bool is_in_kernel(std::string_view line) {
     return true;
 }
 
-// The command that names the source of those addresses that lie in this library; empty where it cannot be
-// found.
+// The command that prints the source lines of those addresses that are in this library; empty if the library
+// cannot be found.
 std::string command_for(void* const* addresses, int count) {
     Dl_info here, there;
     if (dladdr(reinterpret_cast<void*>(&source_lines), &here) == 0) return "";
@@ -30,7 +30,7 @@ std::string command_for(void* const* addresses, int count) {
     command << "addr2line -Cfips -e '" << here.dli_fname << "'" << std::hex;
     for (int i = 0; i < count; ++i) {
         if (dladdr(addresses[i], &there) == 0 || there.dli_fbase != here.dli_fbase) continue;
-        // The call, not what it returns to.
+        // The call itself, not the instruction it returns to.
         command << " 0x" << static_cast<char*>(addresses[i]) - static_cast<char*>(here.dli_fbase) - 1;
     }
     command << " 2>/dev/null";

@@ -1,8 +1,8 @@
-// The threads of a block, one block after another: see simt.h.
+// Runs the threads of a block, one block after another: see simt.h.
 //
-// A thread is a fiber with a stack of its own. It runs until it waits (at a barrier, in a warp's collective),
-// ends, or is preempted, which may be at any access to memory; then a random one of those that are ready goes
-// on. What waits is made ready by the last that it waits for.
+// A thread is a fiber with its own stack. It runs until it waits (at a barrier or in a warp collective),
+// ends, or is preempted, which can happen at any memory access; then a random ready thread continues. The
+// last thread to arrive makes the waiting ones ready.
 #include <cuda_runtime.h>
 #include <execinfo.h>
 #include <setjmp.h>
@@ -41,7 +41,7 @@ Random random_below(number_of_environment("SIMT_SEED", 0));
 
 namespace {
 
-constexpr size_t kAlwaysAllowedShared = 48 << 10;  // bytes; more must be asked for
+constexpr size_t kAlwaysAllowedShared = 48 << 10;  // bytes; more must be requested
 constexpr uint64_t kMaxBlocks = 0x7FFFFFFF;
 constexpr int kMultiprocessors = 3;
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
@@ -52,13 +52,13 @@ constexpr const char* kWarpOps[] = {"__syncwarp",       "__shfl_sync",     "__sh
 
 struct Fiber : Thread {
     bool has_ended;
-    Site site;  // where it waited last
+    Site site;  // where it last waited
     bool is_started = false;
-    jmp_buf context;  // where it goes on
-    int predicate;    // of a barrier
+    jmp_buf context;  // where it continues
+    int predicate;    // passed to a barrier
 };
 
-// Lanes that wait for one another.
+// Lanes that wait for each other.
 struct Collective {
     WarpOp op;
     unsigned mask;
@@ -73,10 +73,10 @@ struct Warp {
     int arguments[kWarp], widths[kWarp];
 };
 
-// The launch and the block that run.
+// The running launch and its running block.
 struct Machine {
-    std::vector<Fiber> fibers;  // one a thread of the largest block so far
-    std::thread::id host;       // whose fibers they are
+    std::vector<Fiber> fibers;  // one per thread of the largest block so far
+    std::thread::id host;       // the thread that the fibers belong to
     Call call;
     dim3 grid, size;
     unsigned block;
@@ -86,7 +86,7 @@ struct Machine {
     int barrier_result;
     uint64_t preemptions;
     Warp warps[kMaxWarps];
-    jmp_buf host_context;  // where it goes on when a block has ended
+    jmp_buf host_context;  // where the host continues when a block has ended
     bool has_failed;
     std::string error;
     void* frames[kMaxFrames];
@@ -104,7 +104,7 @@ bool same(Site a, Site b) {
 
 // ------------------------------------------------------------------------------------------------- fibers
 
-// Runs one thread of block after block.
+// Runs the same thread of one block after another.
 void fiber_main();
 
 [[noreturn]] void start(Fiber& fiber) {
@@ -134,7 +134,7 @@ void make_ready(unsigned thread) { machine.ready[machine.num_ready++] = thread; 
 
 [[noreturn]] void fail_deadlock();
 
-// One of those that are ready goes on.
+// Continues with one of the ready threads.
 [[noreturn]] void resume_any() {
     if (machine.num_ready == 0) {
         if (machine.num_ended == machine.size.x) return_to_host();
@@ -146,12 +146,12 @@ void make_ready(unsigned thread) { machine.ready[machine.num_ready++] = thread; 
     resume(machine.fibers[thread]);
 }
 
-// Others go on, until this one is chosen again.
+// Lets others run until this thread is chosen again.
 void yield() {
     if (_setjmp(running_fiber().context) == 0) resume_any();
 }
 
-// The stack of a thread, below which nothing can be written.
+// The stack of a thread, above an inaccessible guard page.
 const unsigned char* map_stack() {
     void* const memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -159,7 +159,7 @@ const unsigned char* map_stack() {
     return static_cast<const unsigned char*>(memory) + kGuardBytes;
 }
 
-// What is abandoned where it stands, or belongs to another thread of the host, starts anew.
+// Fibers that a failure abandoned, or that belong to another thread of the host, start anew.
 void prepare_fibers(unsigned threads) {
     if (machine.has_failed || machine.host != std::this_thread::get_id()) {
         for (Fiber& fiber : machine.fibers) fiber.is_started = false;
@@ -177,7 +177,7 @@ void prepare_fibers(unsigned threads) {
 
 std::string name_of(unsigned thread) { return simt::name_of(thread, machine.block); }
 
-// A thread that waits for another which will not come.
+// A thread waits for another that has already ended.
 [[noreturn]] void fail_abandoned(unsigned waiting, unsigned ended) {
     fail("divergent barrier: " + name_of(waiting) + " waits " + describe(machine.fibers[waiting].site) +
          ", but " + name_of(ended) + " has returned");
@@ -247,7 +247,7 @@ int combine_predicates(BlockOp op) {
 
 // The lane that a lane reads from in a shuffle.
 int source_of(WarpOp op, int lane, int argument, int width) {
-    const int segment = lane & -width;  // where the lanes begin that it can read from
+    const int segment = lane & -width;  // the first lane that it can read from
     switch (op) {
         case WarpOp::shuffle:
             return segment + (argument & (width - 1));
@@ -262,7 +262,7 @@ int source_of(WarpOp op, int lane, int argument, int width) {
     }
 }
 
-// The lanes of a mask for which `holds` does.
+// The lanes of a mask for which the predicate holds.
 template <typename Holds>
 unsigned lanes_where(unsigned mask, const Holds& holds) {
     unsigned lanes = 0;
@@ -297,7 +297,7 @@ uint64_t result_for(int lane, const Collective& collective, const Warp& warp) {
          describe(site));
 }
 
-// What no lane may ask for.
+// Rejects what no lane may request.
 void check_collective(WarpOp op, unsigned mask, int argument, int width, Site site, const Warp& warp) {
     const int lane = static_cast<int>(running->index) % kWarp;
     if ((mask >> lane & 1) == 0) fail_in_warp(op, site, "is not in its own mask");
@@ -307,7 +307,7 @@ void check_collective(WarpOp op, unsigned mask, int argument, int width, Site si
     const bool is_shuffle = op >= WarpOp::shuffle && op <= WarpOp::shuffle_xor;
     if (!is_shuffle) return;
     if (width < 1 || width > kWarp || (width & (width - 1)) != 0)
-        fail_in_warp(op, site, "has a width that is no power of two up to 32");
+        fail_in_warp(op, site, "has a width that is not a power of two up to 32");
     const int source = source_of(op, lane, argument, width);
     if (source < 0 || source >= kWarp || (mask >> source & 1) == 0)
         fail_in_warp(op, site, "reads from a lane that is not in its mask");
@@ -356,13 +356,13 @@ void prepare_block(unsigned block) {
     begin_block(block, threads);
 }
 
-// Returns when all its threads have ended, or one has failed.
+// Returns when all threads have ended or one has failed.
 void run_block(unsigned block) {
     prepare_block(block);
     if (_setjmp(machine.host_context) == 0) resume_any();
 }
 
-// All blocks, in an order that is random enough: i -> (first + i * stride) mod blocks.
+// Runs all blocks in a sufficiently random order: i -> (first + i * stride) mod blocks.
 void run_blocks(uint64_t blocks) {
     const uint64_t first = random_below(static_cast<uint32_t>(blocks));
     uint64_t stride = 1 + random_below(static_cast<uint32_t>(blocks));

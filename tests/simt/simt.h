@@ -1,18 +1,21 @@
-// Runs CUDA kernels on a CPU, and checks them as no GPU does. What its parts share:
+// The GPU emulator: runs CUDA kernels on a CPU, with checks that no GPU performs. This header is what its
+// parts share:
 //
-//   scheduler.cpp   the threads of a block, as fibers in random order; barriers, warps, launches
-//   memory.cpp      every access of a kernel: in bounds, aligned, initialised, free of races
-//   order.h         which accesses the barriers and fences of a kernel order
-//   report.cpp      where in the source an error is
+//   scheduler.cpp   runs the threads of a block, as fibers in random order; barriers, warps, launches
+//   memory.cpp      checks every access of a kernel: in bounds, aligned, initialised, free of data races
+//   order.h         which accesses are ordered by barriers and fences
+//   report.cpp      finds the source lines of an error
 //
-// A kernel is compiled with -fsanitize=thread, which puts a call before each access to memory, but linked
-// with memory.cpp in place of that sanitizer's library; so, too, with some checks of -fsanitize=undefined.
+// A kernel is compiled with -fsanitize=thread, which inserts a call before each memory access, but linked
+// with memory.cpp in place of that sanitizer's library; the same goes for some checks of
+// -fsanitize=undefined.
 //
-// What it does not see: a reach from one part of an allocation into another; what the lanes of a mask that is
-// not full are ordered by; how many registers a kernel takes; and all that takes blocks at the same time.
+// Not detected: an access that strays from one part of an allocation into another. Not modelled: the order
+// that a barrier of a partial mask creates between its lanes, registers, and blocks that run at the same
+// time.
 //
-// Environment: SIMT_SEED, the seed of the order of threads and blocks; SIMT_MAX_SHARED_BYTES, the shared
-// memory that a block can have.
+// Environment: SIMT_SEED, the seed for the order of threads and blocks; SIMT_MAX_SHARED_BYTES, the most
+// shared memory that a block can have.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,22 +27,22 @@
 namespace simt {
 
 constexpr int kWarp = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp;
-constexpr size_t kMaxSharedBytes = 232448;  // of a block, on an H100
+constexpr size_t kMaxSharedBytes = 232448;  // per block, on an H100
 
-// The thread of a kernel that runs; null outside of kernels.
+// A thread of a kernel; `running` is null outside of kernels.
 struct Thread {
     unsigned index;
     const unsigned char *stack, *stack_end;
 };
 extern __thread const Thread* running __attribute__((tls_model("initial-exec")));
 
-// Ends the launch with an error. Kernels are not unwound: the sanitizer's calls cannot throw.
+// Ends the launch with an error. The kernel's stack is not unwound: the sanitizer's calls cannot throw.
 [[noreturn]] void fail(const std::string& message);
-[[noreturn]] void fail_as(const std::string& message);  // says the message alone, not where in the source
+[[noreturn]] void fail_as(const std::string& message);  // without the source lines
 
-void preempt();  // lets other threads of the block run
+void preempt();  // lets another thread of the block run
 
-// A block with more, some 64 accesses each, is taken to wait for ever.
+// A block with more preemptions, one in about 64 accesses, is considered to be in an endless loop.
 extern uint64_t max_preemptions;
 
 // For messages.
@@ -47,10 +50,10 @@ std::string describe(Site site);
 std::string name_of(unsigned thread, unsigned block);
 std::string name_of_running();
 
-// The lines of the source that the addresses lie in, one a line; empty where there is no addr2line.
+// The source lines of the addresses, one per line; empty if addr2line is not installed.
 std::string source_lines(void* const* addresses, int count);
 
-// Random numbers, from the seed.
+// Random numbers that depend only on the seed.
 class Random {
   public:
     explicit Random(uint64_t seed) : seed_(seed), state_(seed) {}

@@ -1,4 +1,4 @@
-"""Prints how C++ is compiled and linked against torch, for the Makefile here."""
+"""Prints the flags with which C++ is compiled and linked against torch, for the Makefile here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// A stand-in for CUDA's header: the type, and its conversions.
+// The emulator's version of CUDA's header: the type and its conversions.
 #pragma once
 
 #include "cuda_runtime.h"

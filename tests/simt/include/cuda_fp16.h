@@ -1,10 +1,10 @@
-// A stand-in for CUDA's header: the type, and its conversions.
+// The emulator's version of CUDA's header: the type and its conversions.
 #pragma once
 
 #include "cuda_runtime.h"
 
 struct __half {
-    uint16_t bits;  // sign, 5 bits of exponent, 10 of the significand
+    uint16_t bits;  // sign, 5 bits of exponent, 10 bits of significand
 };
 
 // Rounded to nearest, ties to even.
@@ -15,7 +15,7 @@ inline __half __float2half_rn(float value) {
     const float magnitude = std::fabs(value);
     if (value != value) return {kNan};
     if (magnitude >= kOverflows) return {static_cast<uint16_t>(sign | kInfinity)};
-    // In units of the last place, 2^(exponent - 10); below the normal numbers that stays 2^-24.
+    // In units in the last place, 2^(exponent - 10), which is 2^-24 for all subnormal numbers.
     int exponent = magnitude == 0 ? -14 : std::ilogb(magnitude);
     exponent = exponent < -14 ? -14 : exponent;
     const auto units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));

@@ -1,5 +1,5 @@
-// A stand-in for the CUDA runtime's header, with which a C++ compiler compiles the unchanged CUDA kernels for
-// the CPU. Only what the kernels use. What the functions do stands in ../scheduler.cpp.
+// The emulator's version of the CUDA runtime's header, with which a C++ compiler compiles the unchanged CUDA
+// kernels for the CPU. Only what the kernels use; ../scheduler.cpp and ../memory.cpp define the functions.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Dynamic shared memory is declared `extern`, where this means nothing. Of a local variable, which would be
-// another one for each thread, it is an error (-Werror=attributes).
+// Dynamic shared memory is declared `extern`, where this attribute has no effect. On a local variable, of
+// which each thread would have its own, it is an error (-Werror=attributes).
 #define __shared__ __attribute__((visibility("default")))
 
 // What assert() and device_assert() call.
@@ -43,8 +43,8 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// threadIdx and its like are calls, so that the compiler takes them for no accesses to memory. Each returns
-// the same through all the life of a thread.
+// threadIdx and the like are calls, so that the compiler does not take them for memory accesses. Each
+// returns the same value throughout the life of a thread.
 __attribute__((const)) uint3 simt_thread_index();
 __attribute__((const)) uint3 simt_block_index();
 __attribute__((const)) dim3 simt_block_size();
@@ -55,7 +55,7 @@ __attribute__((const)) dim3 simt_grid_size();
 #define blockDim simt_block_size()
 #define gridDim simt_grid_size()
 
-// Of which blockDim and gridDim, too, are calls for that.
+// The macros above turn its members blockDim and gridDim into calls, too.
 struct cudaLaunchConfig_t {
     size_t dynamicSmemBytes;
     cudaStream_t stream;
@@ -72,9 +72,9 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t 
 
 namespace simt {
 
-// A kernel with its arguments, as the scheduler sees it.
+// A kernel and its arguments, as passed to the scheduler.
 struct Call {
-    const void* kernel;  // whose address names it
+    const void* kernel;  // its address, which identifies it
     void (*run)(const void* arguments);
     const void* arguments;
     size_t arguments_bytes;
@@ -114,7 +114,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 namespace simt {
 
-// A line of a kernel.
+// A source line of a kernel.
 struct Site {
     const char* file;
     int line;
@@ -125,7 +125,7 @@ enum class WarpOp { barrier, shuffle, shuffle_up, shuffle_down, shuffle_xor, bal
 
 int block_barrier(BlockOp op, int predicate, Site site);
 
-// argument, width: of shuffles.
+// argument, width: for shuffles.
 uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int argument, int width, Site site);
 
 template <typename T, typename... Types>
@@ -135,7 +135,7 @@ template <typename T>
 uint64_t to_bits(T value) {
     static_assert(
         kIsOneOf<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double>,
-        "no warp intrinsic takes this type; cast to one that it has");
+        "no warp intrinsic takes this type; cast to one that has an overload");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(T));
     return bits;
@@ -150,7 +150,7 @@ T from_bits(uint64_t bits) {
 
 }  // namespace simt
 
-// Parameters that tell the line of the caller.
+// Parameters whose defaults are the caller's source line.
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(SIMT_SITE) { simt::block_barrier(simt::BlockOp::barrier, 0, {file, line}); }
@@ -209,7 +209,7 @@ unsigned __match_any_sync(unsigned mask, T value, SIMT_SITE) {
 
 #undef SIMT_SITE
 
-// No lane can rely on others being where it is.
+// No lane can rely on others being active with it.
 inline unsigned __activemask() { return 1u << (threadIdx.x % 32); }
 
 // ------------------------------------------------------------------------------------------------- memory
@@ -220,7 +220,7 @@ namespace simt {
 
 enum class AtomicOp { add, min, max, exchange, compare_and_swap, bit_or };
 
-// For int, unsigned, unsigned long long, float and double. Returns the value before.
+// For int, unsigned, unsigned long long, float and double. Returns the previous value.
 template <typename T>
 T atomic(AtomicOp op, T* address, T operand, T expected);
 
@@ -233,12 +233,12 @@ using NotDeduced = typename Identity<T>::type;
 
 }  // namespace simt
 
-// Atomics with the types that CUDA has them for.
-#define SIMT_ATOMIC(name, op, ...)                                                    \
-    template <typename T>                                                             \
-    T name(T* address, simt::NotDeduced<T> operand) {                                 \
-        static_assert(simt::kIsOneOf<T, __VA_ARGS__>, "CUDA has no " #name " of it"); \
-        return simt::atomic<T>(simt::AtomicOp::op, address, operand, T());            \
+// Atomics, for the types for which CUDA has them.
+#define SIMT_ATOMIC(name, op, ...)                                                           \
+    template <typename T>                                                                    \
+    T name(T* address, simt::NotDeduced<T> operand) {                                        \
+        static_assert(simt::kIsOneOf<T, __VA_ARGS__>, "CUDA has no " #name " of this type"); \
+        return simt::atomic<T>(simt::AtomicOp::op, address, operand, T());                   \
     }
 
 SIMT_ATOMIC(atomicAdd, add, int, unsigned, unsigned long long, float, double)
@@ -251,7 +251,7 @@ SIMT_ATOMIC(atomicOr, bit_or, int, unsigned, unsigned long long)
 
 template <typename T>
 T atomicCAS(T* address, simt::NotDeduced<T> expected, simt::NotDeduced<T> desired) {
-    static_assert(simt::kIsOneOf<T, int, unsigned, unsigned long long>, "CUDA has no atomicCAS of it");
+    static_assert(simt::kIsOneOf<T, int, unsigned, unsigned long long>, "CUDA has no atomicCAS of this type");
     return simt::atomic<T>(simt::AtomicOp::compare_and_swap, address, desired, expected);
 }
 

@@ -1,4 +1,4 @@
-"""Tolerances that are anchored to the error that eager PyTorch itself makes."""
+"""Tolerances anchored to the error of eager PyTorch itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def assert_as_close_as_eager(actual: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0) -> None:
-    """Fails where `actual` is further from the float64 result than twice eager's own error, and a rounding.
+    """Fails if the error against the float64 result exceeds twice eager's own error plus a rounding.
 
-    Where eager itself overflows, as float16 sums do, the rounding of the result alone is the yardstick. `terms`: the
-    largest of what is added up to a result, where it may cancel.
+    Where eager itself overflows, as float16 sums do, only the rounding of the result counts. `terms`: the largest
+    magnitude among the terms of a sum that may cancel.
     """
     assert actual.dtype == eager.dtype
     assert actual.shape == eager.shape == exact.shape

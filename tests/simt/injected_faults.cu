@@ -1,5 +1,5 @@
-// Kernels that prove the stand-in: each with a mistake, which must be found, and without it, when the result
-// must be right. For test_simt.py.
+// Tests of the emulator: kernels with an injected fault, which must be detected, and without it, when the
+// result must be correct. Run by test_simt.py.
 #include <algorithm>
 #include <cstring>
 #include <exception>
@@ -16,13 +16,13 @@ namespace bigramx {
 namespace {
 
 constexpr int kThreads = 64;
-constexpr const char* kName = "planted";
+constexpr const char* kName = "injected_faults";
 
 void expect(bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string("wrong result: ") + what);
 }
 
-// An array on the device.
+// An array in device memory.
 template <typename T>
 class Array {
   public:
@@ -65,7 +65,7 @@ void missing_barrier(bool broken) {
     for (int i = 0; i < kThreads; ++i) expect(out[i] == kThreads - 1 - i, "reversed");
 }
 
-// A second round overwrites what others may not have read yet.
+// The next round overwrites what other threads may not have read yet.
 __global__ void rotate_kernel(bool broken, int* out) {
     SharedMemory shared;
     auto* const slots = shared.take<int>(blockDim.x);
@@ -103,7 +103,7 @@ void swap_in_warp(bool broken, bool by_shuffle) {
 void missing_warp_barrier(bool broken) { swap_in_warp(broken, false); }
 void shuffle_as_warp_barrier(bool broken) { swap_in_warp(broken, true); }
 
-// A barrier of the warp orders nothing between warps.
+// A warp's barrier orders nothing between warps.
 __global__ void swap_warps_kernel(bool broken, int* out) {
     SharedMemory shared;
     auto* const slots = shared.take<int>(blockDim.x);
@@ -170,7 +170,7 @@ void missing_barrier_after_atomics(bool broken) {
     for (int i = 0; i < kThreads; ++i) expect(out[i] == kThreads, "count");
 }
 
-// Each thread has two bytes of its own; broken: shares them with the next.
+// Each thread writes two bytes of its own; broken: shares them with the next thread.
 __global__ void write_half_words_kernel(bool broken, uint16_t* out) {
     out[broken ? threadIdx.x / 2 : threadIdx.x] = 7;
 }
@@ -181,7 +181,7 @@ void shared_half_word(bool broken) {
     for (int i = 0; i < kThreads; ++i) expect(out[i] == 7, "elements");
 }
 
-// A chunk over bytes that single threads have written.
+// A chunk of bytes that were written one by one.
 __global__ void bytes_and_chunks_kernel(bool broken, uint8_t* out) {
     out[threadIdx.x] = static_cast<uint8_t>(threadIdx.x);
     if (!broken) __syncthreads();
@@ -199,8 +199,14 @@ void bytes_and_chunks(bool broken) {
 
 // ---------------------------------------------------------------------------------- order between blocks
 
-// The ways in which a block can fail to hand its result to the last.
-enum class Ticket { right, without_release, without_acquire, without_barrier_before, without_barrier_after };
+// The ways in which a block can fail to pass its result to the last block.
+enum class Ticket {
+    correct,
+    without_release,
+    without_acquire,
+    without_barrier_before,
+    without_barrier_after
+};
 
 __device__ bool is_last(Ticket way, unsigned* ticket, int* scratch) {
     if (way != Ticket::without_barrier_before) __syncthreads();
@@ -213,7 +219,7 @@ __device__ bool is_last(Ticket way, unsigned* ticket, int* scratch) {
     return *scratch != 0;
 }
 
-// Every thread writes an element; the last block adds them up.
+// Every thread writes an element; the last block sums them.
 __global__ void sum_kernel(Ticket way, int* partial, unsigned* ticket, int* total) {
     SharedMemory shared;
     auto* const scratch = shared.take<int>(kMaxWarps);
@@ -236,16 +242,16 @@ void sum_by_last_block(Ticket way) {
     expect(total[0] == kAll * (kAll - 1) / 2, "sum");
 }
 
-void missing_release(bool broken) { sum_by_last_block(broken ? Ticket::without_release : Ticket::right); }
-void missing_acquire(bool broken) { sum_by_last_block(broken ? Ticket::without_acquire : Ticket::right); }
+void missing_release(bool broken) { sum_by_last_block(broken ? Ticket::without_release : Ticket::correct); }
+void missing_acquire(bool broken) { sum_by_last_block(broken ? Ticket::without_acquire : Ticket::correct); }
 void missing_barrier_before_ticket(bool broken) {
-    sum_by_last_block(broken ? Ticket::without_barrier_before : Ticket::right);
+    sum_by_last_block(broken ? Ticket::without_barrier_before : Ticket::correct);
 }
 void missing_barrier_after_ticket(bool broken) {
-    sum_by_last_block(broken ? Ticket::without_barrier_after : Ticket::right);
+    sum_by_last_block(broken ? Ticket::without_barrier_after : Ticket::correct);
 }
 
-// Atomics, too, must be released before they are read.
+// The results of atomics must also be released before plain reads.
 __global__ void count_then_read_kernel(Ticket way, int* count, unsigned* ticket, int* out) {
     SharedMemory shared;
     auto* const flag = shared.take<int>(1);
@@ -256,12 +262,12 @@ __global__ void count_then_read_kernel(Ticket way, int* count, unsigned* ticket,
 void missing_release_of_atomics(bool broken) {
     const Array<int> count(1, 0), out(kThreads);
     const Array<unsigned> ticket(1, 0);
-    const Ticket way = broken ? Ticket::without_release : Ticket::right;
+    const Ticket way = broken ? Ticket::without_release : Ticket::correct;
     run(count_then_read_kernel, 3, kThreads, sizeof(int), way, count.data(), ticket.data(), out.data());
     for (int i = 0; i < kThreads; ++i) expect(out[i] == 3 * kThreads, "count");
 }
 
-// Every block reads the element that the last block clears.
+// Every block reads the element that the last block clears; broken: any other block clears it.
 __global__ void read_then_clear_kernel(bool broken, int* value, unsigned* ticket, int* out) {
     SharedMemory shared;
     auto* const flag = shared.take<int>(1);
@@ -320,12 +326,12 @@ __global__ void read_unwritten_kernel(bool broken, int* out) {
     out[threadIdx.x] = slots[threadIdx.x + (broken ? 1 : 0)];
 }
 
-// Two blocks: what the first wrote is nothing to the second.
 void unwritten_shared_memory(bool broken) {
     const Array<int> out(kThreads);
     run(read_unwritten_kernel, 1, kThreads, (kThreads + 1) * sizeof(int), broken, out.data());
 }
 
+// The shared memory of one block is not passed on to the next.
 __global__ void write_in_first_block_kernel(bool broken, int* out) {
     SharedMemory shared;
     auto* const slot = shared.take<int>(1);
@@ -338,7 +344,7 @@ void shared_memory_of_earlier_block(bool broken) {
     run(write_in_first_block_kernel, 2, 1, sizeof(int), broken, out.data());
 }
 
-// One element in each of a few rows of a table that has more than 2^32.
+// One element in each of a few rows of a table of more than 2^32 elements.
 constexpr int64_t kRow = 70001;
 
 __global__ void write_rows_kernel(int way, float* table) {
@@ -419,7 +425,7 @@ void memset_past_end(bool broken) {
     expect(out[9] == 0, "elements");
 }
 
-// ------------------------------------------------------------------------------ divergence, and launches
+// --------------------------------------------------------------------------------- divergence, launches
 
 __global__ void diverge_kernel(bool broken) {
     if (broken && threadIdx.x == 5) {
@@ -472,7 +478,7 @@ void divergent_shuffle(bool broken) {
     run(diverge_in_warp_kernel, 1, kThreads, 0, broken, out.data());
 }
 
-// One warp waits for the block, and a lane of another for its warp.
+// One lane waits for its warp, while all others wait for the block.
 __global__ void wait_crosswise_kernel(bool broken) {
     if (broken && threadIdx.x == 0) __syncwarp();
     __syncthreads();
@@ -490,7 +496,9 @@ void shuffle_outside_mask(bool broken) {
     for (int i = 0; i < 16; ++i) expect(out[i] == (i ^ 8), "lanes");
 }
 
-__global__ void assert_kernel(int value) { device_assert(value >= 0, "planted: expected value >= 0"); }
+__global__ void assert_kernel(int value) {
+    device_assert(value >= 0, "injected_faults: expected value >= 0");
+}
 
 void failed_assertion(bool broken) { run(assert_kernel, 2, kThreads, 0, broken ? -1 : 0); }
 
@@ -520,13 +528,13 @@ void shared_memory_not_asked_for(bool broken) {
     check_cuda(kName, cudaLaunchKernelEx(&config, another_empty_kernel));
 }
 
-// --------------------------------------------------------------------------------- what all of this is for
+// ---------------------------------------------------------------------------------- functions of CUDA
 
-// Each thread has seen the same, for every function of a warp.
-__global__ void warp_functions_kernel(int* mistakes) {
+// Every thread checks the result of every warp and block function.
+__global__ void warp_functions_kernel(int* errors) {
     const int lane = lane_of_thread();
     const auto expect_equal = [&](int64_t value, int64_t expected) {
-        if (value != expected) atomicAdd(mistakes, 1);
+        if (value != expected) atomicAdd(errors, 1);
     };
     expect_equal(__shfl_sync(kAllLanes, lane, 7), 7);
     expect_equal(__shfl_sync(kAllLanes, lane, 9, 8), lane / 8 * 8 + 1);
@@ -564,39 +572,38 @@ __global__ void atomics_kernel(int* ints, unsigned long long* words, double* num
     while ((seen = atomicCAS(words + 1, before, before + 2)) != before) before = seen;
 }
 
-void right_functions(bool) {
-    const Array<int> mistakes(1, 0), ints(4, 0);
+void correct_functions(bool) {
+    const Array<int> errors(1, 0), ints(4, 0);
     const Array<unsigned long long> words(2, 0);
     const Array<double> number(1, 0.0);
-    run(warp_functions_kernel, 2, kThreads, 0, mistakes.data());
-    expect(mistakes[0] == 0, "functions of a warp or block");
+    run(warp_functions_kernel, 2, kThreads, 0, errors.data());
+    expect(errors[0] == 0, "functions of a warp or block");
     run(atomics_kernel, 1, kThreads, 0, ints.data(), words.data(), number.data());
     expect(number[0] == kThreads / 2 && ints[0] == 1 - kThreads && ints[1] == kThreads - 1, "atomics");
     expect(ints[2] == 0xFF && ints[3] == 7 && words[0] == uint64_t{kThreads} << 32, "atomics");
     expect(words[1] == 2 * kThreads, "atomics");
 }
 
-// ------------------------------------------------------- the shared headers, into which mutations are
-// planted
+// ----------------------------------------------------------- the shared headers, mutated by test_simt.py
 
-// Each function is called twice, so that it meets what it has left behind.
-__global__ void block_functions_kernel(int* mistakes) {
+// Each function is called twice, so that the second call finds what the first has left in shared memory.
+__global__ void block_functions_kernel(int* errors) {
     SharedMemory shared;
     auto* const scratch = shared.take<int>(kMaxWarps);
     const int i = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     for (int round = 0; round < 2; ++round) {
         int total = 0;
         if (block_sum(i + round, scratch) != threads * (threads - 1) / 2 + round * threads)
-            atomicAdd(mistakes, 1);
-        if (block_exclusive_scan(i, scratch, &total) != i * (i - 1) / 2) atomicAdd(mistakes, 1);
-        if (total != threads * (threads - 1) / 2) atomicAdd(mistakes, 1);
+            atomicAdd(errors, 1);
+        if (block_exclusive_scan(i, scratch, &total) != i * (i - 1) / 2) atomicAdd(errors, 1);
+        if (total != threads * (threads - 1) / 2) atomicAdd(errors, 1);
     }
 }
 
 void block_functions(bool) {
-    const Array<int> mistakes(1, 0);
-    run(block_functions_kernel, 2, 5 * kWarp, kMaxWarps * sizeof(int), mistakes.data());
-    expect(mistakes[0] == 0, "sums");
+    const Array<int> errors(1, 0);
+    run(block_functions_kernel, 2, 5 * kWarp, kMaxWarps * sizeof(int), errors.data());
+    expect(errors[0] == 0, "sums");
 }
 
 __global__ void sum_by_tickets_kernel(int* partial, unsigned* ticket, int* total) {
@@ -621,7 +628,7 @@ void last_block(bool) {
     expect(total[0] == kAll * (kAll - 1) / 2, "sum");
 }
 
-// Adds one to each element of a row, wherever it begins and however long it is.
+// Adds one to each element of a row of any alignment and length.
 template <typename T>
 __global__ void add_one_kernel(T* row, int64_t size) {
     for_each_chunk<2>(
@@ -704,7 +711,7 @@ constexpr Case kCases[] = {
     CASE(too_many_threads),
     CASE(too_much_shared_memory),
     CASE(shared_memory_not_asked_for),
-    CASE(right_functions),
+    CASE(correct_functions),
     CASE(block_functions),
     CASE(last_block),
     CASE(chunks_of_rows),
@@ -718,8 +725,8 @@ std::string message;
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// What the case raises; empty where it raises nothing; null where there is no such case.
-EXPORTED const char* planted_run(const char* name, bool broken, uint64_t seed) {
+// The error that the case raises; empty if it raises none; null if there is no such case.
+EXPORTED const char* run_fault(const char* name, bool broken, uint64_t seed) {
     using namespace bigramx;
     simt::random_below.seed(seed);
     for (const Case& known : kCases) {
@@ -735,8 +742,8 @@ EXPORTED const char* planted_run(const char* name, bool broken, uint64_t seed) {
     return nullptr;
 }
 
-// The numbers of threads, block by block, in the order in which they ran.
-EXPORTED void planted_order(int blocks, int threads, uint64_t seed, int* order) {
+// The indices of the threads within the grid, in the order in which they ran.
+EXPORTED void run_order(int blocks, int threads, uint64_t seed, int* order) {
     using namespace bigramx;
     simt::random_below.seed(seed);
     const Array<unsigned> cursor(1, 0);
@@ -745,7 +752,7 @@ EXPORTED void planted_order(int blocks, int threads, uint64_t seed, int* order) 
     std::copy_n(seen.data(), seen.size(), order);
 }
 
-EXPORTED uint16_t planted_half(float value) { return __float2half_rn(value).bits; }
-EXPORTED uint16_t planted_bfloat16(float value) { return __float2bfloat16_rn(value).bits; }
-EXPORTED float planted_from_half(uint16_t bits) { return __half2float({bits}); }
-EXPORTED float planted_from_bfloat16(uint16_t bits) { return __bfloat162float({bits}); }
+EXPORTED uint16_t float_to_half(float value) { return __float2half_rn(value).bits; }
+EXPORTED uint16_t float_to_bfloat16(float value) { return __float2bfloat16_rn(value).bits; }
+EXPORTED float half_to_float(uint16_t bits) { return __half2float({bits}); }
+EXPORTED float bfloat16_to_float(uint16_t bits) { return __bfloat162float({bits}); }
