@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import distributions
@@ -33,10 +32,9 @@ class Device:
     def describe(self) -> dict[str, str]:
         """The processor, the threads, and the versions of all that is measured."""
         return {
-            "processor": _proc("cpuinfo", "model name") or platform.processor(),
+            **_host("jax", "numpy"),
             "cores": str(torch.get_num_threads()),
             "capability": bigramx.build_info()["cpu_capability"],
-            **_versions("jax", "numpy"),
         }
 
     def elapsed(self, function: Function, repeats: int) -> float:
@@ -57,10 +55,8 @@ class Device:
 
     def lacks_memory(self, num_bytes: float) -> str | None:
         """Why a case that needs so much memory cannot run here, or None."""
-        free = self.free_bytes()
-        return (
-            None if free >= num_bytes else f"needs {num_bytes / 2**30:.3g} GiB of memory, {free / 2**30:.1f} are free"
-        )
+        needed, free = num_bytes / 2**30, self.free_bytes() / 2**30
+        return None if free >= needed else f"needs {needed:.3g} GiB of memory, {free:.1f} are free"
 
     def rotated_bytes(self) -> int:
         """How many bytes of inputs to rotate: none here, where a loop finds its table in the cache if it fits."""
@@ -116,10 +112,10 @@ class CudaDevice(Device):
             "card": card.name,
             "memory": f"{card.total_memory / 2**30:.0f} GiB",
             "L2": f"{card.L2_cache_size / 2**20:.0f} MiB",
-            "driver": _driver(),
+            "driver": _proc("driver/nvidia/version", "NVRM version") or "unknown",
             "cuda": str(torch.version.cuda),
             "kernels for": bigramx.build_info()["cuda_architectures"],
-            **_versions("triton", "liger-kernel"),
+            **_host("triton", "liger-kernel"),
         }
 
     def elapsed(self, function: Function, repeats: int) -> float:
@@ -175,16 +171,9 @@ class CudaDevice(Device):
     peak_resident_bytes = peak_bytes
 
 
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
-
-
-def _versions(*peers: str) -> dict[str, str]:
+def _host(*peers: str) -> dict[str, str]:
     return {
+        "processor": _proc("cpuinfo", "model name") or platform.processor(),
         "compiler": bigramx.build_info()["compiler"],
         "torch": torch.__version__,
         **{peer: next((found.version for found in distributions(name=peer)), "not installed") for peer in peers},

@@ -69,9 +69,9 @@ def cases_of(bench: str, device: Device) -> list[Case]:
 
 
 def run(cases: Sequence[tuple[str, Case]], config: RunConfig, out: Path | None) -> int:
-    """Measures the cases, and writes the file after each; returns how many failed.
+    """Measures the cases and writes the file after each, where other benches' results of this machine stay.
 
-    The results of other benches, measured on the same machine, stay in the file.
+    Returns how many cases failed.
     """
     machine, failed = config.device.describe(), 0
     old_machine, old = report.read(out) if out else ({}, [])
