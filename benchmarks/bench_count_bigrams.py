@@ -58,7 +58,7 @@ def count(
 CASES = [
     Case(
         count,
-        headline="counting the pairs of 20 million tokens, V=65",
+        headline="`count_bigrams`: the pairs of 20 million tokens, V=65",
         num_tokens=2 * 10**7,
         vocab_size=65,
         targets=[faster_than("torch.bincount", 20)],
@@ -75,7 +75,7 @@ CASES = [
 CUDA_CASES = [
     Case(
         count,
-        headline="counting the pairs of 100 million tokens, V=65",
+        headline="`count_bigrams`: the pairs of 100 million tokens, V=65",
         num_tokens=10**8,
         vocab_size=65,
         targets=[percent_of(COPY, 50)],

@@ -43,15 +43,20 @@ Machine = dict[str, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail if either file is out of date")
-    check = parser.parse_args().check
+    if not parser.parse_args().check:
+        write()
+    elif stale := [str(path) for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text]:
+        sys.exit(f"out of date: {', '.join(stale)}; run: python benchmarks/report.py")
+
+
+def write() -> None:
+    """Writes the pages, and draws the cost curves."""
     for path, text in pages().items():
-        if not check:
-            path.write_text(text, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
-            sys.exit(f"{path.relative_to(ROOT)} is out of date; run: python benchmarks/report.py")
-    curves = [(device, result) for device in METHODS for result in read(RESULTS / f"{device}.json")[1] if result.series]
-    for device, result in [] if check else curves:
-        draw(result, RESULTS / picture(device, result))
+        path.write_text(text, encoding="utf-8")
+    for device in METHODS:
+        for result in read(RESULTS / f"{device}.json")[1]:
+            if result.series:
+                draw(result, RESULTS / picture(device, result))
 
 
 def read(file: Path) -> tuple[Machine, list[Result]]:
@@ -76,21 +81,22 @@ def pages() -> dict[Path, str]:
 
 
 def headlines(device: str, machine: Machine, results: Sequence[Result]) -> str:
-    """The table of README.md: our time, and that of the fastest peer with its ratio to ours."""
-    rows = []
-    for result in results:
-        if result.headline and OURS in result.implementations:
-            medians = {name: times.median for name, times in result.implementations.items()}
-            ours, peers = medians[OURS], [name for name in medians if not name.startswith(OURS)]
-            fastest = min(peers, key=medians.__getitem__)
-            row = {"what": result.headline, OURS: in_units(ours, SECONDS)}
-            row["the fastest peer"] = (
-                f"{in_units(medians[fastest], SECONDS)}, {fastest}: {medians[fastest] / ours:.3g}x"
-            )
-            rows.append(
-                {key: [cell] for key, cell in (row | {"command": f"`{command(device, result.bench)}`"}).items()}
-            )
+    """The table of README.md."""
+    rows = [headline(device, result) for result in results if result.headline and OURS in result.implementations]
     return f"{described(device, machine)}\n\n{table(rows)}"
+
+
+def headline(device: str, result: Result) -> dict[str, list[str]]:
+    """A row: our time, and that of the fastest peer with its ratio to ours."""
+    ours = result.implementations[OURS].median
+    medians = sorted((times.median, name) for name, times in result.implementations.items())
+    peers = [(median, name) for median, name in medians if not name.startswith(OURS)]
+    return {
+        "what": [result.headline],
+        OURS: [in_units(ours, SECONDS)],
+        "the fastest peer": [f"{in_units(m, SECONDS)}, {name}: {m / ours:.3g}x" for m, name in peers[:1]],
+        "command": [f"`{command(device, result.bench)}`"],
+    }
 
 
 def section(device: str, machine: Machine, results: Sequence[Result]) -> str:
@@ -121,20 +127,18 @@ def table(rows: Sequence[dict[str, list[str]]]) -> str:
 
 
 def cells(result: Result) -> dict[str, list[str]]:
-    """What there is to say of a result; LEGEND explains it."""
-    times, skipped = result.implementations, result.skipped
-    ours = times[OURS].median if OURS in times else float("nan")
-    rate = [f"{in_units(result.bytes_moved / ours, BYTES)}/s"] if result.bytes_moved and OURS in times else []
+    """A row of the results' page, whose LEGEND explains it."""
+    skipped, others = dict(result.skipped), dict(result.implementations)
+    ours = others.pop(OURS, None)
+    median, reason = ours.median if ours else float("nan"), skipped.pop(OURS, None)
     return {
         "case": [result.case],
-        OURS: [spread(times[OURS])] if OURS in times else [skipped[OURS]] if OURS in skipped else [],
-        "others": [f"{name} {spread(times[name])}: {times[name].median / ours:.3g}x" for name in times if name != OURS]
-        + [f"{name}: {reason}" for name, reason in skipped.items() if name != OURS],
-        "lower bounds": [
-            f"{name} {spread(bound)}: {ours / bound.median:.3g}x" for name, bound in result.lower_bounds.items()
-        ],
+        OURS: [spread(ours)] if ours else [reason] if reason else [],
+        "others": [f"{name} {spread(times)}: {times.median / median:.3g}x" for name, times in others.items()]
+        + [f"{name}: {reason}" for name, reason in skipped.items()],
+        "lower bounds": [f"{name} {spread(b)}: {median / b.median:.3g}x" for name, b in result.lower_bounds.items()],
         "targets": [outcome(target) for target in result.targets],
-        "rate": rate,
+        "rate": [f"{in_units(result.bytes_moved / median, BYTES)}/s"] if result.bytes_moved and ours else [],
         "memory": [f"{name} {in_units(peak, BYTES)}" for name, peak in result.peak_bytes.items()],
     }
 
