@@ -291,7 +291,7 @@ class TestRun:
         assert run.run(cases("fit", "c"), ONCE, out) == 0
         assert run.run(cases("adamw", "new"), ONCE, out) == 0
         assert kept() == ["new", "c"]  # by bench; those of another bench stay
-        run.write(out, {"processor": "another"}, {"fit": [RESULT]})
+        run.write(out, {"processor": "another"}, {"fit": [replace(RESULT, bench="fit")]})
         run.run(cases("adamw", "here"), ONCE, out)
         assert kept() == ["here"]
 
@@ -384,6 +384,10 @@ class TestCudaCases:
         assert report.outcome(target) == "2 kernels, beside 1 copies and memsets; eager 2 (<= 3)"
         monkeypatch.setattr(bench_embedding_cross_entropy, "launched", lambda _step: [])
         assert bench_embedding_cross_entropy.launches(config).skipped == {OURS: "the profiler saw nothing on the GPU"}
+
+    def test_every_row_is_present(self) -> None:
+        idx, _weight, _targets = bench_embedding_cross_entropy.random_pairs(CPU, vocab_size=50, num_tokens=60)
+        assert (len(idx), idx.unique().numel()) == (60, 50)
 
     def test_what_does_not_fit_is_skipped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         small = EmulatedGpu()
