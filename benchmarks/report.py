@@ -26,8 +26,8 @@ METHODS = {
     "cuda": "Medians of CUDA-event times in alternating rounds, inputs rotated past the L2, each line from one run",
 }
 LINK = (
-    "`make bench` measures all of it again; [all results](benchmarks/results/README.md) have the targets, the lower "
-    "bounds, the memory and the cost curves."
+    "`make bench` measures everything again; [benchmarks/results](benchmarks/results/README.md) shows all cases with "
+    "their targets, lower bounds, memory and cost curves."
 )
 LEGEND = """# Measured
 
