@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.device import COPY, Device
-from benchmarks.race import OURS, Effort, Race, Reach, Result, faster_than, percent_of
+from benchmarks.comparison import COPY, OURS, Case, Comparison, Result, RunConfig, Target, faster_than, percent_of
+from benchmarks.device import Device
 from benchmarks.timing import Function
 from bigramx import optim
 
@@ -24,50 +24,50 @@ class EmptyOptimizer(torch.optim.Optimizer):
         """Does nothing."""
 
 
-def step(effort: Effort, vocab_size: int, reaches: Sequence[Reach]) -> Result:
-    """One parameter of V x V, which each step finds where the last one left it, in the cache where it fits."""
-    device, moved_bytes = effort.device, 7 * 4 * vocab_size**2  # param and two states read and written, grad read
-    race = Race(f"AdamW.step, V={vocab_size}", reaches, bytes_moved=moved_bytes if device.is_gpu else None)
+def step(config: RunConfig, vocab_size: int, targets: Sequence[Target]) -> Result:
+    """One parameter (V, V), which each step finds where the previous one left it: in the cache, if it fits."""
+    device, moved_bytes = config.device, 7 * 4 * vocab_size**2  # param and two states read and written, grad read
+    comparison = Comparison(f"AdamW.step, V={vocab_size}", targets, bytes_moved=moved_bytes if device.is_gpu else None)
     stepper = make_stepper(device, vocab_size)
-    race.add(OURS, stepper(optim.AdamW))
-    race.add("torch.optim.AdamW", stepper(torch.optim.AdamW))
-    race.add("foreach=True", stepper(partial(torch.optim.AdamW, foreach=True)))
-    race.add("fused=True", stepper(partial(torch.optim.AdamW, fused=True)))
-    race.add_floor("an empty Optimizer.step", stepper(EmptyOptimizer))
+    comparison.add(OURS, stepper(optim.AdamW))
+    comparison.add("torch.optim.AdamW", stepper(torch.optim.AdamW))
+    comparison.add("foreach=True", stepper(partial(torch.optim.AdamW, foreach=True)))
+    comparison.add("fused=True", stepper(partial(torch.optim.AdamW, fused=True)))
+    comparison.add_lower_bound("an empty Optimizer.step", stepper(EmptyOptimizer))
     if device.is_gpu:
-        race.add("capturable=True", stepper(partial(torch.optim.AdamW, capturable=device.captures)))
-        race.add_copy(device, moved_bytes)
-    return race.run(effort)
+        comparison.add("capturable=True", stepper(partial(torch.optim.AdamW, capturable=device.name == "cuda")))
+        comparison.add_copy(device, moved_bytes)
+    return comparison.run(config)
 
 
-def captured_step(effort: Effort, vocab_size: int) -> Result:
-    """The graph of a step, for which the host does nothing but launch it."""
-    device = effort.device
-    race = Race(f"AdamW.step, V={vocab_size}, captured", [faster_than("fused=True", 1)])
+def captured_step(config: RunConfig, vocab_size: int) -> Result:
+    """The graph of a step: the host only launches it."""
+    device = config.device
+    comparison = Comparison(f"AdamW.step, V={vocab_size}, captured", [faster_than("fused=True", 1)])
     stepper = make_stepper(device, vocab_size)
 
     def captured(optimizer: Callable[..., torch.optim.Optimizer]) -> Function:
-        return device.captured(stepper(partial(optimizer, capturable=device.captures)))
+        return device.capture(stepper(partial(optimizer, capturable=device.name == "cuda")))
 
-    race.add(OURS, captured(optim.AdamW))
-    race.add("torch.optim.AdamW", captured(torch.optim.AdamW))
-    race.add("fused=True", captured(partial(torch.optim.AdamW, fused=True)))
-    return race.run(effort)
+    comparison.add(OURS, captured(optim.AdamW))
+    comparison.add("torch.optim.AdamW", captured(torch.optim.AdamW))
+    comparison.add("fused=True", captured(partial(torch.optim.AdamW, fused=True)))
+    return comparison.run(config)
 
 
 def make_stepper(
     device: Device, vocab_size: int
 ) -> Callable[[Callable[[list[Tensor]], torch.optim.Optimizer]], Function]:
-    """Makes a contestant of an optimizer: a step of it on a parameter of its own, which it returns."""
+    """Turns an optimizer into a function: a step of it on a parameter of its own, which the function returns."""
     table, grad = (torch.randn(vocab_size, vocab_size, device=device.name) for _ in range(2))
 
-    def stepper(optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Function:
+    def stepper(make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Function:
         param = table.clone().requires_grad_()
         param.grad = grad.clone()
-        steps = optimizer([param])
+        optimizer = make_optimizer([param])
 
         def run() -> object:
-            steps.step()
+            optimizer.step()
             return param.detach()
 
         return run
@@ -75,10 +75,17 @@ def make_stepper(
     return stepper
 
 
-JOBS = [partial(step, vocab_size=65, reaches=[faster_than("torch.optim.AdamW", 5), faster_than("fused=True", 2.5)])]
+SMALL = Case(
+    step,
+    headline="a step of AdamW, V=65",
+    vocab_size=65,
+    targets=[faster_than("torch.optim.AdamW", 5), faster_than("fused=True", 2.5)],
+)
 
-CUDA_JOBS = [
-    partial(step, vocab_size=65, reaches=[faster_than("torch.optim.AdamW", 5), faster_than("fused=True", 2.5)]),
-    partial(step, vocab_size=8192, reaches=[percent_of(COPY, 85)]),
-    partial(captured_step, vocab_size=65),
+CASES = [SMALL]
+
+CUDA_CASES = [
+    SMALL,
+    Case(step, vocab_size=8192, targets=[percent_of(COPY, 85)]),
+    Case(captured_step, vocab_size=65),
 ]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from benchmarks.floors import compile_module
-from benchmarks.race import Effort, Reached, Result
+from benchmarks.comparison import Case, Outcome, Result, RunConfig
+from benchmarks.lower_bounds import compile_module
 
 CAPABILITIES = ["plain vectors", "AVX2", "AVX-512"]
-SAMPLE = 1009  # a prime: the sample meets every exponent
+SAMPLE = 1009  # a prime, so that the sample has every exponent
 
 
-def error(effort: Effort) -> Result:
-    """Against std::exp in double, over all 2^32 float32 numbers, or a sample of them."""
-    errors = compile_module("exp_error").exp_error(SAMPLE if effort.quick else 1)
-    what = f"every {SAMPLE}th of" if effort.quick else "all"
-    return Result(
-        f"the exponential's error over {what} 2^32 float32 numbers",
-        reaches=[
-            Reached(f" ulp, {capability}", "<=", 2.0, error)
-            for capability, error in zip(CAPABILITIES, errors, strict=False)
-        ],
-    )
+def error(config: RunConfig) -> Result:
+    """Against std::exp in double, over all 2^32 float32 numbers or a sample of them."""
+    errors = compile_module("exp_error").exp_error(SAMPLE if config.quick else 1)
+    what = f"every {SAMPLE}th of" if config.quick else "all"
+    targets = [
+        Outcome(error, f" ulp, {capability}", "<=", 2.0)
+        for capability, error in zip(CAPABILITIES, errors, strict=False)
+    ]
+    return Result(f"the exponential's error over {what} 2^32 float32 numbers", targets=targets)
 
 
-JOBS = [error]
+CASES = [Case(error)]

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from benchmarks import peers
-from benchmarks.race import OURS, Effort, Race, Result, faster_than
+from benchmarks.comparison import OURS, Case, Comparison, Result, RunConfig, faster_than
 from bigramx import data
 
 
-def get_batch(effort: Effort, target: float) -> Result:
+def get_batch(config: RunConfig, target: float) -> Result:
     """B = 32, T = 8 of 10^6 tokens, the same draws: a batch for the device."""
-    device = effort.device
-    race = Race("get_batch, B=32 T=8 of 10^6 tokens", [faster_than("the lecture's", target)])
+    device = config.device
+    comparison = Comparison("get_batch, B=32 T=8 of 10^6 tokens", [faster_than("eager", target)])
     on_host = peers.text_tokens(10**6)
     tokens = on_host.to(device.name)
 
     def lecture_get_batch() -> object:
         return tuple(tensor.to(device.name) for tensor in peers.lecture_get_batch(on_host, 32, 8))
 
-    race.add(OURS, lambda: data.get_batch(tokens, 32, 8))
-    race.add("the lecture's", lecture_get_batch)
+    comparison.add(OURS, lambda: data.get_batch(tokens, 32, 8))
+    comparison.add("eager", lecture_get_batch)
     if device.is_gpu:
-        race.add("the lecture's, tokens on the GPU", lambda: peers.lecture_get_batch(tokens, 32, 8))
+        comparison.add("eager, tokens on the GPU", lambda: peers.lecture_get_batch(tokens, 32, 8))
     else:
-        race.add_peer("NumPy", lambda: peers.numpy_get_batch(tokens))
-    race.add_floor("torch.randint alone", lambda: torch.randint(len(tokens) - 8, (32,)))
-    return race.run(effort)
+        comparison.add_peer("NumPy", lambda: peers.numpy_get_batch(tokens))
+    comparison.add_lower_bound("torch.randint alone", lambda: torch.randint(len(tokens) - 8, (32,)))
+    return comparison.run(config)
 
 
-JOBS = [partial(get_batch, target=40)]
+CASES = [Case(get_batch, target=40)]
 
-CUDA_JOBS = [partial(get_batch, target=20)]
+CUDA_CASES = [Case(get_batch, target=20)]

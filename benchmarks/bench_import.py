@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.race import OURS, Effort, Race, Reach, Result
+from benchmarks.comparison import OURS, Case, Comparison, Result, RunConfig, at_most
 
 
 def start(script: str) -> None:
@@ -17,13 +17,13 @@ def start(script: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": root})
 
 
-def importing(effort: Effort) -> Result:
+def importing(config: RunConfig) -> Result:
     """Import torch, bigramx."""
-    beyond = Reach(" ms more", "<=", 60, lambda seconds: (seconds[OURS] - seconds["import torch"]) * 1e3)
-    race = Race("import torch, bigramx: beyond import torch", [beyond])
-    race.add(OURS, partial(start, "import torch, bigramx"))
-    race.add("import torch", partial(start, "import torch"))
-    return race.run(effort)
+    more = at_most(60, " ms more", lambda medians: (medians[OURS] - medians["import torch"]) * 1e3)
+    comparison = Comparison("import torch, bigramx: beyond import torch", [more])
+    comparison.add(OURS, partial(start, "import torch, bigramx"))
+    comparison.add("import torch", partial(start, "import torch"))
+    return comparison.run(config)
 
 
-JOBS = [importing]
+CASES = [Case(importing)]

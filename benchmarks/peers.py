@@ -1,7 +1,7 @@
-"""What others make of the same jobs: the lecture's script in eager PyTorch, NumPy, JAX; on a GPU Liger-Kernel.
+"""The same work done by others: the lecture's script in eager PyTorch, NumPy, JAX; on a GPU Liger-Kernel.
 
-Each at its best: of several ways of writing it, the one that was fastest. JAX, NumPy and Liger-Kernel are imported by
-the functions that make their contestants, which raise a ModuleNotFoundError where they are not installed.
+Each at its best: of several ways of writing it, the fastest. JAX, NumPy and Liger-Kernel are imported by the functions
+that return their implementations, which raise a ModuleNotFoundError if they are not installed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ def zipf_tokens(num_tokens: int, vocab_size: int = 8192) -> Tensor:
     return ranks.clamp_(max=vocab_size) - 1
 
 
+def in_powers_of_ten(count: int) -> str:
+    """As the names of cases have it: 2*10^7."""
+    digits = str(count).rstrip("0")
+    return f"{digits}*10^{len(str(count)) - len(digits)}".removeprefix("1*")
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By torch.compile, for the one shape that a job has: what was compiled for another must not make it dynamic."""
+    """By torch.compile, for the one shape of a case: what was compiled for another must not make it dynamic."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
@@ -85,8 +91,8 @@ def eager_loss(idx: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def liger_loss() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Its cross entropy of the logits: idx, weight, targets -> the loss.
 
-    Its fused linear cross entropy is another job: there the logits are products of hidden states and a weight, which an
-    embedding does without.
+    Its fused linear cross entropy does something else: there the logits are products of hidden states and a weight,
+    which an embedding does without.
     """
     cross_entropy = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
 

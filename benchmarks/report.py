@@ -1,7 +1,7 @@
-"""Writes what was measured into the README: the tables between its markers, and the pictures of the cost curves.
+"""Writes what was measured: the headlines into README.md, all of it into benchmarks/results/README.md, with pictures.
 
-python benchmarks/report.py           # from benchmarks/results/cpu.json and, where it is there, cuda.json
-python benchmarks/report.py --check   # writes nothing, fails where the README is out of date
+python benchmarks/report.py            # from benchmarks/results/cpu.json and, if it exists, cuda.json
+python benchmarks/report.py --check    # writes nothing, fails if either file is out of date
 """
 
 from __future__ import annotations
@@ -9,264 +9,161 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.race import OURS, Reached, Result  # noqa: E402
+from benchmarks.comparison import OURS, Outcome, Result  # noqa: E402
+from benchmarks.timing import Times  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+METHODS = {
+    "cpu": "Medians of alternating rounds, each line from one run",
+    "cuda": "Medians of CUDA-event times in alternating rounds, inputs rotated past the L2, each line from one run",
+}
+LINK = (
+    "`make bench` measures everything again; [benchmarks/results](benchmarks/results/README.md) shows all cases with "
+    "their targets, lower bounds, memory and cost curves."
+)
+LEGEND = """# Measured
 
-
-@dataclass(frozen=True)
-class Section:
-    """The part of the README that tells what was measured on a device.
-
-    Attributes:
-        name: Of the device and its file of results.
-        begin: Marks where it begins.
-        end: And where it ends.
-        method: How the times were taken.
-        everything: What measures all of it again.
-        one_line: What measures a line again, before the last column.
-    """
-
-    name: str
-    begin: str
-    end: str
-    method: str
-    everything: str
-    one_line: str
-
-
-SECTIONS = [
-    Section(
-        "cpu",
-        "<!-- measured -->",
-        "<!-- /measured -->",
-        "Medians of alternating rounds, all of a line in one run, on this machine",
-        "make bench",
-        ".venv/bin/python benchmarks/run.py",
-    ),
-    Section(
-        "cuda",
-        "<!-- measured on cuda -->",
-        "<!-- /measured on cuda -->",
-        "Medians of CUDA-event times in alternating rounds, the inputs rotated past the L2, all of a line in one run, "
-        "on this GPU",
-        "make bench-cuda",
-        ".venv/bin/python benchmarks/run.py --device cuda",
-    ),
-]
+Times are medians, with the quartiles in parentheses. The time of another implementation is followed by its ratio to
+that of bigramx, a lower bound by how many times as long bigramx takes, a figure by its target. The rate is the bytes
+that must be read and written at least over the time of bigramx; memory is the most that a call held at once beyond its
+inputs. `make bench` and `make bench-cuda` measure everything again."""
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+BYTES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "KB": 1e3, "bytes": 1.0}
+Machine = dict[str, str]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail where the README is out of date")
-    arguments = parser.parse_args()
-
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = old
-    measured = [section for section in SECTIONS if results_of(section).exists()]
-    for section in measured:
-        new = replaced(new, markdown(*read(results_of(section)), section), section)
-    if not arguments.check:
-        path.write_text(new, encoding="utf-8")
-        for section in measured:
-            draw_curves(results_of(section))
-    elif new != old:
-        sys.exit("README.md is not what benchmarks/results says; type: python benchmarks/report.py")
+    parser.add_argument("--check", action="store_true", help="fail if either file is out of date")
+    if not parser.parse_args().check:
+        write()
+    elif stale := [str(path) for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text]:
+        sys.exit(f"out of date: {', '.join(stale)}; run: python benchmarks/report.py")
 
 
-def results_of(section: Section) -> Path:
-    """The file that run.py writes."""
-    return RESULTS / f"{section.name}.json"
+def write() -> None:
+    """Writes the pages, and draws the cost curves."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    for device in METHODS:
+        for result in read(RESULTS / f"{device}.json")[1]:
+            if result.series:
+                draw(result, RESULTS / picture(device, result))
 
 
-def read(file: Path) -> tuple[dict[str, str], list[Result]]:
-    """The machine and the results that run.py wrote."""
+def read(file: Path) -> tuple[Machine, list[Result]]:
+    """The machine and the results that run.py wrote; nothing if there is no such file."""
+    if not file.exists():
+        return {}, []
     content = json.loads(file.read_text(encoding="utf-8"))
     return content["machine"], [Result.from_json(result) for result in content["results"]]
 
 
-def replaced(text: str, block: str, section: Section) -> str:
-    """The text with the block between the section's markers."""
-    before, _, rest = text.partition(section.begin)
-    _, end, after = rest.partition(section.end)
+def pages() -> dict[Path, str]:
+    """The text of README.md, with its block replaced, and of the page of all results."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"expected the markers {section.begin} and {section.end} in README.md")
-    return f"{before}{section.begin}\n{block}\n{section.end}{after}"
+        raise ValueError(f"expected the markers {BEGIN} and {END} in README.md")
+    measured = [(device, *read(RESULTS / f"{device}.json")) for device in METHODS]
+    block = "\n\n".join([*(headlines(*file) for file in measured if file[2]), LINK])
+    page = "\n\n".join([LEGEND, *(section(*file) for file in measured if file[2])])
+    return {readme: f"{before}{BEGIN}\n{block}\n{END}{after}", RESULTS / "README.md": f"{page}\n"}
 
 
-def markdown(machine: dict[str, str], results: Sequence[Result], section: Section) -> str:
-    """What the README says of the results."""
-    described = ", ".join(f"{name} {value}" for name, value in machine.items())
-    times = [
-        [
-            result.job,
-            ours(result),
-            fastest_peer(result),
-            "; ".join(reached(reach) for reach in result.reaches),
-            "; ".join(over_other_floors(result)),
-            f"`--only {result.bench}`",
-        ]
-        for result in results
-        if not result.series
-    ]
-    memory = [
-        [result.job, bandwidth(result), peak(result, OURS), "; ".join(peak_of_peers(result))]
-        for result in results
-        if result.bytes_per_second is not None or result.peak_bytes
-    ]
-    curves = [f"![{r.job}](benchmarks/results/{picture(r, section.name)})" for r in results if r.series]
-    head = ["Job", "bigramx", "the fastest peer", "reach (bold: missed)", "other floors", "command"]
-    return "\n\n".join(
-        [
-            f"{section.method}: {described}.",
-            f"`{section.everything}` measures all; `{section.one_line}` with the last column measures one again.",
-            table(head, times),
-            "What a call moves through memory at least, over its time, and the most memory it held at once:",
-            table(["Job", "bytes a second", "memory at once", "that of others"], memory),
-            *curves,
-        ]
-    )
+def headlines(device: str, machine: Machine, results: Sequence[Result]) -> str:
+    """The table of README.md."""
+    rows = [headline(device, result) for result in results if result.headline and OURS in result.implementations]
+    return f"{described(device, machine)}\n\n{table(rows)}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+def headline(device: str, result: Result) -> dict[str, list[str]]:
+    """A row: our time, and that of the fastest peer with its ratio to ours."""
+    ours = result.implementations[OURS].median
+    medians = sorted((times.median, name) for name, times in result.implementations.items())
+    peers = [(median, name) for median, name in medians if not name.startswith(OURS)]
+    return {
+        "what": [result.headline],
+        OURS: [in_units(ours, SECONDS)],
+        "the fastest peer": [f"{in_units(m, SECONDS)}, {name}: {m / ours:.3g}x" for m, name in peers[:1]],
+        "command": [f"`{command(device, result.bench)}`"],
+    }
+
+
+def section(device: str, machine: Machine, results: Sequence[Result]) -> str:
+    """All that was measured on a device: for each file its command, a table, its cost curves."""
+    parts = [f"## {device}", described(device, machine)]
+    for bench, group in groupby(results, key=lambda result: result.bench):
+        cases = list(group)
+        parts.append(f"### {bench}\n\n    {command(device, bench)}")
+        parts.append(table([cells(result) for result in cases if not result.series]))
+        parts += [f"![{result.case}]({picture(device, result)})" for result in cases if result.series]
+    return "\n\n".join(part for part in parts if part)
+
+
+def described(device: str, machine: Machine) -> str:
+    """How it was measured, and where."""
+    return f"{METHODS[device]}: {', '.join(f'{name} {value}' for name, value in machine.items())}."
+
+
+def command(device: str, bench: str) -> str:
+    """Measures it again."""
+    return f".venv/bin/python benchmarks/run.py{' --device cuda' * (device == 'cuda')} --only {bench}"
+
+
+def table(rows: Sequence[dict[str, list[str]]]) -> str:
+    """In Markdown, the keys as its head; nothing without rows."""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map("<br>".join, row.values()) for row in rows)] if rows else []
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plain_table(results: Sequence[Result]) -> str:
-    """A line for each reach: the job, the figure, the reach, whether it was met, and the floors."""
-    head = ["job", "figure", "reach", "met", "bigramx", "times the floor"]
-    rows = [
-        [result.job, figure(reach), target(reach), met(reach), ours(result), "; ".join(over_floors(result).values())]
-        for result in results
-        for reach in result.reaches
-    ]
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows])
-    return "\n".join(line.rstrip() for line in lines)
+def cells(result: Result) -> dict[str, list[str]]:
+    """A row of the results' page, whose LEGEND explains it."""
+    skipped, others = dict(result.skipped), dict(result.implementations)
+    ours = others.pop(OURS, None)
+    median, reason = ours.median if ours else float("nan"), skipped.pop(OURS, None)
+    return {
+        "case": [result.case],
+        OURS: [spread(ours)] if ours else [reason] if reason else [],
+        "others": [f"{name} {spread(times)}: {times.median / median:.3g}x" for name, times in others.items()]
+        + [f"{name}: {reason}" for name, reason in skipped.items()],
+        "lower bounds": [f"{name} {spread(b)}: {median / b.median:.3g}x" for name, b in result.lower_bounds.items()],
+        "targets": [outcome(target) for target in result.targets],
+        "rate": [f"{in_units(result.bytes_moved / median, BYTES)}/s"] if result.bytes_moved and ours else [],
+        "memory": [f"{name} {in_units(peak, BYTES)}" for name, peak in result.peak_bytes.items()],
+    }
 
 
-def details(result: Result) -> Iterator[str]:
-    """Every time of a result, a line each."""
-    for name, seconds in result.seconds.items():
-        ratio = "" if name == OURS else f", {seconds / result.seconds[OURS]:.3g}x"
-        memory = f", {peak(result, name)} at once" if name in result.peak_bytes else ""
-        yield f"{name}: {format_seconds(seconds)} {spread(result, name)}{ratio}{memory}"
-    for name, seconds in result.floors.items():
-        multiple = f"bigramx takes {result.seconds[OURS] / seconds:.3g} times that"
-        yield f"floor: {name}: {format_seconds(seconds)} {spread(result, name)}, {multiple}"
-    if result.bytes_per_second is not None:
-        yield bandwidth(result)
-    for name, reason in result.skipped.items():
-        yield f"{name} skipped: {reason}"
+def spread(times: Times) -> str:
+    """The median and the quartiles."""
+    median, lower, upper = (in_units(time, SECONDS) for time in (times.median, times.lower, times.upper))
+    return f"{median} ({lower} to {upper})"
 
 
-def spread(result: Result, name: str) -> str:
-    lower, upper = result.quartiles[name]
-    return f"({format_seconds(lower)} to {format_seconds(upper)})"
+def outcome(target: Outcome) -> str:
+    """The figure, the target, and whether it was missed."""
+    figure = "not measured: " if target.figure is None else f"{target.figure:.3g}"
+    return f"{figure}{target.unit} ({target.relation} {target.target:g}{', missed' * (target.met is False)})"
 
 
-def ours(result: Result) -> str:
-    """Our time, or why there is none."""
-    if OURS in result.seconds:
-        return format_seconds(result.seconds[OURS])
-    return result.skipped.get(OURS, "")
-
-
-def fastest_peer(result: Result) -> str:
-    """Its time, its name, and how often ours goes into it."""
-    peers = {name: seconds for name, seconds in result.seconds.items() if not name.startswith(OURS)}
-    if not peers:
-        return ""
-    name = min(peers, key=lambda name: peers[name])
-    return f"{format_seconds(peers[name])}, {name}: {peers[name] / result.seconds[OURS]:.3g}x"
-
-
-def reached(reach: Reached) -> str:
-    """In Markdown."""
-    said = f"{figure(reach)} ({target(reach)})"
-    return f"**{said}**" if reach.met is False else said
-
-
-def figure(reach: Reached) -> str:
-    return "not measured" if reach.figure is None else f"{reach.figure:.3g}{reach.unit}"
-
-
-def target(reach: Reached) -> str:
-    return f"{reach.relation} {reach.target:g}" + (reach.unit if reach.figure is None else "")
-
-
-def met(reach: Reached) -> str:
-    return {True: "yes", False: "NO", None: "-"}[reach.met]
-
-
-def over_floors(result: Result) -> dict[str, str]:
-    """Our time over each floor."""
-    if OURS not in result.seconds:
-        return {}
-    return {name: f"{result.seconds[OURS] / seconds:.3g}x {name}" for name, seconds in result.floors.items()}
-
-
-def over_other_floors(result: Result) -> list[str]:
-    """Those that no reach names."""
-    units = [reach.unit for reach in result.reaches]
-    return [said for name, said in over_floors(result).items() if not any(unit.endswith(name) for unit in units)]
-
-
-def bandwidth(result: Result) -> str:
-    return "" if result.bytes_per_second is None else f"{format_bytes(result.bytes_per_second)}/s"
-
-
-def peak(result: Result, name: str) -> str:
-    return format_bytes(result.peak_bytes[name]) if name in result.peak_bytes else ""
-
-
-def peak_of_peers(result: Result) -> list[str]:
-    return [f"{name} {peak(result, name)}" for name in result.peak_bytes if name != OURS]
-
-
-def format_seconds(seconds: float) -> str:
+def in_units(value: float, units: dict[str, float]) -> str:
     """Three digits and a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+    unit = next((unit for unit, size in units.items() if value >= size), [*units][-1])
+    return f"{value / units[unit]:.3g} {unit}"
 
 
-def format_bytes(count: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def picture(result: Result, name: str) -> str:
-    """The file of a cost curve among the results of this name."""
-    prefix = "" if name == SECTIONS[0].name else f"{name}_"
-    return f"{prefix}cost_over_{next(iter(result.series)).lower()}.png"
-
-
-def draw_curves(file: Path) -> None:
-    """Draws the cost curves of these results beside them, where there is something to draw with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        print("no cost curves are drawn: matplotlib is not installed")
-        return
-    _machine, results = read(file)
-    for result in results:
-        if result.series:
-            draw(result, file.with_name(picture(result, file.stem)))
+def picture(device: str, result: Result) -> str:
+    """The file of a cost curve, beside the results."""
+    return f"{device}_cost_over_{next(iter(result.series)).lower()}.png"
 
 
 def draw(result: Result, path: Path) -> None:
@@ -274,15 +171,12 @@ def draw(result: Result, path: Path) -> None:
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = canvas.add_subplot()
     (over, sizes), *series = result.series.items()
+    axes = canvas.add_subplot(title=result.case, xlabel=over, ylabel="milliseconds")
     for (name, seconds), color in zip(series, ("#2563a8", "#d9772b", "#9aa3ad"), strict=False):
-        sized = sizes[: len(seconds)]  # the largest may not have fitted into memory
-        axes.loglog(sized, [1e3 * second for second in seconds], color=color, marker="o", markersize=4, label=name)
+        milliseconds = [1e3 * second for second in seconds]  # fewer than sizes if the largest did not fit into memory
+        axes.loglog(sizes[: len(seconds)], milliseconds, color=color, marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel(over)
-    axes.set_ylabel("milliseconds")
-    axes.set_title(result.job)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     canvas.savefig(path, dpi=144)

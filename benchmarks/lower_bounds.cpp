@@ -1,5 +1,5 @@
-// The floors of the benchmarks: the least that a job costs whoever does it. Compiled for the machine that
-// runs them (floors.py); what can be vectorised is.
+// Lower bounds: the least that the work costs, whoever does it. Compiled for the machine that runs them
+// (lower_bounds.py), and vectorised where possible.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -101,7 +101,7 @@ void refill(uint32_t* states) {
 }
 
 // The sum of the words drawn, from the seed that std::mt19937 has by default.
-int64_t twister(int64_t num_words) {
+int64_t mersenne_twister(int64_t num_words) {
     std::array<uint32_t, kStates> states;
     states[0] = std::mt19937::default_seed;
     for (uint32_t k = 1; k < kStates; ++k) {
@@ -134,8 +134,8 @@ inline float exponential(float x) {
         float, __builtin_bit_cast(uint32_t, e_r) + (__builtin_bit_cast(uint32_t, shifted) << 23));
 }
 
-// For each element the gradient's exponential and the AdamW update; 1024 at a time, in L1, and the last 1024
-// whole.
+// For each element the exponential that its gradient needs and the AdamW update, in chunks of 1024 that stay
+// in L1; the last chunk is always full.
 double exp_and_adamw(int64_t num_elements) {
     constexpr int64_t kChunk = 1024;
     alignas(64) float param[kChunk] = {}, grad[kChunk], exp_avg[kChunk] = {}, exp_avg_sq[kChunk] = {};
@@ -152,7 +152,7 @@ double exp_and_adamw(int64_t num_elements) {
     return std::accumulate(param, param + kChunk, 0.0);
 }
 
-TORCH_LIBRARY(bigramx_benchmarks_floors, m) {
+TORCH_LIBRARY(bigramx_lower_bounds, m) {
     m.def("noop(Tensor idx, Tensor weight, Tensor targets) -> (Tensor loss, Tensor logits)", &noop);
 }
 
@@ -161,10 +161,10 @@ TORCH_LIBRARY(bigramx_benchmarks_floors, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using at::Tensor;
     bigramx::DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>::define(
-        m, "noop", "bigramx_benchmarks_floors::noop");
+        m, "noop", "bigramx_lower_bounds::noop");
     m.def("advise_huge_pages", &advise_huge_pages);
     m.def("read_words", &read_words);
     m.def("dependent_loads", &dependent_loads);
-    m.def("twister", &twister);
+    m.def("mersenne_twister", &mersenne_twister);
     m.def("exp_and_adamw", &exp_and_adamw);
 }
