@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
 
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
-SIMT := $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/simt/*/*.h)
+CSRC := $(shell find csrc -type f)
+SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/simt/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 

@@ -259,13 +259,13 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
     static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss, at::Tensor gradient) {
         if (gradient.defined() && is_traced(grad_loss)) return gradient.mul(grad_loss);
-        const auto saved = [&] { return saved_params(ctx); };
+        const auto saved = [&] { return prepare(saved_params(ctx)); };
         if (gradient.defined()) {
             gradient = BIGRAMX_DISPATCH_DEVICE(gradient, embedding_cross_entropy_scale_gradient, gradient,
                                                grad_loss, saved);
         }
         if (gradient.defined()) return gradient;
-        const Params params = saved();
+        const Params params = saved_params(ctx);
         return assemble(call_backward(grad_loss, params), params.weight, params.options.sparse);
     }
 

@@ -35,7 +35,7 @@ FAULTS = {
     "missing_barrier_before_atomics": "data race|uninitialised",
     "missing_barrier_after_atomics": "data race",
     "shared_half_word": "data race: .* writes 2 bytes",
-    "bytes_and_chunks": "data race: .* (1 byte|16 bytes) ",
+    "bytes_and_vectors": "data race: .* (1 byte|16 bytes) ",
     "missing_release": "data race",
     "missing_acquire": "data race",
     "missing_release_of_atomics": "data race",
@@ -51,7 +51,7 @@ FAULTS = {
     "shared_memory_of_earlier_block": "uninitialised|wrong result",
     "offset_that_wraps": "wrong result",
     "offset_that_overflows": "integer overflow",
-    "misaligned_chunk": "misaligned: .* at numbers.cuh",
+    "misaligned_vector": "misaligned: .* at vector_access.cuh",
     "misaligned_atomic": "misaligned",
     "index_past_local_array": "index out of bounds",
     "local_of_another_thread": "out of bounds: .* where there is no device memory",
@@ -70,7 +70,7 @@ FAULTS = {
     "too_much_shared_memory": "invalid argument",
     "shared_memory_not_asked_for": "invalid argument",
 }
-CORRECT = ["correct_functions", "block_functions", "last_block", "chunks_of_rows"]
+CORRECT = ["correct_functions", "block_functions", "last_block", "vectors_of_rows"]
 
 
 @dataclass
@@ -88,52 +88,52 @@ class Mutation:
 
 BARRIER = "    __syncthreads();\n"
 MUTATIONS = [
-    Mutation("cuda/block.cuh", f"= value;\n{BARRIER}    T total", "= value;\n    T total", "block_functions"),
-    Mutation("cuda/block.cuh", f"scratch[warp]);\n{BARRIER}", "scratch[warp]);\n", "block_functions"),
-    Mutation("cuda/block.cuh", f"= within;\n{BARRIER}", "= within;\n", "block_functions"),
-    Mutation("cuda/block.cuh", f"    }}\n{BARRIER}    *total", "    }\n    *total", "block_functions"),
-    Mutation("cuda/block.cuh", "if (lane_of_thread() >= distance) value", "value", "block_functions"),
+    Mutation("cuda/base/block.cuh", f"= value;\n{BARRIER}    T total", "= value;\n    T total", "block_functions"),
+    Mutation("cuda/base/block.cuh", f"scratch[warp]);\n{BARRIER}", "scratch[warp]);\n", "block_functions"),
+    Mutation("cuda/base/block.cuh", f"= within;\n{BARRIER}", "= within;\n", "block_functions"),
+    Mutation("cuda/base/block.cuh", f"    }}\n{BARRIER}    *total", "    }\n    *total", "block_functions"),
+    Mutation("cuda/base/block.cuh", "if (lane_of_thread() >= distance) value", "value", "block_functions"),
     Mutation(
-        "cuda/block.cuh", f"{BARRIER}    if (threadIdx.x == 0) {{\n", "    if (threadIdx.x == 0) {\n", "last_block"
+        "cuda/base/block.cuh", f"{BARRIER}    if (threadIdx.x == 0) {{\n", "    if (threadIdx.x == 0) {\n", "last_block"
     ),
-    Mutation("cuda/block.cuh", "        __threadfence();\n        *scratch", "        *scratch", "last_block"),
-    Mutation("cuda/block.cuh", "- 1;\n        __threadfence();\n", "- 1;\n", "last_block"),
-    Mutation("cuda/block.cuh", f"    }}\n{BARRIER}    return *scratch", "    }\n    return *scratch", "last_block"),
+    Mutation("cuda/base/block.cuh", "        __threadfence();\n        *scratch", "        *scratch", "last_block"),
+    Mutation("cuda/base/block.cuh", "- 1;\n        __threadfence();\n", "- 1;\n", "last_block"),
+    Mutation("cuda/base/block.cuh", f"    }}\n{BARRIER}    return *scratch", "    }\n    return *scratch", "last_block"),
     Mutation(
-        "cuda/numbers.cuh", "(kChunk<T> - elements_into_chunk(row))", "elements_into_chunk(row)", "chunks_of_rows"
+        "cuda/base/vector_access.cuh", "(kVectorSize<T> - elements_into_vector(row))", "elements_into_vector(row)", "vectors_of_rows"
     ),
-    Mutation("cuda/numbers.cuh", "k < outside; k += threads", "k < outside - 1; k += threads", "chunks_of_rows"),
-    Mutation("cuda/numbers.cuh", "if (c < num_chunks) visit_chunk", "visit_chunk", "chunks_of_rows"),
-    Mutation("cuda/get_batch.cu", "if (n >= blocks.size)", "if (n > blocks.size)", "tests/test_get_batch.py"),
+    Mutation("cuda/base/vector_access.cuh", "k < outside; k += threads", "k < outside - 1; k += threads", "vectors_of_rows"),
+    Mutation("cuda/base/vector_access.cuh", "if (c < num_vectors) visit_vector", "visit_vector", "vectors_of_rows"),
+    Mutation("cuda/get_batch_kernels.cu", "if (n >= blocks.size)", "if (n > blocks.size)", "tests/test_get_batch.py"),
     Mutation(
-        "cuda/pairs.cuh",
+        "cuda/base/pairs.cuh",
         "atomicAdd(table + pair.row * num_targets + pair.target, 1u);",
         "++table[pair.row * num_targets + pair.target];",
         "tests/test_count_bigrams.py -k equals_a_counter",
     ),
     Mutation(
-        "cuda/count_bigrams.cu",
+        "cuda/count_bigrams_kernels.cu",
         f"return 1u; }});\n    {BARRIER}",
         "return 1u; });\n",
         "tests/test_count_bigrams.py -k large_vocabulary",
     ),
     Mutation(
-        "cuda/loss_rows.cuh",
+        "cuda/embedding_cross_entropy_rows.cuh",
         "weight + row * row_stride",
         "weight + static_cast<int32_t>(row * row_stride)",
         "tests/test_embedding_cross_entropy.py -k beyond_32_bits",
     ),
     Mutation(
-        "cuda/embedding_cross_entropy.cu",
+        "cuda/embedding_cross_entropy_kernels.cu",
         "sums[j] = 0;\n    __syncwarp();",
         "sums[j] = 0;",
         "tests/test_embedding_cross_entropy.py -k sparse",
     ),
     Mutation(
-        "cuda/adamw.cu", "if (k < count) to[k]", "if (k <= count) to[k]", "tests/test_adamw.py -k equals_reference"
+        "cuda/adamw_kernels.cu", "if (k < count) to[k]", "if (k <= count) to[k]", "tests/test_adamw.py -k equals_reference"
     ),
     Mutation(
-        "cuda/draws.cuh",
+        "cuda/sampling/weighted_row.cuh",
         f"        {BARRIER}            begin = memory_",
         "            begin = memory_",
         "tests/test_multinomial.py -k philox_hard_rows",

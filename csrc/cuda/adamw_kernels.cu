@@ -1,15 +1,17 @@
+// One step of AdamW: a stream of seven arrays, by 16-byte accesses where the arrays allow. A step that the
+// GPU counts is read there, so that a captured graph goes on; its constants are computed once a block.
 #include "cuda/adamw_kernels.h"
 
 #include <algorithm>
 
+#include "base/op_names.h"
 #include "cuda/base/block.cuh"
 #include "cuda/base/launch.h"
 #include "cuda/base/vector_access.cuh"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
-constexpr const char* kName = "adamw_";
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;  // what its registers hold
 
@@ -37,10 +39,9 @@ __device__ AdamWConstants<scalar_t> constants_of(const AdamWConstants<scalar_t>&
     SharedMemory shared;
     auto* const constants = shared.take<AdamWConstants<scalar_t>>(1);
     if (threadIdx.x == 0) {
-        counted.options.step = counted.type == FloatType::float64
-                                   ? *static_cast<const double*>(counted.number)
-                                   : *static_cast<const float*>(counted.number);
-        *constants = adamw_constants<scalar_t>(counted.options);
+        const double step = counted.type == FloatType::float64 ? *static_cast<const double*>(counted.number)
+                                                               : *static_cast<const float*>(counted.number);
+        *constants = adamw_constants<scalar_t>(counted.options, step);
     }
     __syncthreads();
     return *constants;
@@ -113,26 +114,27 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename scalar_t>
-void launch_typed(const AdamWCudaJob& job, cudaStream_t stream) {
+void launch_typed(const AdamWKernelParams& params, cudaStream_t stream) {
     constexpr int64_t kPerBlock = kThreads * kVectorSize<scalar_t>;
-    const Arrays<scalar_t> arrays{job.size,
-                                  static_cast<scalar_t*>(job.param),
-                                  static_cast<const scalar_t*>(job.grad),
-                                  static_cast<scalar_t*>(job.exp_avg),
-                                  static_cast<scalar_t*>(job.exp_avg_sq),
-                                  static_cast<scalar_t*>(job.max_exp_avg_sq)};
-    const LaunchShape shape{kName, stream,
-                            std::min((job.size + kPerBlock - 1) / kPerBlock,
-                                     kBlocksPerMultiprocessor * num_multiprocessors(kName)),
+    const Arrays<scalar_t> arrays{params.size,
+                                  static_cast<scalar_t*>(params.param),
+                                  static_cast<const scalar_t*>(params.grad),
+                                  static_cast<scalar_t*>(params.exp_avg),
+                                  static_cast<scalar_t*>(params.exp_avg_sq),
+                                  static_cast<scalar_t*>(params.max_exp_avg_sq)};
+    const LaunchShape shape{kAdamW, stream,
+                            std::min((params.size + kPerBlock - 1) / kPerBlock,
+                                     kBlocksPerMultiprocessor * num_multiprocessors(kAdamW)),
                             kThreads, SharedMemory::bytes<AdamWConstants<scalar_t>>(1)};
-    launch(shape, adamw_kernel<scalar_t>, arrays, adamw_constants<scalar_t>(job.options),
-           CountedStep{job.options, job.step, job.step_type});
+    launch(shape, adamw_kernel<scalar_t>, arrays, adamw_constants<scalar_t>(params.options, params.host_step),
+           CountedStep{params.options, params.step, params.step_type});
 }
 
 }  // namespace
 
-void launch_adamw(const AdamWCudaJob& job, cudaStream_t stream) {
-    job.type == FloatType::float64 ? launch_typed<double>(job, stream) : launch_typed<float>(job, stream);
+void launch_adamw(const AdamWKernelParams& params, cudaStream_t stream) {
+    params.type == FloatType::float64 ? launch_typed<double>(params, stream)
+                                      : launch_typed<float>(params, stream);
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

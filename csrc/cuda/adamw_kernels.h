@@ -6,10 +6,10 @@
 #include "adamw_step.h"
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 // Arrays of one type, float32 or float64, aligned to their elements alone.
-struct AdamWCudaJob {
+struct AdamWKernelParams {
     FloatType type;
     int64_t size;  // elements of each
     void* param;
@@ -18,10 +18,11 @@ struct AdamWCudaJob {
     void* exp_avg_sq;
     void* max_exp_avg_sq;  // null: no AMSGrad
     AdamWOptions options;
-    const void* step;  // on the device, in place of options.step; null: none
+    double host_step;  // the number of this step, from 1, where the host knows it
+    const void* step;  // on the device, in place of that; null: none
     FloatType step_type;
 };
 
-void launch_adamw(const AdamWCudaJob& job, cudaStream_t stream);
+void launch_adamw(const AdamWKernelParams& params, cudaStream_t stream);
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -5,12 +5,12 @@
 // written once, without atomic additions that wander through all of device memory.
 #include "cuda/count_bigrams_kernels.h"
 
+#include "base/op_names.h"
 #include "cuda/base/pairs.cuh"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
-constexpr const char* kName = "count_bigrams";
 constexpr int kRowThreads = 512;
 constexpr int64_t kTile = 8192;  // entries that are counted at once
 
@@ -39,42 +39,43 @@ struct Scratch {
     uintptr_t zero_bytes;
     uintptr_t end;
 
-    Scratch(const CountBigramsJob& job, void* memory) : groups{}, zeros(memory) {
+    Scratch(const CountBigramsKernelParams& params, void* memory) : groups{}, zeros(memory) {
         ScratchMemory scratch(memory);
-        groups.row_counts = scratch.take<uint32_t>(job.vocab_size);
+        groups.row_counts = scratch.take<uint32_t>(params.vocab_size);
         groups.ticket = scratch.take<unsigned>(1);
         zero_bytes = scratch.end() - reinterpret_cast<uintptr_t>(memory);
-        groups.cursors = scratch.take<uint32_t>(job.vocab_size);
-        groups.row_begin = scratch.take<int64_t>(job.vocab_size + 1);
-        groups.targets = scratch.take<int32_t>(job.num_tokens);
+        groups.cursors = scratch.take<uint32_t>(params.vocab_size);
+        groups.row_begin = scratch.take<int64_t>(params.vocab_size + 1);
+        groups.targets = scratch.take<int32_t>(params.num_tokens);
         end = scratch.end();
     }
 };
 
 template <typename token_t>
-void run(const CountBigramsJob& job, void* memory, cudaStream_t stream) {
-    const TokenPairs<token_t> pairs{static_cast<const token_t*>(job.tokens), job.num_tokens, job.vocab_size};
-    if (fits_table(kName, job.vocab_size, job.vocab_size)) {
-        clear(kName, stream, job.counts, job.vocab_size * job.vocab_size * sizeof(int64_t));
-        return count_table(kName, stream, pairs, job.vocab_size, job.vocab_size, job.counts);
+void run(const CountBigramsKernelParams& params, void* memory, cudaStream_t stream) {
+    const TokenPairs<token_t> pairs{static_cast<const token_t*>(params.tokens), params.num_tokens,
+                                    params.vocab_size};
+    if (fits_table(kCountBigrams, params.vocab_size, params.vocab_size)) {
+        clear(kCountBigrams, stream, params.counts, params.vocab_size * params.vocab_size * sizeof(int64_t));
+        return count_table(kCountBigrams, stream, pairs, params.vocab_size, params.vocab_size, params.counts);
     }
-    const Scratch scratch(job, memory);
-    clear(kName, stream, scratch.zeros, scratch.zero_bytes);
-    group_pairs(kName, stream, pairs, job.vocab_size, scratch.groups);
+    const Scratch scratch(params, memory);
+    clear(kCountBigrams, stream, scratch.zeros, scratch.zero_bytes);
+    group_pairs(kCountBigrams, stream, pairs, params.vocab_size, scratch.groups);
     const auto shared_bytes = static_cast<size_t>(SharedMemory::bytes<uint32_t>(kTile));
-    launch({kName, stream, job.vocab_size, kRowThreads, shared_bytes}, count_rows_of_table_kernel,
-           scratch.groups, job.vocab_size, job.counts);
+    launch({kCountBigrams, stream, params.vocab_size, kRowThreads, shared_bytes}, count_rows_of_table_kernel,
+           scratch.groups, params.vocab_size, params.counts);
 }
 
 }  // namespace
 
-int64_t count_bigrams_scratch_bytes(const CountBigramsJob& job) {
-    if (fits_table(kName, job.vocab_size, job.vocab_size)) return 0;
-    return static_cast<int64_t>(Scratch(job, nullptr).end);
+int64_t count_bigrams_scratch_bytes(const CountBigramsKernelParams& params) {
+    if (fits_table(kCountBigrams, params.vocab_size, params.vocab_size)) return 0;
+    return static_cast<int64_t>(Scratch(params, nullptr).end);
 }
 
-void launch_count_bigrams(const CountBigramsJob& job, void* scratch, cudaStream_t stream) {
-    with_type(job.type, [&](auto zero) { run<decltype(zero)>(job, scratch, stream); });
+void launch_count_bigrams(const CountBigramsKernelParams& params, void* scratch, cudaStream_t stream) {
+    with_type(params.type, [&](auto zero) { run<decltype(zero)>(params, scratch, stream); });
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

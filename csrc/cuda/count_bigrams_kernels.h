@@ -1,10 +1,11 @@
+// Counts of bigrams on the GPU.
 #pragma once
 
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
-struct CountBigramsJob {
+struct CountBigramsKernelParams {
     const void* tokens;  // (num_tokens), fewer than 2^32
     TokenType type;
     int64_t num_tokens;
@@ -13,8 +14,8 @@ struct CountBigramsJob {
 };
 
 // How much scratch memory the launch needs, in bytes.
-int64_t count_bigrams_scratch_bytes(const CountBigramsJob& job);
+int64_t count_bigrams_scratch_bytes(const CountBigramsKernelParams& params);
 
-void launch_count_bigrams(const CountBigramsJob& job, void* scratch, cudaStream_t stream);
+void launch_count_bigrams(const CountBigramsKernelParams& params, void* scratch, cudaStream_t stream);
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

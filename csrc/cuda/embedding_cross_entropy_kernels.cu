@@ -3,33 +3,34 @@
 // The pairs are counted first: for a small table as (R, C) counts, else grouped by row (pairs.cuh). Then each
 // row is read once, and its gradient written right away (loss_rows.cuh). The smallest batches take one block,
 // and one launch for all of that. Loss and gradient of the reduced loss are sums of integers and sums in a
-// fixed order: the same bits at every run.
+// fixed order: the same bits at every run. The sums of the blocks are taken by the last block to finish.
 #include "cuda/embedding_cross_entropy_kernels.h"
 
+#include "base/op_names.h"
 #include "cuda/embedding_cross_entropy_rows.cuh"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
-constexpr const char* kName = "embedding_cross_entropy";
+using KernelParams = EmbeddingCrossEntropyKernelParams;
 
 // ------------------------------------------------------------------------------------------------ kernels
 
-// The totals, from counts (num_rows, C) of the pairs; class_weight null: all ones.
+// The scales, from counts (num_rows, C) of the pairs; class_weight null: all ones.
 template <typename T>
-struct SumTotals {
+struct SumScales {
     const uint32_t* counts;
     int64_t num_rows, num_classes;
     const T* class_weight;
     bool is_mean;
-    LossTotals* totals;
+    LossScales* scales;
 
     __device__ void operator()(int64_t num_targets) const {
         const auto number = static_cast<double>(num_targets);
         double weighted = number, all = static_cast<double>(num_classes);
         if (class_weight != nullptr) sum_class_weights(&weighted, &all);
         if (threadIdx.x > 0) return;
-        *totals = is_mean ? LossTotals{1 / weighted, 1 / number, all} : LossTotals{1, 1, all};
+        *scales = is_mean ? LossScales{1 / weighted, 1 / number, all} : LossScales{1, 1, all};
     }
 
   private:
@@ -49,35 +50,33 @@ struct SumTotals {
 };
 
 template <typename scalar_t>
-__device__ void write_loss(const RowsJob<scalar_t>& job, const RowLoss& loss) {
-    const double reduced =
-        loss.cross_entropy * job.totals->loss_scale + loss.z_loss * job.totals->z_loss_scale;
-    *job.loss = narrow<scalar_t>(static_cast<opmath_t<scalar_t>>(reduced));
+__device__ void write_loss(const RowsParams<scalar_t>& rows, const LossSums& loss) {
+    *rows.loss = narrow<scalar_t>(static_cast<opmath_t<scalar_t>>(reduced_loss(loss, *rows.scales)));
 }
 
 // The last block sums what all blocks have found, in their order. scratch: kMaxWarps.
 template <typename scalar_t>
-__device__ void reduce_losses(const RowsJob<scalar_t>& job, const RowLoss& loss_of_block, RowLoss* scratch,
-                              int* is_last) {
-    if (threadIdx.x == 0) job.losses_of_blocks[blockIdx.x] = loss_of_block;
-    if (!is_last_block(job.ticket, is_last)) return;
-    RowLoss own;
+__device__ void reduce_losses(const RowsParams<scalar_t>& rows, const LossSums& loss_of_block,
+                              LossSums* scratch, int* is_last) {
+    if (threadIdx.x == 0) rows.losses_of_blocks[blockIdx.x] = loss_of_block;
+    if (!is_last_block(rows.ticket, is_last)) return;
+    LossSums own;
     for (int64_t block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
-        own = own + job.losses_of_blocks[block];
+        own = own + rows.losses_of_blocks[block];
     }
-    const RowLoss total = block_sum(own, scratch);
-    if (threadIdx.x == 0) write_loss(job, total);
+    const LossSums total = block_sum(own, scratch);
+    if (threadIdx.x == 0) write_loss(rows, total);
 }
 
 // Of a sparse gradient: the row that a slot stands for. Slots without a row, and that of the padding row,
 // hold zeros for a row that occurs.
 template <typename scalar_t>
-__device__ void name_row(const RowsJob<scalar_t>& job, int64_t slot) {
-    const int64_t num_slots = job.num_slots();
-    int64_t filler = job.row_of_slot(num_slots - 1);
-    if (filler == job.padding_idx && num_slots > 1) filler = job.row_of_slot(num_slots - 2);
-    const int64_t row = job.row_of_slot(slot);
-    job.grad_rows[slot] = row < 0 || row == job.padding_idx ? filler : row;
+__device__ void name_row(const RowsParams<scalar_t>& rows, int64_t slot) {
+    const int64_t num_slots = rows.num_slots();
+    int64_t filler = rows.row_of_slot(num_slots - 1);
+    if (filler == rows.padding_idx && num_slots > 1) filler = rows.row_of_slot(num_slots - 2);
+    const int64_t row = rows.row_of_slot(slot);
+    rows.grad_rows[slot] = row < 0 || row == rows.padding_idx ? filler : row;
 }
 
 constexpr int kWarpsOfBlock = 8;
@@ -105,165 +104,164 @@ __device__ void clear_by_block(scalar_t* row, int64_t size) {
 }
 
 // counts (C): of the pairs of the row, by class.
-template <int kItems, typename Job>
-__device__ RowLoss process_counted_row(const Job& job, int64_t row, const uint32_t* counts) {
+template <int kItems, typename Params>
+__device__ LossSums process_counted_row(const Params& rows, int64_t row, const uint32_t* counts) {
     bool any = false;
-    for (int64_t j = lane_of_thread(); j < job.num_classes; j += kWarp) any |= counts[j] != 0;
-    auto* const gradient = job.gradient_row(row);
-    if (__any_sync(kAllLanes, any)) return WarpRow<kItems, Job>(job, row).process(counts, gradient);
-    if (gradient != nullptr) clear_by_warp(gradient, job.num_classes);
+    for (int64_t j = lane_of_thread(); j < rows.num_classes; j += kWarp) any |= counts[j] != 0;
+    auto* const gradient = rows.gradient_row(row);
+    if (__any_sync(kAllLanes, any)) return WarpRow<kItems, Params>(rows, row).process(counts, gradient);
+    if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
     return {};
 }
 
 // A warp a row, at most kItems kWarp classes; the pairs are counted.
 template <int kItems, typename scalar_t>
-__global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(RowsJob<scalar_t> job) {
-    if (job.is_done()) return;
+__global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(RowsParams<scalar_t> rows) {
+    if (rows.is_done()) return;
     SharedMemory shared;
-    auto* const scratch = shared.take<RowLoss>(kMaxWarps);
+    auto* const scratch = shared.take<LossSums>(kMaxWarps);
     auto* const is_last = shared.take<int>(1);
     const int64_t row = slot_of_warp();
-    RowLoss loss;
-    if (row < job.num_rows) loss = process_counted_row<kItems>(job, row, job.counts + row * job.num_classes);
-    if (job.loss == nullptr) return;
-    const RowLoss of_block = block_sum(lane_of_thread() == 0 ? loss : RowLoss{}, scratch);
-    reduce_losses(job, of_block, scratch, is_last);
+    LossSums loss;
+    if (row < rows.num_rows)
+        loss = process_counted_row<kItems>(rows, row, rows.counts + row * rows.num_classes);
+    if (rows.loss == nullptr) return;
+    const LossSums of_block = block_sum(lane_of_thread() == 0 ? loss : LossSums{}, scratch);
+    reduce_losses(rows, of_block, scratch, is_last);
 }
 
 // sums (C): shared memory of the warp.
 template <int kItems, typename sum_t, typename scalar_t>
-__device__ RowLoss process_grouped_row(const RowsJob<scalar_t>& job, int64_t slot, sum_t* sums) {
-    const int64_t row = job.row_of_slot(slot);
-    scalar_t* const gradient = job.gradient_row(slot);
-    if (!job.has_pairs(row)) {
-        if (gradient != nullptr) clear_by_warp(gradient, job.num_classes);
+__device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_t slot, sum_t* sums) {
+    const int64_t row = rows.row_of_slot(slot);
+    scalar_t* const gradient = rows.gradient_row(slot);
+    if (!rows.has_pairs(row)) {
+        if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
         return {};
     }
-    for (int64_t j = lane_of_thread(); j < job.num_classes; j += kWarp) sums[j] = 0;
+    for (int64_t j = lane_of_thread(); j < rows.num_classes; j += kWarp) sums[j] = 0;
     __syncwarp();
-    const int64_t end = job.groups.row_begin[row + 1];
-    for (int64_t k = job.groups.row_begin[row] + lane_of_thread(); k < end; k += kWarp) {
-        atomicAdd(sums + job.groups.targets[k], job.template value_of_pair<sum_t>(k));
+    const int64_t end = rows.groups.row_begin[row + 1];
+    for (int64_t k = rows.groups.row_begin[row] + lane_of_thread(); k < end; k += kWarp) {
+        atomicAdd(sums + rows.groups.targets[k], rows.template value_of_pair<sum_t>(k));
     }
     __syncwarp();
-    return WarpRow<kItems, RowsJob<scalar_t>>(job, row).process(sums, gradient);
+    return WarpRow<kItems, RowsParams<scalar_t>>(rows, row).process(sums, gradient);
 }
 
 // A warp a slot, at most kItems kWarp classes; the pairs are grouped. sum_t: uint32_t, or T where each pair
 // has a gradient of its own.
 template <int kItems, typename sum_t, typename scalar_t>
-__global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(RowsJob<scalar_t> job) {
-    if (job.is_done()) return;
+__global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(RowsParams<scalar_t> rows) {
+    if (rows.is_done()) return;
     SharedMemory shared;
-    auto* const scratch = shared.take<RowLoss>(kMaxWarps);
+    auto* const scratch = shared.take<LossSums>(kMaxWarps);
     auto* const is_last = shared.take<int>(1);
-    auto* const sums = shared.take<sum_t>(kWarpsOfBlock * job.num_classes);
+    auto* const sums = shared.take<sum_t>(kWarpsOfBlock * rows.num_classes);
     const int64_t slot = slot_of_warp();
-    RowLoss loss;
-    if (slot < job.max_slots) {
-        loss = process_grouped_row<kItems>(job, slot, sums + warp_of_thread() * job.num_classes);
-        if (job.grad_rows != nullptr && lane_of_thread() == 0) name_row(job, slot);
+    LossSums loss;
+    if (slot < rows.max_slots) {
+        loss = process_grouped_row<kItems>(rows, slot, sums + warp_of_thread() * rows.num_classes);
+        if (rows.grad_rows != nullptr && lane_of_thread() == 0) name_row(rows, slot);
     }
-    if (job.loss == nullptr) return;
-    const RowLoss of_block = block_sum(lane_of_thread() == 0 ? loss : RowLoss{}, scratch);
-    reduce_losses(job, of_block, scratch, is_last);
+    if (rows.loss == nullptr) return;
+    const LossSums of_block = block_sum(lane_of_thread() == 0 ? loss : LossSums{}, scratch);
+    reduce_losses(rows, of_block, scratch, is_last);
 }
 
 // So many threads of a multiprocessor have the registers that they need.
 constexpr int kRowThreads = 768;
 
 // A block a slot; the pairs are grouped.
-template <typename sum_t, typename Job>
-__global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Job job, BlockPlan plan) {
-    if (job.is_done()) return;
-    const BlockMemory<Job, sum_t> memory(plan, job.num_classes);
+template <typename sum_t, typename Params>
+__global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Params rows, BlockPlan plan) {
+    if (rows.is_done()) return;
+    const BlockMemory<Params, sum_t> memory(plan, rows.num_classes);
     const int64_t slot = blockIdx.x;
-    RowLoss loss;
-    if (slot < job.max_slots) {
-        const int64_t row = job.row_of_slot(slot);
-        auto* const gradient = job.gradient_row(slot);
-        if (job.has_pairs(row)) {
-            loss = BlockRow<Job, sum_t>(job, plan, memory, row).process(gradient);
+    LossSums loss;
+    if (slot < rows.max_slots) {
+        const int64_t row = rows.row_of_slot(slot);
+        auto* const gradient = rows.gradient_row(slot);
+        if (rows.has_pairs(row)) {
+            loss = BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
         } else if (gradient != nullptr) {
-            clear_by_block(gradient, job.num_classes);
+            clear_by_block(gradient, rows.num_classes);
         }
-        if (job.grad_rows != nullptr && threadIdx.x == 0) name_row(job, slot);
+        if (rows.grad_rows != nullptr && threadIdx.x == 0) name_row(rows, slot);
     }
-    if (job.loss != nullptr) reduce_losses(job, loss, memory.losses, memory.is_last);
+    if (rows.loss != nullptr) reduce_losses(rows, loss, memory.losses, memory.is_last);
 }
 
 // As many as have the registers.
-template <typename Job>
-constexpr int kOneBlockThreads = Job::kIsPlain && sizeof(typename Job::T) == sizeof(float) ? 1024 : 512;
+template <typename Params>
+constexpr int kOneBlockThreads = Params::kIsPlain && sizeof(typename Params::T) == sizeof(float) ? 1024 : 512;
 
 // All at once, in one block: at most kItems kWarp classes.
-template <int kItems, typename Job>
-__global__ void __launch_bounds__(kOneBlockThreads<Job>, 1)
-    one_block_kernel(Job job, IndexedPairs pairs, bool is_mean) {
-    if (job.is_done()) return;
+template <int kItems, typename Params>
+__global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
+    one_block_kernel(Params rows, IndexedPairs pairs, bool is_mean) {
+    if (rows.is_done()) return;
     SharedMemory shared;
-    auto* const scratch = shared.take<RowLoss>(kMaxWarps);
-    auto* const totals = shared.take<LossTotals>(1);
-    const int64_t num_entries = job.num_rows * job.num_classes;
+    auto* const scratch = shared.take<LossSums>(kMaxWarps);
+    auto* const scales = shared.take<LossScales>(1);
+    const int64_t num_entries = rows.num_rows * rows.num_classes;
     auto* const counts = shared.take<uint32_t>(num_entries);
     for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) counts[k] = 0;
     __syncthreads();
-    count_in_table(pairs, Share(pairs.num_pairs()), job.num_classes, counts);
+    count_in_table(pairs, BlockRange(pairs.num_pairs()), rows.num_classes, counts);
     __syncthreads();
     const int64_t num_targets = sum_counts(counts, num_entries, reinterpret_cast<double*>(scratch));
-    const SumTotals<typename Job::T> sum_totals{counts,           job.num_rows, job.num_classes,
-                                                job.class_weight, is_mean,      totals};
-    sum_totals(num_targets);
+    const SumScales<typename Params::T> sum_scales{
+        counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales};
+    sum_scales(num_targets);
     __syncthreads();
-    job.totals = totals;
-    RowLoss loss;
-    for (int64_t row = warp_of_thread(); row < job.num_rows; row += warps_of_block()) {
-        loss = loss + process_counted_row<kItems>(job, row, counts + row * job.num_classes);
+    rows.scales = scales;
+    LossSums loss;
+    for (int64_t row = warp_of_thread(); row < rows.num_rows; row += warps_of_block()) {
+        loss = loss + process_counted_row<kItems>(rows, row, counts + row * rows.num_classes);
     }
-    if (job.loss == nullptr) return;
-    const RowLoss total = block_sum(lane_of_thread() == 0 ? loss : RowLoss{}, scratch);
-    if (threadIdx.x == 0) write_loss(job, total);
+    if (rows.loss == nullptr) return;
+    const LossSums total = block_sum(lane_of_thread() == 0 ? loss : LossSums{}, scratch);
+    if (threadIdx.x == 0) write_loss(rows, total);
 }
 
 // What the losses of single pairs need of the rows that occur: a warp a slot.
 template <int kItems, typename scalar_t>
-__global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(RowsJob<scalar_t> job) {
-    const int64_t slot = slot_of_warp(), row = slot < job.max_slots ? job.row_of_slot(slot) : -1;
+__global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(RowsParams<scalar_t> rows) {
+    const int64_t slot = slot_of_warp(), row = slot < rows.max_slots ? rows.row_of_slot(slot) : -1;
     if (row < 0) return;
-    const RowStats<opmath_t<scalar_t>> stats = WarpRow<kItems, RowsJob<scalar_t>>(job, row).stats();
-    if (lane_of_thread() == 0) job.stats[row] = stats;
+    const RowStats<opmath_t<scalar_t>> stats = WarpRow<kItems, RowsParams<scalar_t>>(rows, row).stats();
+    if (lane_of_thread() == 0) rows.stats[row] = stats;
 }
 
 // A block a slot.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kRowThreads, 1) block_stats_kernel(RowsJob<scalar_t> job, BlockPlan plan) {
-    const BlockMemory<RowsJob<scalar_t>, uint32_t> memory(plan, job.num_classes);
-    const int64_t row = job.row_of_slot(blockIdx.x);
+__global__ void __launch_bounds__(kRowThreads, 1)
+    block_stats_kernel(RowsParams<scalar_t> rows, BlockPlan plan) {
+    const BlockMemory<RowsParams<scalar_t>, uint32_t> memory(plan, rows.num_classes);
+    const int64_t row = rows.row_of_slot(blockIdx.x);
     if (row < 0) return;
     const RowStats<opmath_t<scalar_t>> stats =
-        BlockRow<RowsJob<scalar_t>, uint32_t>(job, plan, memory, row).stats();
-    if (threadIdx.x == 0) job.stats[row] = stats;
+        BlockRow<RowsParams<scalar_t>, uint32_t>(rows, plan, memory, row).stats();
+    if (threadIdx.x == 0) rows.stats[row] = stats;
 }
 
 // losses (N)
 template <typename scalar_t>
 __global__ void __launch_bounds__(kPairThreads, 1)
-    pair_losses_kernel(RowsJob<scalar_t> job, IndexedPairs pairs, scalar_t* losses) {
+    pair_losses_kernel(RowsParams<scalar_t> rows, IndexedPairs pairs, scalar_t* losses) {
     using T = opmath_t<scalar_t>;
-    const double epsilon = job.label_smoothing;
-    const Share share(pairs.num_pairs());
-    pairs.for_each(share.begin, share.end, [&](const Pair& pair) {
+    const BlockRange range(pairs.num_pairs());
+    pairs.for_each(range.begin, range.end, [&](const Pair& pair) {
         double loss = 0;
         if (pair.target != Pair::kIgnored) {
-            const RowStats<T> stats = job.stats[pair.row];
-            loss = static_cast<double>(stats.rest);
-            if (epsilon < 1) {
-                const T logit = widen(job.weight_row(pair.row)[pair.target]) - stats.max;
-                loss += (1 - epsilon) * static_cast<double>(job.class_weight_of(pair.target)) *
-                        (static_cast<double>(stats.log_sum) - static_cast<double>(logit));
-            }
+            const RowStats<T> stats = rows.stats[pair.row];
+            const T logit = widen(rows.weight_row(pair.row)[pair.target]) - stats.max;
+            const auto class_weight = static_cast<double>(rows.class_weight_of(pair.target));
+            loss = loss_of_pair(rows.options, static_cast<double>(stats.shared), class_weight,
+                                static_cast<double>(stats.log_sum), static_cast<double>(logit));
         }
-        losses[pair.number] = narrow<scalar_t>(static_cast<T>(loss));
+        losses[pair.index] = narrow<scalar_t>(static_cast<T>(loss));
     });
 }
 
@@ -294,65 +292,71 @@ int64_t max_warp_row(FloatType type) {
     return type == FloatType::float64 ? kMaxWarpRow<double> : kMaxWarpRow<float>;
 }
 
-Strategy strategy_of(const LossCall& call) {
+Strategy strategy_of(const KernelParams& params) {
     constexpr int64_t kMaxEntries = 1 << 14, kMaxPairs = 1 << 12;  // of one block
     const bool can_count =
-        call.is_reduced && call.grad_rows == nullptr && call.num_classes <= max_warp_row(call.type);
-    if (!can_count || !fits_table(kName, call.num_rows, call.num_classes)) return Strategy::grouped;
-    const bool is_small = call.num_classes <= kFewItems * kWarp && call.num_rows <= kMaxEntries &&
-                          call.num_rows * call.num_classes <= kMaxEntries && call.num_pairs <= kMaxPairs;
+        params.is_reduced && params.grad_rows == nullptr && params.num_classes <= max_warp_row(params.type);
+    if (!can_count || !fits_table(kEmbeddingCrossEntropy, params.num_rows, params.num_classes))
+        return Strategy::grouped;
+    const bool is_small = params.num_classes <= kFewItems * kWarp && params.num_rows <= kMaxEntries &&
+                          params.num_rows * params.num_classes <= kMaxEntries &&
+                          params.num_pairs <= kMaxPairs;
     return is_small ? Strategy::one_block : Strategy::counted;
 }
 
-bool has_grad_losses(const LossCall& call) { return !call.is_reduced && call.gradient != nullptr; }
+bool has_grad_losses(const KernelParams& params) { return !params.is_reduced && params.gradient != nullptr; }
 
 // A dense gradient has all rows; else those that occur suffice.
-bool has_slot_rows(const LossCall& call) { return call.grad_rows != nullptr || call.gradient == nullptr; }
+bool has_slot_rows(const KernelParams& params) {
+    return params.grad_rows != nullptr || params.gradient == nullptr;
+}
 
-int64_t max_slots(const LossCall& call, Strategy strategy) {
-    return strategy == Strategy::grouped && has_slot_rows(call) ? std::min(call.num_pairs, call.num_rows)
-                                                                : call.num_rows;
+int64_t max_slots(const KernelParams& params, Strategy strategy) {
+    return strategy == Strategy::grouped && has_slot_rows(params)
+               ? std::min(params.num_pairs, params.num_rows)
+               : params.num_rows;
 }
 
 struct Scratch {
     PairGroups groups{};
     uint32_t* counts = nullptr;
     unsigned* ticket;
-    LossTotals* totals;
-    RowLoss* losses_of_blocks;
+    LossScales* scales;
+    LossSums* losses_of_blocks;
     void* stats = nullptr;
     uintptr_t zero_bytes;  // from the beginning on, to be cleared
     uintptr_t end;
 
-    Scratch(const LossCall& call, void* memory) {
-        const Strategy strategy = strategy_of(call);
+    Scratch(const KernelParams& params, void* memory) {
+        const Strategy strategy = strategy_of(params);
         ScratchMemory scratch(memory);
         ticket = scratch.take<unsigned>(2);
         groups.ticket = ticket + 1;
-        if (strategy == Strategy::counted) counts = scratch.take<uint32_t>(call.num_rows * call.num_classes);
-        if (strategy == Strategy::grouped) take_zero_groups(call, scratch);
+        if (strategy == Strategy::counted)
+            counts = scratch.take<uint32_t>(params.num_rows * params.num_classes);
+        if (strategy == Strategy::grouped) take_zero_groups(params, scratch);
         zero_bytes = scratch.end() - reinterpret_cast<uintptr_t>(memory);
-        if (strategy == Strategy::grouped) take_groups(call, scratch);
-        totals = scratch.take<LossTotals>(1);
-        losses_of_blocks = scratch.take<RowLoss>(std::max<int64_t>(max_slots(call, strategy), 1));
-        if (!call.is_reduced) stats = scratch.take<RowStats<double>>(call.num_rows);
+        if (strategy == Strategy::grouped) take_groups(params, scratch);
+        scales = scratch.take<LossScales>(1);
+        losses_of_blocks = scratch.take<LossSums>(std::max<int64_t>(max_slots(params, strategy), 1));
+        if (!params.is_reduced) stats = scratch.take<RowStats<double>>(params.num_rows);
         end = scratch.end();
     }
 
   private:
-    void take_zero_groups(const LossCall& call, ScratchMemory& scratch) {
-        groups.row_counts = scratch.take<uint32_t>(call.num_rows);
-        if (has_slot_rows(call)) groups.row_occurs = scratch.take<uint32_t>(call.num_rows);
-        if (call.class_weight != nullptr) groups.class_counts = scratch.take<uint32_t>(call.num_classes);
+    void take_zero_groups(const KernelParams& params, ScratchMemory& scratch) {
+        groups.row_counts = scratch.take<uint32_t>(params.num_rows);
+        if (has_slot_rows(params)) groups.row_occurs = scratch.take<uint32_t>(params.num_rows);
+        if (params.class_weight != nullptr) groups.class_counts = scratch.take<uint32_t>(params.num_classes);
     }
 
-    void take_groups(const LossCall& call, ScratchMemory& scratch) {
-        groups.cursors = scratch.take<uint32_t>(call.num_rows);
-        groups.row_begin = scratch.take<int64_t>(call.num_rows + 1);
-        groups.targets = scratch.take<int32_t>(call.num_pairs);
-        if (has_grad_losses(call)) groups.numbers = scratch.take<int64_t>(call.num_pairs);
-        if (!has_slot_rows(call)) return;
-        groups.slot_rows = scratch.take<int64_t>(max_slots(call, Strategy::grouped));
+    void take_groups(const KernelParams& params, ScratchMemory& scratch) {
+        groups.cursors = scratch.take<uint32_t>(params.num_rows);
+        groups.row_begin = scratch.take<int64_t>(params.num_rows + 1);
+        groups.targets = scratch.take<int32_t>(params.num_pairs);
+        if (has_grad_losses(params)) groups.pair_indices = scratch.take<int64_t>(params.num_pairs);
+        if (!has_slot_rows(params)) return;
+        groups.slot_rows = scratch.take<int64_t>(max_slots(params, Strategy::grouped));
         groups.num_slots = scratch.take<int64_t>(1);
     }
 };
@@ -362,117 +366,118 @@ class Launcher {
   public:
     using T = opmath_t<scalar_t>;
 
-    Launcher(const LossCall& call, void* memory, cudaStream_t stream)
-        : call_(call),
+    Launcher(const KernelParams& params, void* memory, cudaStream_t stream)
+        : params_(params),
           stream_(stream),
-          strategy_(strategy_of(call)),
-          scratch_(call, memory),
-          pairs_{call.idx, call.targets, call.num_pairs, call.num_rows, call.num_classes, call.ignore_index},
-          job_(make_job()) {}
+          strategy_(strategy_of(params)),
+          scratch_(params, memory),
+          pairs_{params.idx,      params.targets,     params.num_pairs,
+                 params.num_rows, params.num_classes, params.ignore_index},
+          rows_(make_rows()) {}
 
     void run() const {
         if (strategy_ == Strategy::one_block) return run_in_one_block();
-        clear(kName, stream_, scratch_.ticket, scratch_.zero_bytes);
+        clear(kEmbeddingCrossEntropy, stream_, scratch_.ticket, scratch_.zero_bytes);
         strategy_ == Strategy::counted ? count() : group();
-        if (!call_.is_reduced && call_.loss != nullptr) launch_pair_losses();
-        if (has_grad_losses(call_)) {
+        if (!params_.is_reduced && params_.loss != nullptr) launch_pair_losses();
+        if (has_grad_losses(params_)) {
             launch_grouped_rows<T>();
-        } else if (call_.is_reduced) {
+        } else if (params_.is_reduced) {
             strategy_ == Strategy::counted ? launch_counted_rows() : launch_grouped_rows<uint32_t>();
         }
     }
 
   private:
-    RowsJob<scalar_t> make_job() const {
-        RowsJob<scalar_t> job{};
-        job.weight = static_cast<const scalar_t*>(call_.weight);
-        job.row_stride = call_.row_stride;
-        job.num_rows = call_.num_rows;
-        job.num_classes = call_.num_classes;
-        job.class_weight = static_cast<const T*>(call_.class_weight);
-        job.label_smoothing = call_.label_smoothing;
-        job.smoothing_of_class = call_.label_smoothing / static_cast<double>(call_.num_classes);
-        job.z_loss = call_.z_loss;
-        job.padding_idx = call_.padding_idx;
-        job.totals = scratch_.totals;
-        job.counts = scratch_.counts;
-        job.groups = scratch_.groups;
-        job.grad_loss = static_cast<const scalar_t*>(call_.grad_loss);
-        job.has_grad_losses = has_grad_losses(call_);
-        job.unless_one = call_.unless_one;
-        job.max_slots = max_slots(call_, strategy_);
-        job.losses_of_blocks = scratch_.losses_of_blocks;
-        job.loss = call_.is_reduced ? static_cast<scalar_t*>(call_.loss) : nullptr;
-        job.ticket = scratch_.ticket;
-        job.stats = static_cast<RowStats<T>*>(scratch_.stats);
-        job.gradient = static_cast<scalar_t*>(call_.gradient);
-        job.grad_rows = call_.grad_rows;
-        return job;
+    RowsParams<scalar_t> make_rows() const {
+        RowsParams<scalar_t> rows{};
+        rows.weight = static_cast<const scalar_t*>(params_.weight);
+        rows.row_stride = params_.row_stride;
+        rows.num_rows = params_.num_rows;
+        rows.num_classes = params_.num_classes;
+        rows.class_weight = static_cast<const T*>(params_.class_weight);
+        rows.options = {params_.label_smoothing,
+                        params_.label_smoothing / static_cast<double>(params_.num_classes), params_.z_loss};
+        rows.padding_idx = params_.padding_idx;
+        rows.scales = scratch_.scales;
+        rows.counts = scratch_.counts;
+        rows.groups = scratch_.groups;
+        rows.grad_loss = static_cast<const scalar_t*>(params_.grad_loss);
+        rows.has_grad_losses = has_grad_losses(params_);
+        rows.unless_one = params_.unless_one;
+        rows.max_slots = max_slots(params_, strategy_);
+        rows.losses_of_blocks = scratch_.losses_of_blocks;
+        rows.loss = params_.is_reduced ? static_cast<scalar_t*>(params_.loss) : nullptr;
+        rows.ticket = scratch_.ticket;
+        rows.stats = static_cast<RowStats<T>*>(scratch_.stats);
+        rows.gradient = static_cast<scalar_t*>(params_.gradient);
+        rows.grad_rows = params_.grad_rows;
+        return rows;
     }
 
-    // launch_job(job), as plain as it is.
-    template <typename LaunchJob>
-    void with_plain_job(const LaunchJob& launch_job) const {
-        const bool is_plain = call_.class_weight == nullptr && call_.label_smoothing == 0;
-        is_plain ? launch_job(PlainRowsJob<scalar_t>{job_}) : launch_job(job_);
+    // launch_rows(rows), as plain as it is.
+    template <typename LaunchRows>
+    void with_plain_rows(const LaunchRows& launch_rows) const {
+        const bool is_plain = params_.class_weight == nullptr && params_.label_smoothing == 0;
+        is_plain ? launch_rows(PlainRowsParams<scalar_t>{rows_}) : launch_rows(rows_);
     }
 
     void run_in_one_block() const {
-        const int64_t shared_bytes = SharedMemory::bytes<RowLoss>(kMaxWarps) +
-                                     SharedMemory::bytes<LossTotals>(1) +
-                                     SharedMemory::bytes<uint32_t>(call_.num_rows * call_.num_classes);
-        with_plain_job([&](const auto& job) {
-            using Job = std::decay_t<decltype(job)>;
-            launch({kName, stream_, 1, kOneBlockThreads<Job>, static_cast<size_t>(shared_bytes)},
-                   one_block_kernel<kFewItems, Job>, job, pairs_, call_.is_mean);
+        const int64_t shared_bytes = SharedMemory::bytes<LossSums>(kMaxWarps) +
+                                     SharedMemory::bytes<LossScales>(1) +
+                                     SharedMemory::bytes<uint32_t>(params_.num_rows * params_.num_classes);
+        with_plain_rows([&](const auto& rows) {
+            using Params = std::decay_t<decltype(rows)>;
+            launch({kEmbeddingCrossEntropy, stream_, 1, kOneBlockThreads<Params>,
+                    static_cast<size_t>(shared_bytes)},
+                   one_block_kernel<kFewItems, Params>, rows, pairs_, params_.is_mean);
         });
     }
 
     void count() const {
-        const SumTotals<T> finish{scratch_.counts,   call_.num_rows, call_.num_classes,
-                                  job_.class_weight, call_.is_mean,  scratch_.totals};
-        count_table(kName, stream_, pairs_, call_.num_rows, call_.num_classes, scratch_.counts,
-                    scratch_.groups.ticket, finish);
+        const SumScales<T> finish{scratch_.counts,    params_.num_rows, params_.num_classes,
+                                  rows_.class_weight, params_.is_mean,  scratch_.scales};
+        count_table(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, params_.num_classes,
+                    scratch_.counts, scratch_.groups.ticket, finish);
     }
 
     void group() const {
-        const SumTotals<T> finish{scratch_.groups.class_counts,
+        const SumScales<T> finish{scratch_.groups.class_counts,
                                   /*num_rows=*/1,
-                                  call_.num_classes,
-                                  job_.class_weight,
-                                  call_.is_mean,
-                                  scratch_.totals};
-        group_pairs(kName, stream_, pairs_, call_.num_rows, scratch_.groups, finish);
+                                  params_.num_classes,
+                                  rows_.class_weight,
+                                  params_.is_mean,
+                                  scratch_.scales};
+        group_pairs(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, scratch_.groups, finish);
     }
 
-    bool is_for_warps() const { return call_.num_classes <= kMaxWarpRow<T>; }
-    bool has_few_items() const { return call_.num_classes <= kFewItems * kWarp; }
+    bool is_for_warps() const { return params_.num_classes <= kMaxWarpRow<T>; }
+    bool has_few_items() const { return params_.num_classes <= kFewItems * kWarp; }
 
     LaunchShape shape_of_warps(int64_t shared_bytes) const {
-        const int64_t blocks = (job_.max_slots + kWarpsOfBlock - 1) / kWarpsOfBlock;
+        const int64_t blocks = (rows_.max_slots + kWarpsOfBlock - 1) / kWarpsOfBlock;
         // At least one, which writes the loss of no pairs.
-        return {kName, stream_, std::max<int64_t>(blocks, 1), kWarpsOfBlock * kWarp,
+        return {kEmbeddingCrossEntropy, stream_, std::max<int64_t>(blocks, 1), kWarpsOfBlock * kWarp,
                 static_cast<size_t>(shared_bytes)};
     }
 
     static constexpr int64_t kReduceBytes =
-        SharedMemory::bytes<RowLoss>(kMaxWarps) + SharedMemory::bytes<int>(1);
+        SharedMemory::bytes<LossSums>(kMaxWarps) + SharedMemory::bytes<int>(1);
 
     void launch_counted_rows() const {
         launch(shape_of_warps(kReduceBytes),
                has_few_items() ? counted_rows_kernel<kFewItems, scalar_t>
                                : counted_rows_kernel<kManyItems<T>, scalar_t>,
-               job_);
+               rows_);
     }
 
     template <typename sum_t>
     void launch_grouped_rows() const {
         if (is_for_warps()) {
-            const int64_t sums_bytes = SharedMemory::bytes<sum_t>(kWarpsOfBlock * call_.num_classes);
+            const int64_t sums_bytes = SharedMemory::bytes<sum_t>(kWarpsOfBlock * params_.num_classes);
             launch(shape_of_warps(kReduceBytes + sums_bytes),
                    has_few_items() ? grouped_rows_kernel<kFewItems, sum_t, scalar_t>
                                    : grouped_rows_kernel<kManyItems<T>, sum_t, scalar_t>,
-                   job_);
+                   rows_);
         } else {
             launch_block_rows<sum_t>();
         }
@@ -481,22 +486,23 @@ class Launcher {
     template <typename sum_t>
     void launch_block_rows() const {
         const BlockPlan plan = plan_block<sum_t>(/*sweeps=*/true);
-        const auto launch_job = [&](const auto& job) {
-            launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, std::decay_t<decltype(job)>>, job,
+        const auto launch_rows = [&](const auto& rows) {
+            launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, std::decay_t<decltype(rows)>>, rows,
                    plan);
         };
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
-            with_plain_job(launch_job);
+            with_plain_rows(launch_rows);
         } else {
-            launch_job(job_);
+            launch_rows(rows_);
         }
     }
 
     void launch_pair_losses() const {
         launch_stats();
-        const int64_t blocks = blocks_for_pairs(kName, call_.num_pairs, /*blocks_a_multiprocessor=*/4);
-        launch({kName, stream_, blocks, kPairThreads}, pair_losses_kernel<scalar_t>, job_, pairs_,
-               static_cast<scalar_t*>(call_.loss));
+        const int64_t blocks =
+            blocks_for_pairs(kEmbeddingCrossEntropy, params_.num_pairs, /*blocks_a_multiprocessor=*/4);
+        launch({kEmbeddingCrossEntropy, stream_, blocks, kPairThreads}, pair_losses_kernel<scalar_t>, rows_,
+               pairs_, static_cast<scalar_t*>(params_.loss));
     }
 
     void launch_stats() const {
@@ -504,17 +510,18 @@ class Launcher {
             launch(shape_of_warps(0),
                    has_few_items() ? warp_stats_kernel<kFewItems, scalar_t>
                                    : warp_stats_kernel<kManyItems<T>, scalar_t>,
-                   job_);
+                   rows_);
         } else {
             const BlockPlan plan = plan_block<uint32_t>(/*sweeps=*/false);
-            launch(shape_of_blocks<uint32_t>(plan), block_stats_kernel<scalar_t>, job_, plan);
+            launch(shape_of_blocks<uint32_t>(plan), block_stats_kernel<scalar_t>, rows_, plan);
         }
     }
 
     template <typename sum_t>
     LaunchShape shape_of_blocks(const BlockPlan& plan) const {
-        const int64_t shared_bytes = BlockMemory<RowsJob<scalar_t>, sum_t>::bytes(plan, call_.num_classes);
-        return {kName, stream_, std::max<int64_t>(job_.max_slots, 1), plan.threads,
+        const int64_t shared_bytes =
+            BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
+        return {kEmbeddingCrossEntropy, stream_, std::max<int64_t>(rows_.max_slots, 1), plan.threads,
                 static_cast<size_t>(shared_bytes)};
     }
 
@@ -524,12 +531,13 @@ class Launcher {
     BlockPlan plan_block(bool sweeps) const {
         constexpr int64_t kMaxBlocks = 3, kSmallestTile = 1 << 12, kReserved = 1 << 10;
         if (!sweeps) return {kRowThreads / kMaxBlocks, /*tile=*/0, /*caches_row=*/false};
-        const int64_t all_classes = (call_.num_classes + kTileStep - 1) / kTileStep * kTileStep;
-        const int64_t least = std::min(all_classes, kSmallestTile), available = max_shared_bytes(kName);
+        const int64_t all_classes = (params_.num_classes + kTileStep - 1) / kTileStep * kTileStep;
+        const int64_t least = std::min(all_classes, kSmallestTile),
+                      available = max_shared_bytes(kEmbeddingCrossEntropy);
         for (int64_t blocks = kMaxBlocks; blocks > 0; --blocks) {
             BlockPlan plan{static_cast<int>(kRowThreads / blocks), /*tile=*/0, /*caches_row=*/true};
             const int64_t left = available / blocks - kReserved -
-                                 BlockMemory<RowsJob<scalar_t>, sum_t>::bytes(plan, call_.num_classes);
+                                 BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
             plan.tile = std::min(all_classes, left / int64_t{sizeof(sum_t)} / kTileStep * kTileStep);
             if (plan.tile >= least) return plan;
         }
@@ -538,35 +546,35 @@ class Launcher {
 
     static constexpr int64_t kTileStep = 16;  // classes: whole vectors of any type
 
-    const LossCall& call_;
+    const KernelParams& params_;
     const cudaStream_t stream_;
     const Strategy strategy_;
     const Scratch scratch_;
     const IndexedPairs pairs_;
-    const RowsJob<scalar_t> job_;
+    const RowsParams<scalar_t> rows_;
 };
 
 }  // namespace
 
-int64_t embedding_cross_entropy_scratch_bytes(const LossCall& call) {
-    return static_cast<int64_t>(Scratch(call, nullptr).end);
+int64_t embedding_cross_entropy_scratch_bytes(const KernelParams& params) {
+    return static_cast<int64_t>(Scratch(params, nullptr).end);
 }
 
-void launch_embedding_cross_entropy(const LossCall& call, void* scratch, cudaStream_t stream) {
-    with_type(call.type, [&](auto zero) { Launcher<decltype(zero)>(call, scratch, stream).run(); });
+void launch_embedding_cross_entropy(const KernelParams& params, void* scratch, cudaStream_t stream) {
+    with_type(params.type, [&](auto zero) { Launcher<decltype(zero)>(params, scratch, stream).run(); });
 }
 
 void launch_scale_gradient(FloatType type, void* gradient, int64_t size, const void* grad_loss,
                            cudaStream_t stream) {
     constexpr int64_t kElementsOfThread = 16, kBlocksOfMultiprocessor = 4;
-    const int64_t most = kBlocksOfMultiprocessor * num_multiprocessors(kName);
+    const int64_t most = kBlocksOfMultiprocessor * num_multiprocessors(kEmbeddingCrossEntropy);
     const int64_t blocks =
         std::min((size + kScaleThreads * kElementsOfThread - 1) / (kScaleThreads * kElementsOfThread), most);
     with_type(type, [&](auto zero) {
         using scalar_t = decltype(zero);
-        launch({kName, stream, blocks, kScaleThreads}, scale_kernel<scalar_t>,
+        launch({kEmbeddingCrossEntropy, stream, blocks, kScaleThreads}, scale_kernel<scalar_t>,
                static_cast<scalar_t*>(gradient), size, static_cast<const scalar_t*>(grad_loss));
     });
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

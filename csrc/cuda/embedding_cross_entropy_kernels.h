@@ -1,11 +1,12 @@
+// Embedding lookup and cross entropy in one, on the GPU, and the gradient of the table.
 #pragma once
 
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 // All pointers are to device memory; scalar_t: `type`, T: float, or double for float64.
-struct LossCall {
+struct EmbeddingCrossEntropyKernelParams {
     FloatType type;
     const void* weight;  // (R, C) of scalar_t, unit stride along a row
     int64_t row_stride;
@@ -30,12 +31,13 @@ struct LossCall {
 };
 
 // How much scratch memory the launch needs, in bytes.
-int64_t embedding_cross_entropy_scratch_bytes(const LossCall& call);
+int64_t embedding_cross_entropy_scratch_bytes(const EmbeddingCrossEntropyKernelParams& params);
 
-void launch_embedding_cross_entropy(const LossCall& call, void* scratch, cudaStream_t stream);
+void launch_embedding_cross_entropy(const EmbeddingCrossEntropyKernelParams& params, void* scratch,
+                                    cudaStream_t stream);
 
 // gradient (size) *= *grad_loss, both of `type`; elements that are zero stay so, whatever the factor.
 void launch_scale_gradient(FloatType type, void* gradient, int64_t size, const void* grad_loss,
                            cudaStream_t stream);
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,13 +1,10 @@
-// A row of the table: its logsumexp, the losses of the pairs that start in it, its gradient. A warp takes a
-// row of at most kMaxWarpRow elements, and keeps it in registers; a block takes a longer one, and keeps it in
-// shared memory where it fits.
+// A row of the table: its logsumexp (an online softmax: Milakov, Gimelshein, 2018), the losses of the pairs
+// that start in it, its gradient, by the formulas of embedding_cross_entropy_row.h. A warp takes a row of at
+// most kMaxWarpRow elements, and keeps it in registers; a block takes a longer one, and keeps it in shared
+// memory where it fits.
 //
-// With s_j the sum over the pairs of row i that have the target j (of ones or, where each pair has a gradient
-// of its own, of those), g = sum_j s_j and u = sum_j class_weight_j s_j:
-//
-//     dW[i, j] = (mass / sum) e^(W[i, j] - max) - class_weight_j (smooth + unit s_j)
-//
-// mass being what all pairs of the row give to its softmax.
+// s_j is the sum over the pairs of row i that have the target j: of ones or, where each pair has a gradient
+// of its own, of those.
 #pragma once
 
 #include <cmath>
@@ -16,37 +13,19 @@
 #include "cuda/base/block.cuh"
 #include "cuda/base/pairs.cuh"
 #include "cuda/base/vector_access.cuh"
+#include "embedding_cross_entropy_row.h"
 
-namespace bigramx {
-
-// What all rows share, known once the pairs are counted.
-struct LossTotals {
-    double loss_scale;        // of the reduction: 1, or 1 over the class weights of the pairs that count
-    double z_loss_scale;      // 1, or 1 over their number
-    double class_weight_sum;  // over all classes
-};
-
-// Of the pairs of some rows, before the scale of the reduction.
-struct RowLoss {
-    double cross_entropy = 0, z_loss = 0;
-
-    __device__ friend RowLoss operator+(const RowLoss& a, const RowLoss& b) {
-        RowLoss both;
-        both.cross_entropy = a.cross_entropy + b.cross_entropy;
-        both.z_loss = a.z_loss + b.z_loss;
-        return both;
-    }
-};
+namespace bigramx::cuda {
 
 // What the losses of single pairs need of their row.
 template <typename T>
 struct RowStats {
     T max, log_sum;
-    T rest;  // what all pairs of the row share: label smoothing, z-loss
+    T shared;  // what all pairs of the row have alike: label smoothing, z-loss
 };
 
 template <typename scalar>
-struct RowsJob {
+struct RowsParams {
     using scalar_t = scalar;
     using T = opmath_t<scalar_t>;
     static constexpr bool kIsPlain = false;
@@ -54,9 +33,9 @@ struct RowsJob {
     const scalar_t* weight;  // (R, C)
     int64_t row_stride, num_rows, num_classes;
     const T* class_weight;  // (C), or null: all ones
-    double label_smoothing, smoothing_of_class, z_loss;
+    RowLossOptions options;
     int64_t padding_idx;
-    const LossTotals* totals;
+    const LossScales* scales;
 
     // The pairs: counted, (R, C), or grouped.
     const uint32_t* counts;  // null: grouped
@@ -72,12 +51,12 @@ struct RowsJob {
     int64_t max_slots;
 
     // Results, each null where it is not wanted.
-    RowLoss* losses_of_blocks;  // (blocks of the launch), summed in order by the last of them
-    scalar_t* loss;             // ()
-    unsigned* ticket;           // (): 0 before
-    RowStats<T>* stats;         // (R)
-    scalar_t* gradient;         // (max_slots, C)
-    int64_t* grad_rows;         // (max_slots)
+    LossSums* losses_of_blocks;  // (blocks of the launch), summed in order by the last of them
+    scalar_t* loss;              // ()
+    unsigned* ticket;            // (): 0 before
+    RowStats<T>* stats;          // (R)
+    scalar_t* gradient;          // (max_slots, C)
+    int64_t* grad_rows;          // (max_slots)
 
     __device__ bool has_slot_rows() const { return groups.slot_rows != nullptr; }
     __device__ int64_t num_slots() const { return has_slot_rows() ? *groups.num_slots : max_slots; }
@@ -96,14 +75,14 @@ struct RowsJob {
     }
 
     __device__ T class_weight_of(int64_t j) const { return class_weight != nullptr ? class_weight[j] : T(1); }
-    __device__ bool smooths() const { return label_smoothing > 0; }
+    __device__ bool smooths() const { return options.label_smoothing > 0; }
     // What the k-th of the grouped pairs adds to the sum of its class.
     template <typename sum_t>
     __device__ sum_t value_of_pair(int64_t k) const {
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
             return 1;
         } else {
-            return grad_loss != nullptr ? widen(grad_loss[groups.numbers[k]]) : T(1);
+            return grad_loss != nullptr ? widen(grad_loss[groups.pair_indices[k]]) : T(1);
         }
     }
     __device__ double grad_of_all() const {
@@ -114,8 +93,8 @@ struct RowsJob {
 
 // Without class weights and label smoothing, which compilers then leave out of the loops.
 template <typename scalar>
-struct PlainRowsJob : RowsJob<scalar> {
-    using typename RowsJob<scalar>::T;
+struct PlainRowsParams : RowsParams<scalar> {
+    using typename RowsParams<scalar>::T;
     static constexpr bool kIsPlain = true;
 
     __device__ T class_weight_of(int64_t) const { return 1; }
@@ -170,32 +149,20 @@ struct MergeOnlineSums {
     }
 };
 
-// Sums over the classes, which the gradient of a row needs.
-struct PairSums {
-    double pairs = 0;     // g
-    double weighted = 0;  // u
+// Adds the pairs of a class, whose gradients have the sum s.
+template <typename T, typename sum_t>
+__device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
+    sums.gradients += static_cast<double>(s);
+    sums.weighted += static_cast<double>(class_weight * static_cast<T>(s));
+}
 
-    __device__ friend PairSums operator+(const PairSums& a, const PairSums& b) {
-        PairSums both;
-        both.pairs = a.pairs + b.pairs;
-        both.weighted = a.weighted + b.weighted;
-        return both;
-    }
-
-    template <typename T, typename sum_t>
-    __device__ void add(T class_weight, sum_t s) {
-        pairs += static_cast<double>(s);
-        weighted += static_cast<double>(class_weight * static_cast<T>(s));
-    }
-};
-
-// And those which its losses need.
-struct LossSums {
+// Sums over the classes, which the losses need.
+struct ClassSums {
     double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
     double class_losses = 0;   // of class_weight_j (lse - W[i, j]): what label smoothing spreads
 
-    __device__ friend LossSums operator+(const LossSums& a, const LossSums& b) {
-        LossSums both;
+    __device__ friend ClassSums operator+(const ClassSums& a, const ClassSums& b) {
+        ClassSums both;
         both.target_logits = a.target_logits + b.target_logits;
         both.class_losses = a.class_losses + b.class_losses;
         return both;
@@ -204,11 +171,11 @@ struct LossSums {
 
 // The part of a thread, which is short.
 template <typename T>
-struct OwnLossSums {
+struct OwnClassSums {
     T target_logits = 0, class_losses = 0;
 
-    __device__ LossSums wide() const {
-        LossSums sums;
+    __device__ ClassSums wide() const {
+        ClassSums sums;
         sums.target_logits = static_cast<double>(target_logits);
         sums.class_losses = static_cast<double>(class_losses);
         return sums;
@@ -216,75 +183,66 @@ struct OwnLossSums {
 };
 
 // A row whose logits have been read.
-template <typename Job>
+template <typename Params>
 struct MeasuredRow {
-    using T = typename Job::T;
+    using T = typename Params::T;
 
-    const Job& job;
+    const Params& params;
     const T max, sum, log_sum;
 
     // sum: of e^(logit - max).
-    __device__ MeasuredRow(const Job& job, T max, T sum)
-        : job(job), max(max), sum(sum), log_sum(std::log(sum)) {}
+    __device__ MeasuredRow(const Params& params, T max, T sum)
+        : params(params), max(max), sum(sum), log_sum(std::log(sum)) {}
 
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
     // What class j adds, whose pairs have the sum s.
     template <typename sum_t>
-    __device__ void add_losses(OwnLossSums<T>& sums, T logit, T class_weight, sum_t s) const {
+    __device__ void add_losses(OwnClassSums<T>& sums, T logit, T class_weight, sum_t s) const {
         if (s != sum_t(0)) {  // 0 times an infinity is none
             sums.target_logits += class_weight * static_cast<T>(s) * (logit - max);
         }
-        if (job.smooths()) sums.class_losses += class_weight * (max + log_sum - logit);
+        if (params.smooths()) sums.class_losses += class_weight * (max + log_sum - logit);
     }
 
-    __device__ double smooth_loss(const LossSums& sums) const {
-        return job.smooths() ? job.smoothing_of_class * sums.class_losses : 0.0;
+    __device__ double smoothing_loss(const ClassSums& sums) const {
+        return params.smooths() ? smoothing_loss_of_row(params.options, sums.class_losses) : 0.0;
     }
 
-    __device__ double z_loss() const { return job.z_loss * lse() * lse(); }
+    __device__ double z_loss() const { return z_loss_of_row(params.options, lse()); }
 
-    __device__ RowStats<T> stats(const LossSums& sums) const {
-        return {max, log_sum, static_cast<T>(smooth_loss(sums) + z_loss())};
+    __device__ RowStats<T> stats(const ClassSums& sums) const {
+        return {max, log_sum, static_cast<T>(smoothing_loss(sums) + z_loss())};
     }
 
-    __device__ RowLoss loss(const PairSums& pairs, const LossSums& sums) const {
-        const double epsilon = job.label_smoothing;
-        RowLoss loss;
-        loss.z_loss = pairs.pairs * z_loss();
-        if (epsilon > 0) loss.cross_entropy = pairs.pairs * smooth_loss(sums);
-        if (epsilon < 1) {
-            loss.cross_entropy +=
-                (1 - epsilon) * (pairs.weighted * static_cast<double>(log_sum) - sums.target_logits);
-        }
-        return loss;
+    __device__ LossSums loss(const PairSums& pairs, const ClassSums& sums) const {
+        return loss_of_row(params.options, pairs, static_cast<double>(log_sum), sums.target_logits,
+                           smoothing_loss(sums), z_loss());
     }
 };
 
 // The elements of a gradient row.
-template <typename Job>
+template <typename Params>
 struct GradientTerms {
-    using T = typename Job::T;
+    using T = typename Params::T;
 
-    T max, scale, smooth, unit;
+    T max, scale, smoothing, target;
 
-    __device__ GradientTerms(const MeasuredRow<Job>& row, const PairSums& pairs) : max(row.max) {
-        const Job& job = row.job;
-        const double loss_scale = job.totals->loss_scale * job.grad_of_all();
-        const double z_loss_scale = job.totals->z_loss_scale * job.grad_of_all();
-        const double smooth_part = job.smoothing_of_class * pairs.pairs * loss_scale;
-        const double target_part = (1 - job.label_smoothing) * loss_scale;
-        const double mass = target_part * pairs.weighted + smooth_part * job.totals->class_weight_sum +
-                            2 * job.z_loss * row.lse() * pairs.pairs * z_loss_scale;
-        scale = static_cast<T>(mass) / row.sum;
-        smooth = static_cast<T>(smooth_part);
-        unit = static_cast<T>(target_part);
+    __device__ GradientTerms(const MeasuredRow<Params>& row, const PairSums& pairs) : max(row.max) {
+        const Params& params = row.params;
+        const double grad = params.grad_of_all();
+        const LossScales scales{params.scales->loss * grad, params.scales->z_loss * grad,
+                                params.scales->class_weight_sum};
+        const RowGradient terms = gradient_of_row(params.options, scales, pairs, row.lse());
+        scale = static_cast<T>(terms.mass) / row.sum;
+        smoothing = static_cast<T>(terms.smoothing);
+        target = static_cast<T>(terms.target);
     }
 
     template <typename sum_t>
     __device__ T element(T logit, T class_weight, sum_t s) const {
-        return scale * exponential<typename Job::scalar_t>(logit, max) -
-               class_weight * (smooth + unit * static_cast<T>(s));
+        return scale * exponential<typename Params::scalar_t>(logit, max) -
+               class_weight * (smoothing + target * static_cast<T>(s));
     }
 };
 
@@ -295,69 +253,69 @@ template <typename T>
 constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
 
 // The lanes take every 32nd column, kItems each.
-template <int kItems, typename Job>
+template <int kItems, typename Params>
 class WarpRow {
   public:
-    using scalar_t = typename Job::scalar_t;
-    using T = typename Job::T;
+    using scalar_t = typename Params::scalar_t;
+    using T = typename Params::T;
 
-    __device__ WarpRow(const Job& job, int64_t row) : job_(job), row_(row) {
-        const scalar_t* const weight = job.weight_row(row);
+    __device__ WarpRow(const Params& params, int64_t row) : params_(params), row_(row) {
+        const scalar_t* const weight = params.weight_row(row);
         for (int k = 0; k < kItems; ++k) logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<T>;
     }
 
     // sums (C): s_j. gradient (C), or null. Returns the same to all lanes.
     template <typename sum_t>
-    __device__ RowLoss process(const sum_t* sums, scalar_t* gradient) const {
-        const MeasuredRow<Job> row = measure();
+    __device__ LossSums process(const sum_t* sums, scalar_t* gradient) const {
+        const MeasuredRow<Params> row = measure();
         PairSums own_pairs;
-        OwnLossSums<T> own_losses;
+        OwnClassSums<T> own_losses;
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const sum_t s = sums[column(k)];
-            const T class_weight = job_.class_weight_of(column(k));
-            if (s != sum_t(0)) own_pairs.add(class_weight, s);
+            const T class_weight = params_.class_weight_of(column(k));
+            if (s != sum_t(0)) add_pairs(own_pairs, class_weight, s);
             row.add_losses(own_losses, logits_[k], class_weight, s);
         }
         const PairSums pairs = warp_sum(own_pairs);
-        if (gradient != nullptr) write_gradient(GradientTerms<Job>(row, pairs), sums, gradient);
+        if (gradient != nullptr) write_gradient(GradientTerms<Params>(row, pairs), sums, gradient);
         return row.loss(pairs, warp_sum(own_losses.wide()));
     }
 
     __device__ RowStats<T> stats() const {
-        const MeasuredRow<Job> row = measure();
-        OwnLossSums<T> own;
+        const MeasuredRow<Params> row = measure();
+        OwnClassSums<T> own;
         for (int k = 0; k < kItems; ++k) {
-            if (has(k)) row.add_losses(own, logits_[k], job_.class_weight_of(column(k)), 0);
+            if (has(k)) row.add_losses(own, logits_[k], params_.class_weight_of(column(k)), 0);
         }
         return row.stats(warp_sum(own.wide()));
     }
 
   private:
     __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
-    __device__ bool has(int k) const { return column(k) < job_.num_classes; }
+    __device__ bool has(int k) const { return column(k) < params_.num_classes; }
 
-    __device__ MeasuredRow<Job> measure() const {
+    __device__ MeasuredRow<Params> measure() const {
         T max = logits_[0], sum = 0;
         for (int k = 1; k < kItems; ++k) max = std::fmax(max, logits_[k]);
         max = warp_reduce(max, [](T a, T b) { return std::fmax(a, b); });
         for (int k = 0; k < kItems; ++k) sum += exponential<scalar_t>(logits_[k], shift_of(max));
-        return {job_, max, warp_sum(sum)};
+        return {params_, max, warp_sum(sum)};
     }
 
     template <typename sum_t>
-    __device__ void write_gradient(const GradientTerms<Job>& terms, const sum_t* sums,
+    __device__ void write_gradient(const GradientTerms<Params>& terms, const sum_t* sums,
                                    scalar_t* gradient) const {
-        const bool is_padding = row_ == job_.padding_idx;
+        const bool is_padding = row_ == params_.padding_idx;
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const int j = column(k);
-            const T element = terms.element(logits_[k], job_.class_weight_of(j), sums[j]);
+            const T element = terms.element(logits_[k], params_.class_weight_of(j), sums[j]);
             gradient[j] = narrow<scalar_t>(is_padding ? T(0) : element);
         }
     }
 
-    const Job& job_;
+    const Params& params_;
     const int64_t row_;
     T logits_[kItems];
 };
@@ -373,87 +331,87 @@ struct BlockPlan {
 
 // The shared memory of a block. Row and tile begin where the row of the table begins within a vector, so that
 // their vectors are its vectors.
-template <typename Job, typename sum_t>
+template <typename Params, typename sum_t>
 struct BlockMemory {
-    using scalar_t = typename Job::scalar_t;
+    using scalar_t = typename Params::scalar_t;
 
-    OnlineSum<typename Job::T>* online_sums;  // (kMaxWarps)
-    PairSums* pair_sums;                      // (kMaxWarps)
-    LossSums* loss_sums;                      // (kMaxWarps)
-    RowLoss* losses;                          // (kMaxWarps)
-    int* is_last;                             // ()
-    sum_t* tile;                              // (tile)
-    scalar_t* row;                            // (C), or null
+    OnlineSum<typename Params::T>* online_sums;  // (kMaxWarps)
+    PairSums* pair_sums;                         // (kMaxWarps)
+    ClassSums* class_sums;                       // (kMaxWarps)
+    LossSums* losses;                            // (kMaxWarps)
+    int* is_last;                                // ()
+    sum_t* tile;                                 // (tile)
+    scalar_t* row;                               // (C), or null
 
     __device__ BlockMemory(const BlockPlan& plan, int64_t num_classes) {
         SharedMemory shared;
-        online_sums = shared.take<OnlineSum<typename Job::T>>(kMaxWarps);
+        online_sums = shared.take<OnlineSum<typename Params::T>>(kMaxWarps);
         pair_sums = shared.take<PairSums>(kMaxWarps);
-        loss_sums = shared.take<LossSums>(kMaxWarps);
-        losses = shared.take<RowLoss>(kMaxWarps);
+        class_sums = shared.take<ClassSums>(kMaxWarps);
+        losses = shared.take<LossSums>(kMaxWarps);
         is_last = shared.take<int>(1);
         tile = shared.take<sum_t>(plan.tile + kVectorSize<scalar_t>);
         row = plan.caches_row ? shared.take<scalar_t>(num_classes + kVectorSize<scalar_t>) : nullptr;
     }
 
     static int64_t bytes(const BlockPlan& plan, int64_t num_classes) {
-        return SharedMemory::bytes<OnlineSum<typename Job::T>>(kMaxWarps) +
-               SharedMemory::bytes<PairSums>(kMaxWarps) + SharedMemory::bytes<LossSums>(kMaxWarps) +
-               SharedMemory::bytes<RowLoss>(kMaxWarps) + SharedMemory::bytes<int>(1) +
+        return SharedMemory::bytes<OnlineSum<typename Params::T>>(kMaxWarps) +
+               SharedMemory::bytes<PairSums>(kMaxWarps) + SharedMemory::bytes<ClassSums>(kMaxWarps) +
+               SharedMemory::bytes<LossSums>(kMaxWarps) + SharedMemory::bytes<int>(1) +
                SharedMemory::bytes<sum_t>(plan.tile + kVectorSize<scalar_t>) +
                (plan.caches_row ? SharedMemory::bytes<scalar_t>(num_classes + kVectorSize<scalar_t>) : 0);
     }
 };
 
-template <typename Job, typename sum_t>
+template <typename Params, typename sum_t>
 class BlockRow {
   public:
-    using scalar_t = typename Job::scalar_t;
-    using T = typename Job::T;
+    using scalar_t = typename Params::scalar_t;
+    using T = typename Params::T;
 
-    __device__ BlockRow(const Job& job, const BlockPlan& plan, const BlockMemory<Job, sum_t>& memory,
+    __device__ BlockRow(const Params& params, const BlockPlan& plan, const BlockMemory<Params, sum_t>& memory,
                         int64_t row)
-        : job_(job),
+        : params_(params),
           plan_(plan),
           memory_(memory),
           row_(row),
-          source_(job.weight_row(row)),
+          source_(params.weight_row(row)),
           tile_(memory.tile + elements_into_vector(source_)),
-          first_pair_(job.groups.row_begin[row]),
-          num_pairs_(job.groups.row_begin[row + 1] - first_pair_) {}
+          first_pair_(params.groups.row_begin[row]),
+          num_pairs_(params.groups.row_begin[row + 1] - first_pair_) {}
 
     // gradient (C), or null. Returns the same to all threads.
-    __device__ RowLoss process(scalar_t* gradient) {
-        const MeasuredRow<Job> row = measure();
+    __device__ LossSums process(scalar_t* gradient) {
+        const MeasuredRow<Params> row = measure();
         const PairSums pairs = sum_pairs();
-        const GradientTerms<Job> terms(row, pairs);
-        const bool is_zero = gradient == nullptr || row_ == job_.padding_idx;
-        OwnLossSums<T> own;
+        const GradientTerms<Params> terms(row, pairs);
+        const bool is_zero = gradient == nullptr || row_ == params_.padding_idx;
+        OwnClassSums<T> own;
         sweep(gradient, [&](int64_t j, T logit, sum_t s) {
-            const T class_weight = job_.class_weight_of(j);
+            const T class_weight = params_.class_weight_of(j);
             row.add_losses(own, logit, class_weight, s);
             return is_zero ? T(0) : terms.element(logit, class_weight, s);
         });
-        return row.loss(pairs, block_sum(own.wide(), memory_.loss_sums));
+        return row.loss(pairs, block_sum(own.wide(), memory_.class_sums));
     }
 
     __device__ RowStats<T> stats() {
-        const MeasuredRow<Job> row = measure();
-        OwnLossSums<T> own;
-        for (int64_t j = threadIdx.x; job_.smooths() && j < job_.num_classes; j += blockDim.x) {
-            row.add_losses(own, widen(source_[j]), job_.class_weight_of(j), 0);
+        const MeasuredRow<Params> row = measure();
+        OwnClassSums<T> own;
+        for (int64_t j = threadIdx.x; params_.smooths() && j < params_.num_classes; j += blockDim.x) {
+            row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
         }
-        return row.stats(block_sum(own.wide(), memory_.loss_sums));
+        return row.stats(block_sum(own.wide(), memory_.class_sums));
     }
 
   private:
     // Reads the row, into shared memory where it is to be kept.
-    __device__ MeasuredRow<Job> measure() {
+    __device__ MeasuredRow<Params> measure() {
         constexpr int kInFlight = sizeof(T) == sizeof(double) ? 2 : 4;
         OnlineSum<T> own;
         scalar_t* const kept = memory_.row != nullptr ? memory_.row + elements_into_vector(source_) : nullptr;
         for_each_aligned_vector<kInFlight>(
-            source_, job_.num_classes,
+            source_, params_.num_classes,
             [&](int first, const AlignedVector<scalar_t>& vector) {
                 T logits[kVectorSize<scalar_t>];
                 for (int k = 0; k < kVectorSize<scalar_t>; ++k) logits[k] = widen(vector.elements[k]);
@@ -467,21 +425,21 @@ class BlockRow {
             });
         const OnlineSum<T> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<T>());
         if (kept != nullptr) source_ = kept;
-        return {job_, total.max, total.sum};
+        return {params_, total.max, total.sum};
     }
 
     // Without class weights and gradients of single pairs, their number says all.
     __device__ PairSums sum_pairs() const {
         PairSums own;
-        if (job_.class_weight == nullptr && !job_.has_grad_losses) {
-            own.pairs = own.weighted = static_cast<double>(num_pairs_);
+        if (params_.class_weight == nullptr && !params_.has_grad_losses) {
+            own.gradients = own.weighted = static_cast<double>(num_pairs_);
             return own;
         }
-        for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
+        for (int64_t begin = 0; begin < params_.num_classes; begin += plan_.tile) {
             const int64_t end = end_of_tile(begin);
             sum_tile(begin, end);
             for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) {
-                if (tile_[k] != sum_t(0)) own.add(job_.class_weight_of(begin + k), tile_[k]);
+                if (tile_[k] != sum_t(0)) add_pairs(own, params_.class_weight_of(begin + k), tile_[k]);
             }
             __syncthreads();  // the tile is free again
         }
@@ -491,7 +449,7 @@ class BlockRow {
     // visit(j, W[i, j], s_j) for each class; what it returns is written to out (C), where that is not null.
     template <typename Visit>
     __device__ void sweep(scalar_t* out, const Visit& visit) const {
-        for (int64_t begin = 0; begin < job_.num_classes; begin += plan_.tile) {
+        for (int64_t begin = 0; begin < params_.num_classes; begin += plan_.tile) {
             const int64_t end = end_of_tile(begin);
             sum_tile(begin, end);
             const scalar_t* const part = source_ + begin;
@@ -523,15 +481,15 @@ class BlockRow {
     }
 
     __device__ int64_t end_of_tile(int64_t begin) const {
-        return begin + plan_.tile < job_.num_classes ? begin + plan_.tile : job_.num_classes;
+        return begin + plan_.tile < params_.num_classes ? begin + plan_.tile : params_.num_classes;
     }
 
     // tile_: s_j of the columns from begin to end.
     __device__ void sum_tile(int64_t begin, int64_t end) const {
         for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) tile_[k] = 0;
         __syncthreads();
-        add_targets(job_.groups.targets + first_pair_, num_pairs_, begin, end, tile_,
-                    [&](int64_t k) { return job_.template value_of_pair<sum_t>(first_pair_ + k); });
+        add_targets(params_.groups.targets + first_pair_, num_pairs_, begin, end, tile_,
+                    [&](int64_t k) { return params_.template value_of_pair<sum_t>(first_pair_ + k); });
         __syncthreads();
     }
 
@@ -547,13 +505,13 @@ class BlockRow {
         }
     }
 
-    const Job& job_;
+    const Params& params_;
     const BlockPlan& plan_;
-    const BlockMemory<Job, sum_t>& memory_;
+    const BlockMemory<Params, sum_t>& memory_;
     const int64_t row_;
     const scalar_t* source_;  // (C): the row in the table, or kept in shared memory
     sum_t* const tile_;       // (tile)
     const int64_t first_pair_, num_pairs_;
 };
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,18 +1,22 @@
+// Chains of tokens. A step is a fixed map of tokens, since its draw is keyed by its position: segments of a
+// chain run at the same time, each after a warm-up, and coalesce with what comes before them; a boundary that
+// does not match is repaired (cpu/generate_chains.h).
 #include "cuda/generate_kernels.h"
 
 #include <algorithm>
 
+#include "base/op_names.h"
 #include "cuda/base/block.cuh"
 #include "cuda/base/launch.h"
 #include "cuda/base/vector_access.cuh"
 #include "cuda/sampling/weighted_row.cuh"
+#include "sampling/distribution_errors.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
-constexpr const char* kName = "generate";
 constexpr int kThreads = 256;
-constexpr int kThreadsThatFollow = 64;  // of a block: few, so that few chains, too, are spread over the GPU
+constexpr int kChainThreads = 64;  // of a block: few, so that few chains, too, are spread over the GPU
 
 // Steps. A segment that is longer than its warm-up is at most twice the work.
 constexpr int64_t kWarmUp = 128, kLeastSegment = 512;
@@ -21,12 +25,12 @@ static_assert(kWarmUp % Philox::kWords == 0 && kLeastSegment % Philox::kWords ==
 
 __device__ int64_t thread_of_grid() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
-__device__ int64_t* token_at(const ChainsJob& job, int64_t chain, int64_t step) {
-    return job.tokens + chain * job.stride + step;
+__device__ int64_t* token_at(const ChainsParams& params, int64_t chain, int64_t step) {
+    return params.tokens + chain * params.stride + step;
 }
 
-__device__ uint32_t token_before(const ChainsJob& job, int64_t chain, int64_t step) {
-    return static_cast<uint32_t>(token_at(job, chain, step)[-1]);
+__device__ uint32_t token_before(const ChainsParams& params, int64_t chain, int64_t step) {
+    return static_cast<uint32_t>(token_at(params, chain, step)[-1]);
 }
 
 // ------------------------------------------------------------------------------------------ kinds of rows
@@ -58,41 +62,41 @@ template <typename scalar_t>
 struct LogitRowsOfBlock {
     static constexpr Granularity kGranularity = Granularity::block;
 
-    LogitsJob job;
+    LogitsParams params;
     bool keeps_row;
 
     __device__ uint32_t next(uint32_t token, uint32_t r) const { return draw(token, token, r); }
 
-    // From any row of the job, which is the one of `token` in the table.
-    __device__ uint32_t draw(int64_t row_number, uint32_t token, uint32_t r) const {
-        const WeightedRow<Logits<scalar_t>> row = read(row_number);
+    // From any row of the params, which is the one of `token` in the table.
+    __device__ uint32_t draw(int64_t row_index, uint32_t token, uint32_t r) const {
+        const WeightedRow<Logits<scalar_t>> row = read(row_index);
         if (row.is_distribution()) return static_cast<uint32_t>(row.find(r));
         if (threadIdx.x == 0) mark_invalid(token);
         return 0;
     }
 
     // cdf (V).
-    __device__ void write_cdf(int64_t row_number, uint32_t token, uint32_t* cdf) const {
-        const WeightedRow<Logits<scalar_t>> row = read(row_number);
+    __device__ void write_cdf(int64_t row_index, uint32_t token, uint32_t* cdf) const {
+        const WeightedRow<Logits<scalar_t>> row = read(row_index);
         if (row.is_distribution()) return row.write_cdf(cdf);
         if (threadIdx.x == 0) mark_invalid(token);
-        for (int64_t j = threadIdx.x; j < job.vocab_size; j += blockDim.x) cdf[j] = kAboveAllDraws;
+        for (int64_t j = threadIdx.x; j < params.vocab_size; j += blockDim.x) cdf[j] = kAboveAllDraws;
     }
 
   private:
     static constexpr uint32_t kAboveAllDraws = uint32_t{1} << kDrawBits;
 
-    __device__ WeightedRow<Logits<scalar_t>> read(int64_t row_number) const {
-        const auto* const logits = static_cast<const scalar_t*>(job.logits) + row_number * job.stride;
-        return {{static_cast<opmath_t<scalar_t>>(job.temperature)},
+    __device__ WeightedRow<Logits<scalar_t>> read(int64_t row_index) const {
+        const auto* const logits = static_cast<const scalar_t*>(params.logits) + row_index * params.stride;
+        return {{static_cast<opmath_t<scalar_t>>(params.temperature)},
                 logits,
-                job.vocab_size,
-                RowMemory<scalar_t>(job.vocab_size, keeps_row)};
+                params.vocab_size,
+                RowMemory<scalar_t>(params.vocab_size, keeps_row)};
     }
 
     __device__ void mark_invalid(uint32_t token) const {
-        atomicExch(job.invalid, 1u);
-        atomicExch(job.invalid + 1 + token, 1u);
+        atomicExch(params.invalid, 1u);
+        atomicExch(params.invalid + 1 + token, 1u);
     }
 };
 
@@ -100,16 +104,16 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
     write_cdf_kernel(LogitRowsOfBlock<scalar_t> rows, int64_t first_row, uint32_t* cdf) {
     const int64_t row = blockIdx.x;
-    rows.write_cdf(row, static_cast<uint32_t>(first_row + row), cdf + row * rows.job.vocab_size);
+    rows.write_cdf(row, static_cast<uint32_t>(first_row + row), cdf + row * rows.params.vocab_size);
 }
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads, 1)
-    draw_step_kernel(ChainsJob job, LogitRowsOfBlock<scalar_t> rows, int64_t step) {
+    draw_step_kernel(ChainsParams params, LogitRowsOfBlock<scalar_t> rows, int64_t step) {
     const int64_t chain = blockIdx.x;
-    const uint32_t r = draw(seed_of(job.seed), static_cast<uint64_t>(chain), static_cast<uint64_t>(step));
-    const uint32_t token = rows.draw(chain, token_before(job, chain, step), r);
-    if (threadIdx.x == 0) *token_at(job, chain, step) = token;
+    const uint32_t r = draw(seed_of(params.seed), static_cast<uint64_t>(chain), static_cast<uint64_t>(step));
+    const uint32_t token = rows.draw(chain, token_before(params, chain, step), r);
+    if (threadIdx.x == 0) *token_at(params, chain, step) = token;
 }
 
 // --------------------------------------------------------------------------------------- chains over time
@@ -120,11 +124,11 @@ constexpr bool kByBlock = Rows::kGranularity == Granularity::block;
 // Of a launch that follows chains: the threads of a block, and for how many blocks at once the registers of a
 // multiprocessor suffice.
 template <typename Rows>
-constexpr int kMaxGroupThreads = kByBlock<Rows> ? kMaxRowThreads : kThreadsThatFollow;
+constexpr int kMaxGroupThreads = kByBlock<Rows> ? kMaxRowThreads : kChainThreads;
 template <typename Rows>
-constexpr int kBlocksAtOnce = kByBlock<Rows> ? 1 : 1024 / kThreadsThatFollow;
+constexpr int kBlocksAtOnce = kByBlock<Rows> ? 1 : 1024 / kChainThreads;
 
-// The thread, of those that follow a chain together, that reads and writes its tokens.
+// Whether this thread, of those that follow a chain together, reads and writes its tokens.
 template <typename Rows>
 __device__ bool is_leader() {
     return !kByBlock<Rows> || threadIdx.x == 0;
@@ -140,8 +144,8 @@ __device__ bool any_of_group(bool condition) {
 template <typename Rows>
 class Chain {
   public:
-    __device__ Chain(const Rows& rows, const ChainsJob& job, int64_t number)
-        : rows_(rows), job_(job), number_(number), seed_(seed_of(job.seed)) {}
+    __device__ Chain(const Rows& rows, const ChainsParams& params, int64_t number)
+        : rows_(rows), params_(params), number_(number), seed_(seed_of(params.seed)) {}
 
     // step: a multiple of Philox::kWords. token: the one before it.
     __device__ void start(int64_t step, uint32_t token) {
@@ -159,24 +163,24 @@ class Chain {
             if (step_ < begin) {
                 before = tokens[Philox::kWords - 1];
             } else if (is_leader<Rows>()) {
-                store_tokens(token_at(job_, number_, step_), tokens, count);
+                store_tokens(token_at(params_, number_, step_), tokens, count);
             }
             return false;
         });
         return before;
     }
 
-    // Writes until it meets what is written, from where on that is right; returns whether it did.
+    // Writes until it coalesces with what is written, from where on that is right; returns whether it did.
     __device__ bool run_until_coalescence(int64_t end) {
         bool has_coalesced = false;
         follow(end, [&](const auto& tokens, int count) {
-            bool meets = false;
+            bool coalesces = false;
             if (is_leader<Rows>()) {
-                int64_t* const written = token_at(job_, number_, step_);
-                for (int k = 0; k < count; ++k) meets |= written[k] == tokens[k];
+                int64_t* const written = token_at(params_, number_, step_);
+                for (int k = 0; k < count; ++k) coalesces |= written[k] == tokens[k];
                 store_tokens(written, tokens, count);
             }
-            return has_coalesced = any_of_group<Rows>(meets);
+            return has_coalesced = any_of_group<Rows>(coalesces);
         });
         return has_coalesced;
     }
@@ -202,7 +206,7 @@ class Chain {
     }
 
     const Rows& rows_;
-    const ChainsJob& job_;
+    const ChainsParams& params_;
     const int64_t number_;
     const uint64_t seed_;
     int64_t step_ = 0;
@@ -216,14 +220,14 @@ struct Segment {
     int64_t begin, end;
 
     template <typename Rows>
-    __device__ static Segment of_group(const Rows&, const ChainsJob& job) {
+    __device__ static Segment of_group(const Rows&, const ChainsParams& params) {
         Segment segment;
         segment.index = kByBlock<Rows> ? int64_t{blockIdx.x} : thread_of_grid();
-        segment.chain = segment.index / job.num_segments;
-        segment.number = segment.index % job.num_segments;
-        segment.begin = segment.number * job.steps_a_segment;
-        const int64_t end = segment.begin + job.steps_a_segment;
-        segment.end = end < job.num_steps ? end : job.num_steps;
+        segment.chain = segment.index / params.num_segments;
+        segment.number = segment.index % params.num_segments;
+        segment.begin = segment.number * params.steps_a_segment;
+        const int64_t end = segment.begin + params.steps_a_segment;
+        segment.end = end < params.num_steps ? end : params.num_steps;
         return segment;
     }
 };
@@ -232,94 +236,96 @@ struct Segment {
 // begins with the chain.
 template <typename Rows>
 __global__ void __launch_bounds__(kMaxGroupThreads<Rows>, kBlocksAtOnce<Rows>)
-    run_segments_kernel(Rows rows, ChainsJob job) {
-    const Segment segment = Segment::of_group(rows, job);
-    if (segment.chain >= job.num_chains) return;
-    Chain<Rows> chain(rows, job, segment.chain);
-    chain.start(segment.begin > kWarmUp ? segment.begin - kWarmUp : 0, token_before(job, segment.chain, 0));
+    run_segments_kernel(Rows rows, ChainsParams params) {
+    const Segment segment = Segment::of_group(rows, params);
+    if (segment.chain >= params.num_chains) return;
+    Chain<Rows> chain(rows, params, segment.chain);
+    chain.start(segment.begin > kWarmUp ? segment.begin - kWarmUp : 0,
+                token_before(params, segment.chain, 0));
     const uint32_t entry = chain.run(segment.begin, segment.end);
-    if (job.num_segments > 1 && is_leader<Rows>()) {
-        job.entries[segment.index] = entry;
-        job.exits[segment.index] = chain.token();
+    if (params.num_segments > 1 && is_leader<Rows>()) {
+        params.entries[segment.index] = entry;
+        params.exits[segment.index] = chain.token();
     }
 }
 
 // Runs the segments that have begun otherwise than the ones before them ended again, from there. That is
-// right, and all done, where each of them soon meets what it has written.
+// right, and all done, where each of them soon coalesces with what it has written.
 template <typename Rows>
 __global__ void __launch_bounds__(kMaxGroupThreads<Rows>, kBlocksAtOnce<Rows>)
-    repair_segments_kernel(Rows rows, ChainsJob job) {
-    const Segment segment = Segment::of_group(rows, job);
-    if (segment.chain >= job.num_chains || segment.number == 0) return;
-    const uint32_t entry = job.exits[segment.index - 1];
-    if (job.entries[segment.index] == entry) return;
-    Chain<Rows> chain(rows, job, segment.chain);
+    repair_segments_kernel(Rows rows, ChainsParams params) {
+    const Segment segment = Segment::of_group(rows, params);
+    if (segment.chain >= params.num_chains || segment.number == 0) return;
+    const uint32_t entry = params.exits[segment.index - 1];
+    if (params.entries[segment.index] == entry) return;
+    Chain<Rows> chain(rows, params, segment.chain);
     chain.start(segment.begin, entry);
     const bool has_coalesced = chain.run_until_coalescence(segment.end);
     if (is_leader<Rows>()) {
-        job.entries[segment.index] = entry;
-        if (!has_coalesced) atomicExch(job.uncoalesced + segment.chain, 1u);
+        params.entries[segment.index] = entry;
+        if (!has_coalesced) atomicExch(params.uncoalesced + segment.chain, 1u);
     }
 }
 
 // The first segment of a chain, from `number` on, that begins otherwise than the one before it ends;
 // num_segments where there is none. For a block.
-__device__ int64_t next_wrong_segment(const ChainsJob& job, int64_t chain, int64_t number, int64_t* scratch) {
+__device__ int64_t next_wrong_segment(const ChainsParams& params, int64_t chain, int64_t number,
+                                      int64_t* scratch) {
     const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    for (; number < job.num_segments; number += blockDim.x) {
+    for (; number < params.num_segments; number += blockDim.x) {
         const int64_t mine = number + threadIdx.x;
         const bool is_wrong =
-            mine < job.num_segments && job.entries[chain * job.num_segments + mine] !=
-                                           token_before(job, chain, mine * job.steps_a_segment);
-        const int64_t first = block_reduce(is_wrong ? mine : job.num_segments, scratch, smaller);
-        if (first < job.num_segments) return first;
+            mine < params.num_segments && params.entries[chain * params.num_segments + mine] !=
+                                              token_before(params, chain, mine * params.steps_a_segment);
+        const int64_t first = block_reduce(is_wrong ? mine : params.num_segments, scratch, smaller);
+        if (first < params.num_segments) return first;
     }
-    return job.num_segments;
+    return params.num_segments;
 }
 
-// For the chains that are not all done: one segment after the other. A block takes a chain; its first thread
-// alone follows it where threads do.
+// Repairs the chains that are not all done: one segment after the other. A block takes a chain; its first
+// thread alone follows it where threads do.
 template <typename Rows>
 __global__ void __launch_bounds__(kByBlock<Rows> ? kMaxRowThreads : kThreads, 1)
-    repair_chains_kernel(Rows rows, ChainsJob job) {
-    if (job.uncoalesced[blockIdx.x] == 0) return;
+    repair_chains_kernel(Rows rows, ChainsParams params) {
+    if (params.uncoalesced[blockIdx.x] == 0) return;
     SharedMemory shared;  // that of the rows, too, but between their steps
     int64_t* const scratch = shared.take<int64_t>(kMaxWarps);
-    Chain<Rows> chain(rows, job, blockIdx.x);
-    int64_t number = next_wrong_segment(job, blockIdx.x, 1, scratch);
-    while (number < job.num_segments) {
-        const int64_t begin = number * job.steps_a_segment;
-        chain.start(begin, token_before(job, blockIdx.x, begin));
-        if (kByBlock<Rows> || threadIdx.x == 0) chain.run_until_coalescence(job.num_steps);
+    Chain<Rows> chain(rows, params, blockIdx.x);
+    int64_t number = next_wrong_segment(params, blockIdx.x, 1, scratch);
+    while (number < params.num_segments) {
+        const int64_t begin = number * params.steps_a_segment;
+        chain.start(begin, token_before(params, blockIdx.x, begin));
+        if (kByBlock<Rows> || threadIdx.x == 0) chain.run_until_coalescence(params.num_steps);
         const int64_t right = block_reduce(threadIdx.x == 0 ? chain.step() : 0, scratch, Larger());
-        const int64_t next = (right + job.steps_a_segment - 1) / job.steps_a_segment;
-        number = next_wrong_segment(job, blockIdx.x, next, scratch);
+        const int64_t next = (right + params.steps_a_segment - 1) / params.steps_a_segment;
+        number = next_wrong_segment(params, blockIdx.x, next, scratch);
     }
 }
 
 constexpr size_t kScratchBytes = SharedMemory::bytes<int64_t>(kMaxWarps);
 
-LaunchShape shape_of_threads(const ChainsJob& job, cudaStream_t stream) {
-    const int64_t followers = job.num_chains * job.num_segments;
-    return {kName, stream, (followers + kThreadsThatFollow - 1) / kThreadsThatFollow, kThreadsThatFollow};
+LaunchShape shape_of_threads(const ChainsParams& params, cudaStream_t stream) {
+    const int64_t num_groups = params.num_chains * params.num_segments;
+    return {kGenerate, stream, (num_groups + kChainThreads - 1) / kChainThreads, kChainThreads};
 }
 
 // shape: of a thread, or of a block, for each segment.
 template <typename Rows>
-void launch_follow(const ChainsJob& job, const Rows& rows, const LaunchShape& shape) {
-    launch(shape, run_segments_kernel<Rows>, rows, job);
-    if (job.num_segments == 1) return;
-    launch(shape, repair_segments_kernel<Rows>, rows, job);
-    launch({kName, shape.stream, job.num_chains, kByBlock<Rows> ? shape.threads : kThreads,
+void launch_chains(const ChainsParams& params, const Rows& rows, const LaunchShape& shape) {
+    launch(shape, run_segments_kernel<Rows>, rows, params);
+    if (params.num_segments == 1) return;
+    launch(shape, repair_segments_kernel<Rows>, rows, params);
+    launch({kGenerate, shape.stream, params.num_chains, kByBlock<Rows> ? shape.threads : kThreads,
             std::max(shape.shared_bytes, kScratchBytes)},
-           repair_chains_kernel<Rows>, rows, job);
+           repair_chains_kernel<Rows>, rows, params);
 }
 
 // -------------------------------------------------------------------------------- before and after them
 
 __global__ void __launch_bounds__(kThreads)
-    copy_idx_kernel(const int64_t* idx, int64_t size, int64_t prompt_length, int64_t vocab_size,
-                    int64_t* tokens, int64_t stride) {
+    copy_prompt_kernel(const int64_t* idx, int64_t size, int64_t prompt_length, int64_t vocab_size,
+                       int64_t* tokens, int64_t stride) {
     const int64_t n = thread_of_grid();
     if (n >= size) return;
     device_assert(idx[n] >= 0 && idx[n] < vocab_size,
@@ -329,112 +335,114 @@ __global__ void __launch_bounds__(kThreads)
 
 // visit(chain, step) for all steps of all chains, over the threads of the grid.
 template <typename Visit>
-__device__ void for_each_step(const ChainsJob& job, const Visit& visit) {
-    const int64_t size = job.num_chains * job.num_steps, threads = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t n = thread_of_grid(); n < size; n += threads) visit(n / job.num_steps, n % job.num_steps);
+__device__ void for_each_step(const ChainsParams& params, const Visit& visit) {
+    const int64_t size = params.num_chains * params.num_steps, threads = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t n = thread_of_grid(); n < size; n += threads)
+        visit(n / params.num_steps, n % params.num_steps);
 }
 
-LaunchShape shape_of_steps(const ChainsJob& job, cudaStream_t stream) {
+LaunchShape shape_of_steps(const ChainsParams& params, cudaStream_t stream) {
     constexpr int64_t kBlocksAMultiprocessor = 2048 / kThreads;
-    const int64_t blocks = (job.num_chains * job.num_steps + kThreads - 1) / kThreads;
-    return {kName, stream, std::min(blocks, kBlocksAMultiprocessor * num_multiprocessors(kName)), kThreads};
+    const int64_t blocks = (params.num_chains * params.num_steps + kThreads - 1) / kThreads;
+    return {kGenerate, stream, std::min(blocks, kBlocksAMultiprocessor * num_multiprocessors(kGenerate)),
+            kThreads};
 }
 
 __global__ void __launch_bounds__(kThreads)
-    find_stops_kernel(ChainsJob job, int64_t stop, unsigned long long* lengths) {
-    for_each_step(job, [&](int64_t chain, int64_t step) {
-        if (*token_at(job, chain, step) == stop) {
+    find_stops_kernel(ChainsParams params, int64_t stop, unsigned long long* lengths) {
+    for_each_step(params, [&](int64_t chain, int64_t step) {
+        if (*token_at(params, chain, step) == stop) {
             atomicMin(lengths + chain, static_cast<unsigned long long>(step + 1));
         }
     });
 }
 
 __global__ void __launch_bounds__(kThreads)
-    fill_chains_kernel(ChainsJob job, int64_t stop, const int64_t* lengths) {
-    for_each_step(job, [&](int64_t chain, int64_t step) {
-        if (step >= lengths[chain]) *token_at(job, chain, step) = stop;
+    fill_chains_kernel(ChainsParams params, int64_t stop, const int64_t* lengths) {
+    for_each_step(params, [&](int64_t chain, int64_t step) {
+        if (step >= lengths[chain]) *token_at(params, chain, step) = stop;
     });
 }
 
 __global__ void __launch_bounds__(kThreads)
-    check_rows_kernel(ChainsJob job, const unsigned* invalid, const int64_t* lengths) {
+    check_rows_kernel(ChainsParams params, const unsigned* invalid, const int64_t* lengths) {
     const bool any_is_invalid = invalid[0] != 0;
     if (!any_is_invalid) return;
-    for_each_step(job, [&](int64_t chain, int64_t step) {
+    for_each_step(params, [&](int64_t chain, int64_t step) {
         const bool counts = lengths == nullptr || step < lengths[chain];
-        device_assert(!counts || invalid[1 + token_before(job, chain, step)] == 0,
-                      "generate: probability tensor contains either `inf`, `nan` or element < 0: a row of "
-                      "weight, divided by the temperature, holds a NaN, an infinity, or nothing but negative "
-                      "infinities");
+        device_assert(!counts || invalid[1 + token_before(params, chain, step)] == 0,
+                      "generate: " BIGRAMX_INVALID_PROBS ": a row of weight, " BIGRAMX_INVALID_LOGITS);
     });
 }
 
 }  // namespace
 
-void cut_chains(Granularity follower, ChainsJob* job) {
+void cut_chains(Granularity granularity, ChainsParams* params) {
     constexpr int64_t kThreadsAMultiprocessor = 1024, kBlocksAMultiprocessor = 1;
-    const int64_t followers =
-        num_multiprocessors(kName) *
-        (follower == Granularity::thread ? kThreadsAMultiprocessor : kBlocksAMultiprocessor);
-    const int64_t most = std::min(followers / job->num_chains, job->num_steps / kLeastSegment);
+    const int64_t num_groups =
+        num_multiprocessors(kGenerate) *
+        (granularity == Granularity::thread ? kThreadsAMultiprocessor : kBlocksAMultiprocessor);
+    const int64_t most = std::min(num_groups / params->num_chains, params->num_steps / kLeastSegment);
     const int64_t num_segments = std::max<int64_t>(most, 1);
-    const int64_t steps = (job->num_steps + num_segments - 1) / num_segments;
-    job->steps_a_segment = (steps + Philox::kWords - 1) / Philox::kWords * Philox::kWords;
-    job->num_segments = (job->num_steps + job->steps_a_segment - 1) / job->steps_a_segment;
+    const int64_t steps = (params->num_steps + num_segments - 1) / num_segments;
+    params->steps_a_segment = (steps + Philox::kWords - 1) / Philox::kWords * Philox::kWords;
+    params->num_segments = (params->num_steps + params->steps_a_segment - 1) / params->steps_a_segment;
 }
 
-void launch_copy_idx(const int64_t* idx, int64_t num_sequences, int64_t prompt_length, int64_t vocab_size,
-                     int64_t* tokens, int64_t stride, cudaStream_t stream) {
+void launch_copy_prompt(const int64_t* idx, int64_t num_sequences, int64_t prompt_length, int64_t vocab_size,
+                        int64_t* tokens, int64_t stride, cudaStream_t stream) {
     const int64_t size = num_sequences * prompt_length;
-    launch({kName, stream, (size + kThreads - 1) / kThreads, kThreads}, copy_idx_kernel, idx, size,
+    launch({kGenerate, stream, (size + kThreads - 1) / kThreads, kThreads}, copy_prompt_kernel, idx, size,
            prompt_length, vocab_size, tokens, stride);
 }
 
-void launch_write_cdf(const LogitsJob& rows, int64_t first_row, uint32_t* cdf, cudaStream_t stream) {
+void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint32_t* cdf, cudaStream_t stream) {
     with_type(rows.type, [&](auto zero) {
         using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kName, rows.vocab_size);
-        launch({kName, stream, rows.num_rows, plan.threads, plan.shared_bytes}, write_cdf_kernel<scalar_t>,
-               LogitRowsOfBlock<scalar_t>{rows, plan.keeps_row}, first_row, cdf);
+        const RowPlan plan = plan_row<scalar_t>(kGenerate, rows.vocab_size);
+        launch({kGenerate, stream, rows.num_rows, plan.threads, plan.shared_bytes},
+               write_cdf_kernel<scalar_t>, LogitRowsOfBlock<scalar_t>{rows, plan.keeps_row}, first_row, cdf);
     });
 }
 
-void launch_chains_by_cdf(const ChainsJob& job, const uint32_t* cdf, int64_t vocab_size,
+void launch_chains_by_cdf(const ChainsParams& params, const uint32_t* cdf, int64_t vocab_size,
                           cudaStream_t stream) {
-    launch_follow(job, CdfRows{cdf, static_cast<uint32_t>(vocab_size)}, shape_of_threads(job, stream));
+    launch_chains(params, CdfRows{cdf, static_cast<uint32_t>(vocab_size)}, shape_of_threads(params, stream));
 }
 
-void launch_chains_by_argmax(const ChainsJob& job, const int64_t* argmax, cudaStream_t stream) {
-    launch(shape_of_threads(job, stream), run_segments_kernel<ArgmaxRows>, ArgmaxRows{argmax}, job);
+void launch_chains_by_argmax(const ChainsParams& params, const int64_t* argmax, cudaStream_t stream) {
+    launch(shape_of_threads(params, stream), run_segments_kernel<ArgmaxRows>, ArgmaxRows{argmax}, params);
 }
 
-void launch_chains_by_logits(const ChainsJob& job, const LogitsJob& table, cudaStream_t stream) {
+void launch_chains_by_logits(const ChainsParams& params, const LogitsParams& table, cudaStream_t stream) {
     with_type(table.type, [&](auto zero) {
         using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kName, table.vocab_size);
-        launch_follow(job, LogitRowsOfBlock<scalar_t>{table, plan.keeps_row},
-                      {kName, stream, job.num_chains * job.num_segments, plan.threads, plan.shared_bytes});
+        const RowPlan plan = plan_row<scalar_t>(kGenerate, table.vocab_size);
+        launch_chains(
+            params, LogitRowsOfBlock<scalar_t>{table, plan.keeps_row},
+            {kGenerate, stream, params.num_chains * params.num_segments, plan.threads, plan.shared_bytes});
     });
 }
 
-void launch_draw_step(const ChainsJob& job, const LogitsJob& rows, int64_t step, cudaStream_t stream) {
+void launch_draw_step(const ChainsParams& params, const LogitsParams& rows, int64_t step,
+                      cudaStream_t stream) {
     with_type(rows.type, [&](auto zero) {
         using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kName, rows.vocab_size);
-        launch({kName, stream, job.num_chains, plan.threads, plan.shared_bytes}, draw_step_kernel<scalar_t>,
-               job, LogitRowsOfBlock<scalar_t>{rows, plan.keeps_row}, step);
+        const RowPlan plan = plan_row<scalar_t>(kGenerate, rows.vocab_size);
+        launch({kGenerate, stream, params.num_chains, plan.threads, plan.shared_bytes},
+               draw_step_kernel<scalar_t>, params, LogitRowsOfBlock<scalar_t>{rows, plan.keeps_row}, step);
     });
 }
 
-void launch_stop_chains(const ChainsJob& job, int64_t stop, int64_t* lengths, cudaStream_t stream) {
-    const LaunchShape shape = shape_of_steps(job, stream);
-    launch(shape, find_stops_kernel, job, stop, reinterpret_cast<unsigned long long*>(lengths));
-    launch(shape, fill_chains_kernel, job, stop, lengths);
+void launch_stop_chains(const ChainsParams& params, int64_t stop, int64_t* lengths, cudaStream_t stream) {
+    const LaunchShape shape = shape_of_steps(params, stream);
+    launch(shape, find_stops_kernel, params, stop, reinterpret_cast<unsigned long long*>(lengths));
+    launch(shape, fill_chains_kernel, params, stop, lengths);
 }
 
-void launch_check_rows(const ChainsJob& job, const unsigned* invalid, const int64_t* lengths,
+void launch_check_rows(const ChainsParams& params, const unsigned* invalid, const int64_t* lengths,
                        cudaStream_t stream) {
-    launch(shape_of_steps(job, stream), check_rows_kernel, job, invalid, lengths);
+    launch(shape_of_steps(params, stream), check_rows_kernel, params, invalid, lengths);
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,17 +1,19 @@
+// Gathers the blocks of a batch, a thread a token. The batch offsets come in the arguments of the launch or,
+// for a generator on the GPU, are drawn by every thread for itself.
 #include "cuda/get_batch_kernels.h"
 
 #include <algorithm>
 
+#include "base/op_names.h"
 #include "cuda/base/block.cuh"
 #include "cuda/base/launch.h"
 #include "cuda/base/vector_access.cuh"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
-constexpr const char* kName = "get_batch";
 constexpr int kThreads = 256;
-constexpr int kMostStarts = 448;  // the arguments of a launch are 4096 bytes at most
+constexpr int kMaxOffsets = 448;  // the arguments of a launch are 4096 bytes at most
 
 template <typename token_t>
 struct Blocks {
@@ -23,13 +25,13 @@ struct Blocks {
     int64_t* targets;
 };
 
-struct GivenStarts {
-    int64_t starts[kMostStarts];
+struct GivenOffsets {
+    int64_t offsets[kMaxOffsets];
 
-    __device__ int64_t of_block(int64_t b) const { return starts[b]; }
+    __device__ int64_t of_block(int64_t b) const { return offsets[b]; }
 };
 
-struct DrawnStarts {
+struct DrawnOffsets {
     Seed seed;
     uint64_t num_offsets;
 
@@ -41,47 +43,49 @@ struct DrawnStarts {
 };
 
 // A thread for each token of the batch.
-template <typename token_t, typename Starts>
-__global__ void __launch_bounds__(kThreads) get_batch_kernel(Blocks<token_t> blocks, Starts starts) {
+template <typename token_t, typename Offsets>
+__global__ void __launch_bounds__(kThreads) get_batch_kernel(Blocks<token_t> blocks, Offsets offsets) {
     const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (n >= blocks.size) return;
     const int64_t b = n / blocks.block_size, t = n % blocks.block_size;
-    const token_t* const token = blocks.tokens + (starts.of_block(b) + t) * blocks.stride;
+    const token_t* const token = blocks.tokens + (offsets.of_block(b) + t) * blocks.stride;
     blocks.idx[n] = static_cast<int64_t>(token[0]);
     blocks.targets[n] = static_cast<int64_t>(token[blocks.stride]);
 }
 
 // The blocks from `first` on.
-template <typename Starts>
-void launch_blocks(const BatchJob& job, const Starts& starts, int64_t first, int64_t num_blocks,
-                   cudaStream_t stream) {
-    const int64_t size = num_blocks * job.block_size, done = first * job.block_size;
-    const LaunchShape shape{kName, stream, (size + kThreads - 1) / kThreads, kThreads};
-    with_type(job.type, [&](auto zero) {
+template <typename Offsets>
+void launch_blocks(const GetBatchKernelParams& params, const Offsets& offsets, int64_t first,
+                   int64_t num_blocks, cudaStream_t stream) {
+    const int64_t size = num_blocks * params.block_size, done = first * params.block_size;
+    const LaunchShape shape{kGetBatch, stream, (size + kThreads - 1) / kThreads, kThreads};
+    with_type(params.type, [&](auto zero) {
         using token_t = decltype(zero);
-        const Blocks<token_t> blocks{static_cast<const token_t*>(job.tokens),
-                                     job.stride,
-                                     job.block_size,
+        const Blocks<token_t> blocks{static_cast<const token_t*>(params.tokens),
+                                     params.stride,
+                                     params.block_size,
                                      size,
-                                     job.idx + done,
-                                     job.targets + done};
-        launch(shape, get_batch_kernel<token_t, Starts>, blocks, starts);
+                                     params.idx + done,
+                                     params.targets + done};
+        launch(shape, get_batch_kernel<token_t, Offsets>, blocks, offsets);
     });
 }
 
 }  // namespace
 
-void launch_get_batch(const BatchJob& job, const int64_t* starts, cudaStream_t stream) {
-    for (int64_t first = 0; first < job.batch_size; first += kMostStarts) {
-        const int64_t num_blocks = std::min<int64_t>(kMostStarts, job.batch_size - first);
-        GivenStarts given{};
-        std::copy_n(starts + first, num_blocks, given.starts);
-        launch_blocks(job, given, first, num_blocks, stream);
+void launch_get_batch(const GetBatchKernelParams& params, const int64_t* offsets, cudaStream_t stream) {
+    for (int64_t first = 0; first < params.batch_size; first += kMaxOffsets) {
+        const int64_t num_blocks = std::min<int64_t>(kMaxOffsets, params.batch_size - first);
+        GivenOffsets given{};
+        std::copy_n(offsets + first, num_blocks, given.offsets);
+        launch_blocks(params, given, first, num_blocks, stream);
     }
 }
 
-void launch_get_batch(const BatchJob& job, const Seed& seed, int64_t num_offsets, cudaStream_t stream) {
-    launch_blocks(job, DrawnStarts{seed, static_cast<uint64_t>(num_offsets)}, 0, job.batch_size, stream);
+void launch_get_batch(const GetBatchKernelParams& params, const Seed& seed, int64_t num_offsets,
+                      cudaStream_t stream) {
+    launch_blocks(params, DrawnOffsets{seed, static_cast<uint64_t>(num_offsets)}, 0, params.batch_size,
+                  stream);
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

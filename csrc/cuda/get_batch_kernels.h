@@ -5,9 +5,9 @@
 
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
-struct BatchJob {
+struct GetBatchKernelParams {
     TokenType type;
     const void* tokens;
     int64_t stride;      // of the tokens, in elements
@@ -17,11 +17,12 @@ struct BatchJob {
     int64_t* targets;    // (B, T)
 };
 
-// starts: (B), on the host; free again on return. They travel in the arguments of the launches: nothing is
+// offsets: (B), on the host; free again on return. They travel in the arguments of the launches: nothing is
 // copied, nothing waits.
-void launch_get_batch(const BatchJob& job, const int64_t* starts, cudaStream_t stream);
+void launch_get_batch(const GetBatchKernelParams& params, const int64_t* offsets, cudaStream_t stream);
 
 // Block b begins where the draws of sequence b, scaled to num_offsets, say.
-void launch_get_batch(const BatchJob& job, const Seed& seed, int64_t num_offsets, cudaStream_t stream);
+void launch_get_batch(const GetBatchKernelParams& params, const Seed& seed, int64_t num_offsets,
+                      cudaStream_t stream);
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,32 +1,35 @@
+// Draws by the fixed-point CDF of a row of weights (sampling/fixed_point_cdf.h): one draw from each row in a
+// pass over it, by a warp or a block; many with replacement by a search in the CDF; without replacement one
+// after the other, each from what those before it have left.
 #include "cuda/multinomial_kernels.h"
 
+#include "base/op_names.h"
 #include "cuda/base/block.cuh"
 #include "cuda/base/launch.h"
 #include "cuda/base/vector_access.cuh"
 #include "cuda/sampling/weighted_row.cuh"
+#include "sampling/distribution_errors.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
-constexpr const char* kName = "multinomial";
 constexpr int kThreads = 256;
 
 template <typename scalar_t>
-__device__ const scalar_t* row_of(const DrawsJob& job, int64_t b) {
-    return static_cast<const scalar_t*>(job.probs) + b * job.vocab_size;
+__device__ const scalar_t* row_of(const MultinomialKernelParams& params, int64_t b) {
+    return static_cast<const scalar_t*>(params.probs) + b * params.vocab_size;
 }
 
 template <typename T>
 __device__ void assert_distribution(T largest) {
-    device_assert(largest < kInfinity<T>,
-                  "multinomial: probability tensor contains either `inf`, `nan` or element < 0");
-    device_assert(largest > 0, "multinomial: invalid multinomial distribution (sum of probabilities <= 0)");
+    device_assert(largest < kInfinity<T>, "multinomial: " BIGRAMX_INVALID_PROBS);
+    device_assert(largest > 0, "multinomial: " BIGRAMX_ZERO_PROBS);
 }
 
 template <typename scalar_t>
-__device__ WeightedRow<Probs<scalar_t>> read_row(const DrawsJob& job, int64_t b,
+__device__ WeightedRow<Probs<scalar_t>> read_row(const MultinomialKernelParams& params, int64_t b,
                                                  const RowMemory<scalar_t>& memory) {
-    const WeightedRow<Probs<scalar_t>> row({}, row_of<scalar_t>(job, b), job.vocab_size, memory);
+    const WeightedRow<Probs<scalar_t>> row({}, row_of<scalar_t>(params, b), params.vocab_size, memory);
     assert_distribution(row.largest());
     return row;
 }
@@ -35,16 +38,16 @@ __device__ WeightedRow<Probs<scalar_t>> read_row(const DrawsJob& job, int64_t b,
 
 // A warp takes a row of at most kItems tokens a lane, and keeps it in registers. The lanes take every 32nd.
 template <typename scalar_t, int kItems>
-__global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(DrawsJob job) {
+__global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(MultinomialKernelParams params) {
     using T = opmath_t<scalar_t>;
     constexpr int kWarps = kThreads / kWarp;
     const int64_t b = int64_t{blockIdx.x} * kWarps + warp_of_thread();
-    if (b >= job.num_rows) return;
-    const scalar_t* const row = row_of<scalar_t>(job, b);
+    if (b >= params.num_rows) return;
+    const scalar_t* const row = row_of<scalar_t>(params, b);
     T probs[kItems], largest = 0;
     for (int k = 0; k < kItems; ++k) {
         const int token = k * kWarp + lane_of_thread();
-        probs[k] = token < job.vocab_size ? widen(row[token]) : T(0);
+        probs[k] = token < params.vocab_size ? widen(row[token]) : T(0);
         include_element<Probs<scalar_t>>(probs[k], &largest);
     }
     largest = warp_reduce(largest, Larger());
@@ -54,13 +57,13 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(DrawsJob job
     uint32_t weights[kItems];
     uint64_t sum = 0;
     for (int k = 0; k < kItems; ++k) sum += weights[k] = weight_of_prob(probs[k], scale);
-    const uint32_t r = draw(seed_of(job.seed), static_cast<uint64_t>(b), /*position=*/0);
+    const uint32_t r = draw(seed_of(params.seed), static_cast<uint64_t>(b), /*position=*/0);
     uint64_t target_sum = CdfScale(warp_sum(sum)).target_sum(r);
     for (int k = 0; k < kItems; ++k) {
         const uint64_t sum_of_lanes = warp_inclusive_scan<uint64_t>(weights[k]);
         const unsigned reached = __ballot_sync(kAllLanes, sum_of_lanes >= target_sum);
         if (reached != 0) {
-            if (lane_of_thread() == 0) job.samples[b] = k * kWarp + __ffs(static_cast<int>(reached)) - 1;
+            if (lane_of_thread() == 0) params.samples[b] = k * kWarp + __ffs(static_cast<int>(reached)) - 1;
             return;
         }
         target_sum -= __shfl_sync(kAllLanes, sum_of_lanes, kWarp - 1);
@@ -69,27 +72,28 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(DrawsJob job
 
 // A block takes a row.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kMaxRowThreads) draw_one_by_block_kernel(DrawsJob job, bool keeps_row) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    draw_one_by_block_kernel(MultinomialKernelParams params, bool keeps_row) {
     const int64_t b = blockIdx.x;
-    const RowMemory<scalar_t> memory(job.vocab_size, keeps_row);
-    const int64_t token =
-        read_row(job, b, memory).find(draw(seed_of(job.seed), static_cast<uint64_t>(b), /*position=*/0));
-    if (threadIdx.x == 0) job.samples[b] = token;
+    const RowMemory<scalar_t> memory(params.vocab_size, keeps_row);
+    const int64_t token = read_row(params, b, memory)
+                              .find(draw(seed_of(params.seed), static_cast<uint64_t>(b), /*position=*/0));
+    if (threadIdx.x == 0) params.samples[b] = token;
 }
 
 // By as few items a lane as suffice, else by blocks.
 template <typename scalar_t, int kItems = 4>
-void launch_draw_one(const DrawsJob& job, cudaStream_t stream) {
+void launch_draw_one(const MultinomialKernelParams& params, cudaStream_t stream) {
     constexpr int kWarps = kThreads / kWarp, kMostItems = 32;
-    if (job.vocab_size <= kItems * kWarp) {
-        launch({kName, stream, (job.num_rows + kWarps - 1) / kWarps, kThreads},
-               draw_one_by_warp_kernel<scalar_t, kItems>, job);
+    if (params.vocab_size <= kItems * kWarp) {
+        launch({kMultinomial, stream, (params.num_rows + kWarps - 1) / kWarps, kThreads},
+               draw_one_by_warp_kernel<scalar_t, kItems>, params);
     } else if constexpr (kItems < kMostItems) {
-        launch_draw_one<scalar_t, 2 * kItems>(job, stream);
+        launch_draw_one<scalar_t, 2 * kItems>(params, stream);
     } else {
-        const RowPlan plan = plan_row<scalar_t>(kName, job.vocab_size);
-        launch({kName, stream, job.num_rows, plan.threads, plan.shared_bytes},
-               draw_one_by_block_kernel<scalar_t>, job, plan.keeps_row);
+        const RowPlan plan = plan_row<scalar_t>(kMultinomial, params.vocab_size);
+        launch({kMultinomial, stream, params.num_rows, plan.threads, plan.shared_bytes},
+               draw_one_by_block_kernel<scalar_t>, params, plan.keeps_row);
     }
 }
 
@@ -98,28 +102,30 @@ void launch_draw_one(const DrawsJob& job, cudaStream_t stream) {
 // A block takes a row.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    write_cdf_kernel(DrawsJob job, bool keeps_row, uint32_t* cdf) {
+    write_cdf_kernel(MultinomialKernelParams params, bool keeps_row, uint32_t* cdf) {
     const int64_t b = blockIdx.x;
-    const RowMemory<scalar_t> memory(job.vocab_size, keeps_row);
-    read_row(job, b, memory).write_cdf(cdf + b * job.vocab_size);
+    const RowMemory<scalar_t> memory(params.vocab_size, keeps_row);
+    read_row(params, b, memory).write_cdf(cdf + b * params.vocab_size);
 }
 
-int64_t groups_a_row(const DrawsJob& job) { return (job.num_samples + Philox::kWords - 1) / Philox::kWords; }
+int64_t groups_a_row(const MultinomialKernelParams& params) {
+    return (params.num_samples + Philox::kWords - 1) / Philox::kWords;
+}
 
 // A thread takes the samples that share an evaluation of Philox: one of `groups` of a row.
 __global__ void __launch_bounds__(kThreads)
-    search_cdf_kernel(DrawsJob job, int64_t groups, const uint32_t* cdf) {
+    search_cdf_kernel(MultinomialKernelParams params, int64_t groups, const uint32_t* cdf) {
     const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (n >= job.num_rows * groups) return;
+    if (n >= params.num_rows * groups) return;
     const int64_t b = n / groups, group = n % groups, first = group * Philox::kWords;
-    const Philox bits(seed_of(job.seed), static_cast<uint64_t>(b), static_cast<uint64_t>(group));
+    const Philox bits(seed_of(params.seed), static_cast<uint64_t>(b), static_cast<uint64_t>(group));
     uint32_t tokens[Philox::kWords];
     for (int k = 0; k < Philox::kWords; ++k) {
         const uint32_t r = bits.words[k] >> (32 - kDrawBits);
-        tokens[k] = static_cast<uint32_t>(search_row(cdf + b * job.vocab_size, job.vocab_size, r));
+        tokens[k] = static_cast<uint32_t>(search_row(cdf + b * params.vocab_size, params.vocab_size, r));
     }
-    const int64_t count = job.num_samples - first;
-    store_tokens(job.samples + b * job.num_samples + first, tokens,
+    const int64_t count = params.num_samples - first;
+    store_tokens(params.samples + b * params.num_samples + first, tokens,
                  static_cast<int>(count < Philox::kWords ? count : Philox::kWords));
 }
 
@@ -128,21 +134,21 @@ __global__ void __launch_bounds__(kThreads)
 // A block takes a row, a thread a run of its tokens, whose weights nobody else touches.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    draw_without_replacement_kernel(DrawsJob job, uint32_t* weights) {
-    const int64_t b = blockIdx.x, run = (job.vocab_size + blockDim.x - 1) / blockDim.x;
+    draw_without_replacement_kernel(MultinomialKernelParams params, uint32_t* weights) {
+    const int64_t b = blockIdx.x, run = (params.vocab_size + blockDim.x - 1) / blockDim.x;
     const int64_t begin = threadIdx.x * run;
-    const int64_t end = begin + run < job.vocab_size ? begin + run : job.vocab_size;
-    const RowMemory<scalar_t> memory(job.vocab_size, /*keeps_row=*/false);
-    const WeightedRow<Probs<scalar_t>> row = read_row(job, b, memory);
-    uint32_t* const left = weights + b * job.vocab_size;  // what is left of them
+    const int64_t end = begin + run < params.vocab_size ? begin + run : params.vocab_size;
+    const RowMemory<scalar_t> memory(params.vocab_size, /*keeps_row=*/false);
+    const WeightedRow<Probs<scalar_t>> row = read_row(params, b, memory);
+    uint32_t* const left = weights + b * params.vocab_size;  // what is left of them
     const ProbScale<opmath_t<scalar_t>> scale(row.largest());
     uint64_t sum = 0, total;
     for (int64_t token = begin; token < end; ++token) sum += left[token] = row.weight(token, scale);
 
-    const uint64_t seed = seed_of(job.seed);
-    int64_t* const samples = job.samples + b * job.num_samples;
+    const uint64_t seed = seed_of(params.seed);
+    int64_t* const samples = params.samples + b * params.num_samples;
     int64_t k = 0;
-    for (; k < job.num_samples; ++k) {
+    for (; k < params.num_samples; ++k) {
         const uint64_t sum_before = block_exclusive_scan(sum, memory.sums, &total);
         if (total == 0) break;
         const uint32_t r = threadIdx.x == 0 ? draw(seed, static_cast<uint64_t>(b), k) : 0;
@@ -157,43 +163,44 @@ __global__ void __launch_bounds__(kMaxRowThreads)
             left[token] = 0;
         }
     }
-    if (k == job.num_samples) return;
+    if (k == params.num_samples) return;
 
     // Where only zeros are left: those, in order.
-    const scalar_t* const probs = row_of<scalar_t>(job, b);
+    const scalar_t* const probs = row_of<scalar_t>(params, b);
     uint64_t num_zeros = 0;
     for (int64_t token = begin; token < end; ++token) num_zeros += widen(probs[token]) == 0 ? 1 : 0;
     k += static_cast<int64_t>(block_exclusive_scan(num_zeros, memory.sums, &total));
-    for (int64_t token = begin; token < end && k < job.num_samples; ++token) {
+    for (int64_t token = begin; token < end && k < params.num_samples; ++token) {
         if (widen(probs[token]) == 0) samples[k++] = token;
     }
 }
 
 }  // namespace
 
-void launch_draw_one_a_row(const DrawsJob& job, cudaStream_t stream) {
-    with_type(job.type, [&](auto zero) { launch_draw_one<decltype(zero)>(job, stream); });
+void launch_draw_one_a_row(const MultinomialKernelParams& params, cudaStream_t stream) {
+    with_type(params.type, [&](auto zero) { launch_draw_one<decltype(zero)>(params, stream); });
 }
 
-void launch_draw_with_replacement(const DrawsJob& job, uint32_t* cdf, cudaStream_t stream) {
-    with_type(job.type, [&](auto zero) {
+void launch_draw_with_replacement(const MultinomialKernelParams& params, uint32_t* cdf, cudaStream_t stream) {
+    with_type(params.type, [&](auto zero) {
         using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kName, job.vocab_size);
-        launch({kName, stream, job.num_rows, plan.threads, plan.shared_bytes}, write_cdf_kernel<scalar_t>,
-               job, plan.keeps_row, cdf);
+        const RowPlan plan = plan_row<scalar_t>(kMultinomial, params.vocab_size);
+        launch({kMultinomial, stream, params.num_rows, plan.threads, plan.shared_bytes},
+               write_cdf_kernel<scalar_t>, params, plan.keeps_row, cdf);
     });
-    const int64_t groups = groups_a_row(job);
-    launch({kName, stream, (job.num_rows * groups + kThreads - 1) / kThreads, kThreads}, search_cdf_kernel,
-           job, groups, cdf);
+    const int64_t groups = groups_a_row(params);
+    launch({kMultinomial, stream, (params.num_rows * groups + kThreads - 1) / kThreads, kThreads},
+           search_cdf_kernel, params, groups, cdf);
 }
 
-void launch_draw_without_replacement(const DrawsJob& job, uint32_t* weights, cudaStream_t stream) {
-    with_type(job.type, [&](auto zero) {
+void launch_draw_without_replacement(const MultinomialKernelParams& params, uint32_t* weights,
+                                     cudaStream_t stream) {
+    with_type(params.type, [&](auto zero) {
         using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kName, job.vocab_size, /*may_keep_row=*/false);
-        launch({kName, stream, job.num_rows, plan.threads, plan.shared_bytes},
-               draw_without_replacement_kernel<scalar_t>, job, weights);
+        const RowPlan plan = plan_row<scalar_t>(kMultinomial, params.vocab_size, /*may_keep_row=*/false);
+        launch({kMultinomial, stream, params.num_rows, plan.threads, plan.shared_bytes},
+               draw_without_replacement_kernel<scalar_t>, params, weights);
     });
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

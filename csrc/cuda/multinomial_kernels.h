@@ -1,13 +1,13 @@
-// Draws tokens from rows of probabilities on the GPU. A row that is no distribution stops the kernel.
+// Draws tokens from rows of probabilities on the GPU. A row that is not a distribution stops the kernel.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
-struct DrawsJob {
+struct MultinomialKernelParams {
     FloatType type;
     const void* probs;  // (B, V)
     int64_t num_rows, vocab_size, num_samples;
@@ -16,12 +16,13 @@ struct DrawsJob {
 };
 
 // num_samples: 1.
-void launch_draw_one_a_row(const DrawsJob& job, cudaStream_t stream);
+void launch_draw_one_a_row(const MultinomialKernelParams& params, cudaStream_t stream);
 
 // cdf: (B, V), scratch.
-void launch_draw_with_replacement(const DrawsJob& job, uint32_t* cdf, cudaStream_t stream);
+void launch_draw_with_replacement(const MultinomialKernelParams& params, uint32_t* cdf, cudaStream_t stream);
 
 // weights: (B, V), scratch.
-void launch_draw_without_replacement(const DrawsJob& job, uint32_t* weights, cudaStream_t stream);
+void launch_draw_without_replacement(const MultinomialKernelParams& params, uint32_t* weights,
+                                     cudaStream_t stream);
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,5 +1,5 @@
-// Replaces csrc/gpu.cpp: every CPU tensor counts as a tensor on the device.
-#include "../../csrc/gpu.h"
+// Replaces csrc/cuda/base/device.cpp: every CPU tensor counts as a tensor on the device.
+#include "cuda/base/device.h"
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -9,8 +9,9 @@
 #include <cstring>
 #include <memory>
 
-#include "../../csrc/cpu/generator.h"
+#include "base/dispatch.h"
 #include "device_memory.h"
+#include "sampling/generator.h"
 
 namespace simt {
 namespace {
@@ -55,15 +56,18 @@ const bool is_installed = [] {
 namespace bigramx {
 
 // Some tensors are older than this module, or use memory allocated by NumPy.
-bool is_on_gpu(const at::Tensor& tensor) {
+bool uses_cuda_kernels(const at::Tensor& tensor) {
     if (tensor.has_storage()) simt::adopt(tensor.storage().data(), tensor.storage().nbytes());
     return true;
 }
 
-GpuScope::GpuScope(const at::Tensor& tensor) : guard_(tensor.device()), stream_(nullptr) {}
+namespace cuda {
 
-Seed draw_gpu_seed(const std::optional<at::Generator>& generator) {
+StreamGuard::StreamGuard(const at::Tensor& tensor) : guard_(tensor.device()), stream_(nullptr) {}
+
+Seed draw_cuda_seed(const std::optional<at::Generator>& generator) {
     return {draw_seed(generator), false, 0, nullptr, nullptr};
 }
 
+}  // namespace cuda
 }  // namespace bigramx

@@ -6,13 +6,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../csrc/cuda/block.cuh"
-#include "../../csrc/cuda/launch.h"
-#include "../../csrc/cuda/numbers.cuh"
+#include "cuda/base/block.cuh"
+#include "cuda/base/launch.h"
+#include "cuda/base/vector_access.cuh"
 #include "device_memory.h"
 #include "simt.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 namespace {
 
 constexpr int kThreads = 64;
@@ -181,19 +181,19 @@ void shared_half_word(bool broken) {
     for (int i = 0; i < kThreads; ++i) expect(out[i] == 7, "elements");
 }
 
-// A chunk of bytes that were written one by one.
-__global__ void bytes_and_chunks_kernel(bool broken, uint8_t* out) {
+// A vector of bytes that were written one by one.
+__global__ void bytes_and_vectors_kernel(bool broken, uint8_t* out) {
     out[threadIdx.x] = static_cast<uint8_t>(threadIdx.x);
     if (!broken) __syncthreads();
-    if (threadIdx.x % kChunk<uint8_t> != 0) return;
-    Chunk<uint8_t> chunk = load_chunk(out + threadIdx.x);
-    for (uint8_t& element : chunk.elements) ++element;
-    store_chunk(out + threadIdx.x, chunk);
+    if (threadIdx.x % kVectorSize<uint8_t> != 0) return;
+    AlignedVector<uint8_t> vector = load_vector(out + threadIdx.x);
+    for (uint8_t& element : vector.elements) ++element;
+    store_vector(out + threadIdx.x, vector);
 }
 
-void bytes_and_chunks(bool broken) {
+void bytes_and_vectors(bool broken) {
     const Array<uint8_t> out(kThreads);
-    run(bytes_and_chunks_kernel, 1, kThreads, 0, broken, out.data());
+    run(bytes_and_vectors_kernel, 1, kThreads, 0, broken, out.data());
     for (int i = 0; i < kThreads; ++i) expect(out[i] == i + 1, "elements");
 }
 
@@ -365,11 +365,11 @@ void write_rows(int way) {
 void offset_that_wraps(bool broken) { write_rows(broken ? 1 : 0); }
 void offset_that_overflows(bool broken) { write_rows(broken ? 2 : 0); }
 
-__global__ void read_chunk_kernel(const float* from, float* to) { store_chunk(to, load_chunk(from)); }
+__global__ void read_vector_kernel(const float* from, float* to) { store_vector(to, load_vector(from)); }
 
-void misaligned_chunk(bool broken) {
+void misaligned_vector(bool broken) {
     const Array<float> from(8, 1.0f), to(4);
-    run(read_chunk_kernel, 1, 1, 0, from.data() + (broken ? 1 : 4), to.data());
+    run(read_vector_kernel, 1, 1, 0, from.data() + (broken ? 1 : 4), to.data());
     expect(to[3] == 1, "elements");
 }
 
@@ -383,9 +383,9 @@ void misaligned_atomic(bool broken) {
 }
 
 __global__ void local_array_kernel(int64_t i, float* out) {
-    Chunk<float> chunk{};
-    chunk.elements[i] = 1;
-    *out = chunk.elements[0] + chunk.elements[3];
+    AlignedVector<float> vector{};
+    vector.elements[i] = 1;
+    *out = vector.elements[0] + vector.elements[3];
 }
 
 void index_past_local_array(bool broken) {
@@ -631,11 +631,11 @@ void last_block(bool) {
 // Adds one to each element of a row of any alignment and length.
 template <typename T>
 __global__ void add_one_kernel(T* row, int64_t size) {
-    for_each_chunk<2>(
+    for_each_aligned_vector<2>(
         row, size,
-        [&](int k, Chunk<T> chunk) {
-            for (T& element : chunk.elements) element = static_cast<T>(element + 1);
-            store_chunk(row + k, chunk);
+        [&](int k, AlignedVector<T> vector) {
+            for (T& element : vector.elements) element = static_cast<T>(element + 1);
+            store_vector(row + k, vector);
         },
         [&](int k) { row[k] = static_cast<T>(row[k] + 1); });
 }
@@ -647,7 +647,7 @@ void add_one(size_t begin, size_t size) {
     for (size_t i = 0; i < begin + size; ++i) expect(row[i] == (i < begin ? 1 : 2), "elements");
 }
 
-void chunks_of_rows(bool) {
+void vectors_of_rows(bool) {
     for (const size_t size : {0, 1, 15, 16, 17, 33, 1027}) {
         for (size_t begin = 0; begin < 16; ++begin) {
             add_one<uint8_t>(begin, size);
@@ -677,7 +677,7 @@ constexpr Case kCases[] = {
     CASE(missing_barrier_before_atomics),
     CASE(missing_barrier_after_atomics),
     CASE(shared_half_word),
-    CASE(bytes_and_chunks),
+    CASE(bytes_and_vectors),
     CASE(missing_release),
     CASE(missing_acquire),
     CASE(missing_release_of_atomics),
@@ -693,7 +693,7 @@ constexpr Case kCases[] = {
     CASE(shared_memory_of_earlier_block),
     CASE(offset_that_wraps),
     CASE(offset_that_overflows),
-    CASE(misaligned_chunk),
+    CASE(misaligned_vector),
     CASE(misaligned_atomic),
     CASE(index_past_local_array),
     CASE(local_of_another_thread),
@@ -714,20 +714,20 @@ constexpr Case kCases[] = {
     CASE(correct_functions),
     CASE(block_functions),
     CASE(last_block),
-    CASE(chunks_of_rows),
+    CASE(vectors_of_rows),
 };
 #undef CASE
 
 std::string message;
 
 }  // namespace
-}  // namespace bigramx
+}  // namespace bigramx::cuda
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // The error that the case raises; empty if it raises none; null if there is no such case.
 EXPORTED const char* run_fault(const char* name, bool broken, uint64_t seed) {
-    using namespace bigramx;
+    using namespace bigramx::cuda;
     simt::random_below.seed(seed);
     for (const Case& known : kCases) {
         if (std::strcmp(known.name, name) != 0) continue;
@@ -744,7 +744,7 @@ EXPORTED const char* run_fault(const char* name, bool broken, uint64_t seed) {
 
 // The indices of the threads within the grid, in the order in which they ran.
 EXPORTED void run_order(int blocks, int threads, uint64_t seed, int* order) {
-    using namespace bigramx;
+    using namespace bigramx::cuda;
     simt::random_below.seed(seed);
     const Array<unsigned> cursor(1, 0);
     const Array<int> seen(static_cast<size_t>(blocks) * threads);

@@ -21,12 +21,12 @@
 
 #include "device_memory.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 // Declared by the kernels. The second half keeps out-of-bounds accesses away from other data.
 alignas(1024) unsigned char bigramx_shared_memory[2 * simt::kMaxSharedBytes];
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda
 
 namespace simt {
 
@@ -35,7 +35,7 @@ Order order;
 namespace {
 
 using Byte = unsigned char;
-using bigramx::bigramx_shared_memory;
+using bigramx::cuda::bigramx_shared_memory;
 
 constexpr int kPoison = 0xFF;                      // NaN; -1
 constexpr size_t kMaxPoisonedBytes = 64ull << 20;  // larger allocations use no memory until accessed

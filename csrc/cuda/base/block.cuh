@@ -18,7 +18,7 @@ extern "C" __host__ __device__ void __assert_fail(const char* assertion, const c
                                                   const char* function) noexcept;
 #endif
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 constexpr int kWarp = 32;  // lanes
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
@@ -165,4 +165,4 @@ __device__ inline uint64_t seed_of(const Seed& seed) {
     return uint64_t{mixed.words[1]} << 32 | mixed.words[0];
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

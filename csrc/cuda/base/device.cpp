@@ -1,15 +1,16 @@
-#include "base/dispatch.h"
-
-#if defined(BIGRAMX_CUDA)
+#include "cuda/base/device.h"
 
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "base/dispatch.h"
 #include "sampling/generator.h"
 
 namespace bigramx {
 
-bool is_on_gpu(const at::Tensor& tensor) { return tensor.is_cuda(); }
+bool uses_cuda_kernels(const at::Tensor& tensor) { return tensor.is_cuda(); }
+
+namespace cuda {
 
 StreamGuard::StreamGuard(const at::Tensor& tensor)
     : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.device().index())) {}
@@ -26,6 +27,5 @@ Seed draw_cuda_seed(const std::optional<at::Generator>& generator) {
     return {0, true, state.offset_intragraph_, state.seed_.ptr, state.offset_.ptr};
 }
 
+}  // namespace cuda
 }  // namespace bigramx
-
-#endif

@@ -11,7 +11,7 @@
 
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 inline void check_cuda(const char* op, cudaError_t status) {
     if (status != cudaSuccess) {
@@ -72,4 +72,4 @@ inline int64_t max_shared_bytes(const char* op) {
     return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -12,14 +12,14 @@
 #include "cuda/base/launch.h"
 #include "cuda/base/vector_access.cuh"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 struct Pair {
     static constexpr int32_t kIgnored = -1;
 
     int64_t row;
     int32_t target;  // kIgnored: the pair counts for nothing
-    int64_t number;  // in the batch
+    int64_t index;   // in the batch
 };
 
 // Each token and the one that follows it.
@@ -88,10 +88,10 @@ struct IndexedPairs {
 };
 
 // The part of the pairs that a block takes.
-struct Share {
+struct BlockRange {
     int64_t begin, end;
 
-    __device__ explicit Share(int64_t num_pairs)
+    __device__ explicit BlockRange(int64_t num_pairs)
         : begin(num_pairs / gridDim.x * blockIdx.x + min_with_rest(num_pairs, blockIdx.x)),
           end(num_pairs / gridDim.x * (blockIdx.x + 1) + min_with_rest(num_pairs, blockIdx.x + 1)) {}
 
@@ -123,9 +123,9 @@ inline bool fits_table(const char* op, int64_t num_rows, int64_t num_targets) {
 
 // table (rows, num_targets), all zero: += 1 at each pair that is not ignored.
 template <typename Source>
-__device__ void count_in_table(const Source& source, const Share& share, int64_t num_targets,
+__device__ void count_in_table(const Source& source, const BlockRange& range, int64_t num_targets,
                                uint32_t* table) {
-    source.for_each(share.begin, share.end, [&](const Pair& pair) {
+    source.for_each(range.begin, range.end, [&](const Pair& pair) {
         if (pair.target != Pair::kIgnored) atomicAdd(table + pair.row * num_targets + pair.target, 1u);
     });
 }
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     auto* const table = shared.take<uint32_t>(num_entries);
     for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) table[k] = 0;
     __syncthreads();
-    count_in_table(source, Share(source.num_pairs()), num_targets, table);
+    count_in_table(source, BlockRange(source.num_pairs()), num_targets, table);
     __syncthreads();
     for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) {
         if (table[k] > 0) add_atomically(counts + k, table[k]);
@@ -189,9 +189,9 @@ void count_table(const char* op, cudaStream_t stream, const Source& source, int6
 // The targets of the pairs of row i are those from row_begin[i] to row_begin[i + 1], in an order that may
 // change from run to run; ignored pairs are left out.
 struct PairGroups {
-    int64_t* row_begin;  // (R + 1)
-    int32_t* targets;    // (num_pairs)
-    int64_t* numbers;    // (num_pairs), in the batch; or null: not wanted
+    int64_t* row_begin;     // (R + 1)
+    int32_t* targets;       // (num_pairs)
+    int64_t* pair_indices;  // (num_pairs), in the batch; or null: not wanted
     // The rows that occur, be it in ignored pairs alone, ascending; or null: not wanted.
     int64_t* slot_rows;  // (min(num_pairs, R))
     int64_t* num_slots;  // ()
@@ -262,8 +262,8 @@ template <typename Source>
 __device__ void count_rows(const Source& source, const PairGroups& groups, int64_t num_rows,
                            bool share_counters) {
     const RowCounters rows(groups.row_counts, share_counters, num_rows);
-    const Share share(source.num_pairs());
-    source.for_each(share.begin, share.end, [&](const Pair& pair) {
+    const BlockRange range(source.num_pairs());
+    source.for_each(range.begin, range.end, [&](const Pair& pair) {
         if (groups.row_occurs != nullptr) atomicOr(groups.row_occurs + pair.row, 1u);
         if (pair.target == Pair::kIgnored) return;
         atomicAdd(rows.counters + pair.row, 1u);
@@ -293,9 +293,9 @@ template <typename Source>
 __global__ void __launch_bounds__(kPairThreads, 1)
     scatter_pairs_kernel(Source source, PairGroups groups, int64_t num_rows, bool share_counters) {
     const RowCounters rows(groups.cursors, share_counters, num_rows);
-    const Share share(source.num_pairs());
+    const BlockRange range(source.num_pairs());
     if (share_counters) {  // the block reserves its places of each row
-        source.for_each(share.begin, share.end, [&](const Pair& pair) {
+        source.for_each(range.begin, range.end, [&](const Pair& pair) {
             if (pair.target != Pair::kIgnored) atomicAdd(rows.counters + pair.row, 1u);
         });
         __syncthreads();
@@ -305,11 +305,11 @@ __global__ void __launch_bounds__(kPairThreads, 1)
         }
         __syncthreads();
     }
-    source.for_each(share.begin, share.end, [&](const Pair& pair) {
+    source.for_each(range.begin, range.end, [&](const Pair& pair) {
         if (pair.target == Pair::kIgnored) return;
         const uint32_t place = atomicAdd(rows.counters + pair.row, 1u);
         groups.targets[place] = pair.target;
-        if (groups.numbers != nullptr) groups.numbers[place] = pair.number;
+        if (groups.pair_indices != nullptr) groups.pair_indices[place] = pair.index;
     });
 }
 
@@ -358,4 +358,4 @@ class ScratchMemory {
     uintptr_t next_;
 };
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -5,12 +5,12 @@
 
 typedef struct CUstream_st* cudaStream_t;  // as the runtime declares it
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 enum class FloatType { float64, float32, bfloat16, float16 };
 enum class TokenType { uint8, uint16, int32, int64 };
 
-// The seed of counter-based draws: a number or, where a graph is being captured and every replay shall draw
+// The seed of counter-based draws: a number or, where a graph is being captured and every replay is to draw
 // anew, where a generator keeps its seed and its offset on the device.
 struct Seed {
     uint64_t value;  // the seed of the draws; of a generator on the device: that of the generator
@@ -20,4 +20,4 @@ struct Seed {
     const int64_t* captured_offset;
 };
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -11,7 +11,7 @@
 
 #include "cuda/base/types.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
@@ -129,4 +129,4 @@ __device__ inline void for_each_aligned_vector(const T* row, int64_t size, const
     for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_vectors);
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,4 +1,5 @@
-// Draws from rows of weights, by the cdf of cdf.h: what multinomial and generate share.
+// Draws from rows of weights by the fixed-point CDF of sampling/fixed_point_cdf.h: what multinomial and
+// generate share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +13,7 @@
 #include "sampling/fixed_point_cdf.h"
 #include "sampling/philox.h"
 
-namespace bigramx {
+namespace bigramx::cuda {
 
 // ------------------------------------------------------------------------------- how elements become weights
 
@@ -268,4 +269,4 @@ __device__ inline void store_tokens(int64_t* to, const uint32_t (&tokens)[Philox
     }
 }
 
-}  // namespace bigramx
+}  // namespace bigramx::cuda

@@ -1,0 +1,184 @@
+#include "generate.h"
+
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "base/op_names.h"
+#include "cuda/base/device.h"
+#include "cuda/generate_kernels.h"
+
+namespace bigramx {
+namespace {
+
+// The chains of a call, and the memory that their kernels share.
+class ChainsOfCall {
+  public:
+    ChainsOfCall(const GenerateParams& params, const at::Tensor& tokens)
+        : guard_(tokens),
+          params_(params),
+          weight_(params.weight.stride(1) == 1 ? params.weight : params.weight.contiguous()),
+          vocab_size_(weight_.size(0)),
+          tokens_(tokens),
+          invalid_(words({1 + vocab_size_}, /*zeros=*/true)) {
+        chains_.tokens = tokens.data_ptr<int64_t>() + params.prompt_length;
+        chains_.num_chains = tokens.size(0);
+        chains_.num_steps = tokens.size(1) - params.prompt_length;
+        chains_.stride = tokens.stride(0);
+        chains_.num_segments = 1;
+        chains_.steps_a_segment = chains_.num_steps;
+    }
+
+    void take_argmax() {
+        const at::Tensor argmax = weight_.argmax(-1);
+        launch_chains_by_argmax(chains_, argmax.const_data_ptr<int64_t>(), guard_.stream());
+    }
+
+    void draw(const cuda::Seed& seed) {
+        chains_.seed = seed;
+        if (params_.removes_tokens() && meets_few_rows()) {
+            draw_step_by_step();
+        } else if (is_worth_cdf()) {
+            draw_by_cdf();
+        } else {
+            draw_by_logits();
+        }
+    }
+
+    // Returns how many steps the longest chain took. Only with `stop` this waits for the GPU.
+    int64_t finish() {
+        if (!params_.stop.has_value()) {
+            launch_check_rows(chains_, pointer<unsigned>(invalid_), nullptr, guard_.stream());
+            return chains_.num_steps;
+        }
+        const at::Tensor lengths = at::full({chains_.num_chains}, chains_.num_steps, tokens_.options());
+        auto* const length = lengths.data_ptr<int64_t>();
+        launch_stop_chains(chains_, *params_.stop, length, guard_.stream());
+        launch_check_rows(chains_, pointer<unsigned>(invalid_), length, guard_.stream());
+        return lengths.max().item<int64_t>();
+    }
+
+  private:
+    at::Tensor words(at::IntArrayRef sizes, bool zeros = false) const {
+        const at::TensorOptions options = tokens_.options().dtype(at::kInt);
+        return zeros ? at::zeros(sizes, options) : at::empty(sizes, options);
+    }
+
+    template <typename T>
+    static T* pointer(const at::Tensor& words) {
+        return static_cast<T*>(words.data_ptr());
+    }
+
+    // Whether filtering, at each step, the rows that the chains have come to takes less than filtering the
+    // whole table, for which the few tokens that are asked of a large vocabulary would wait.
+    bool meets_few_rows() const {
+        constexpr int64_t kLaunchesOfAStep = 1 << 18;  // take as long as so many elements
+        return chains_.num_steps * (chains_.num_chains * vocab_size_ + kLaunchesOfAStep) <
+               vocab_size_ * vocab_size_;
+    }
+
+    bool is_worth_cdf() const {
+        constexpr int64_t kMaxElements = 1 << 28, kSmallVocab = 256;
+        return vocab_size_ * vocab_size_ <= kMaxElements &&
+               (vocab_size_ <= kSmallVocab || chains_.num_chains * chains_.num_steps >= vocab_size_);
+    }
+
+    // Some rows with -inf for the tokens that the filters remove. The kernels divide by the temperature: on
+    // a GPU ATen multiplies by its reciprocal, which rounds otherwise than the CPU.
+    at::Tensor filter(const at::Tensor& rows) const {
+        constexpr double kRemoved = -std::numeric_limits<double>::infinity();
+        return params_.removes_tokens() ? rows.masked_fill(filter_logits(rows, params_).isneginf(), kRemoved)
+                                        : rows;
+    }
+
+    cuda::LogitsParams logits_params(const at::Tensor& rows) const {
+        return {cuda::float_type(rows), rows.const_data_ptr(),      rows.size(0), vocab_size_, rows.stride(0),
+                params_.temperature,    pointer<unsigned>(invalid_)};
+    }
+
+    // visit(first, rows): for some rows of the table at a time, filtered.
+    template <typename Visit>
+    void for_filtered_rows(const Visit& visit) const {
+        constexpr int64_t kElementsAtOnce = 1 << 26;  // the filters take several times their memory
+        const int64_t rows_at_once =
+            params_.removes_tokens() ? std::max<int64_t>(kElementsAtOnce / vocab_size_, 1) : vocab_size_;
+        for (int64_t first = 0; first < vocab_size_; first += rows_at_once) {
+            visit(first, filter(weight_.narrow(0, first, std::min(rows_at_once, vocab_size_ - first))));
+        }
+    }
+
+    void cut(cuda::Granularity granularity) {
+        cut_chains(granularity, &chains_);
+        if (chains_.num_segments == 1) return;
+        boundaries_ = words({2, chains_.num_chains, chains_.num_segments});
+        uncoalesced_ = words({chains_.num_chains}, /*zeros=*/true);
+        chains_.entries = pointer<uint32_t>(boundaries_);
+        chains_.exits = chains_.entries + chains_.num_chains * chains_.num_segments;
+        chains_.uncoalesced = pointer<unsigned>(uncoalesced_);
+    }
+
+    void draw_by_cdf() {
+        const at::Tensor cdf = words({vocab_size_, vocab_size_});
+        for_filtered_rows([&](int64_t first, const at::Tensor& rows) {
+            launch_write_cdf(logits_params(rows), first, pointer<uint32_t>(cdf) + first * vocab_size_,
+                             guard_.stream());
+        });
+        cut(cuda::Granularity::thread);
+        launch_chains_by_cdf(chains_, pointer<uint32_t>(cdf), vocab_size_, guard_.stream());
+    }
+
+    void draw_by_logits() {
+        at::Tensor table = weight_;
+        if (params_.removes_tokens()) {
+            table = at::empty({vocab_size_, vocab_size_}, weight_.options());
+            for_filtered_rows([&](int64_t first, const at::Tensor& rows) {
+                table.narrow(0, first, rows.size(0)).copy_(rows);
+            });
+        }
+        cut(cuda::Granularity::block);
+        launch_chains_by_logits(chains_, logits_params(table), guard_.stream());
+    }
+
+    void draw_step_by_step() {
+        for (int64_t step = 0; step < chains_.num_steps; ++step) {
+            const at::Tensor last = tokens_.select(1, params_.prompt_length + step - 1);
+            launch_draw_step(chains_, logits_params(filter(weight_.index_select(0, last))), step,
+                             guard_.stream());
+        }
+    }
+
+    const cuda::StreamGuard guard_;
+    const GenerateParams params_;
+    const at::Tensor weight_;  // (V, V), each row contiguous
+    const int64_t vocab_size_;
+    const at::Tensor tokens_;
+    const at::Tensor invalid_;
+    at::Tensor boundaries_, uncoalesced_;
+    cuda::ChainsParams chains_{};
+};
+
+}  // namespace
+
+void copy_prompt_cuda(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens) {
+    const cuda::StreamGuard guard(tokens);
+    TORCH_CHECK_INDEX(vocab_size > 0 || idx.numel() == 0, kGenerate,
+                      ": index out of range: expected weight to have rows, got none");
+    cuda::launch_copy_prompt(idx.const_data_ptr<int64_t>(), idx.size(0), idx.size(1), vocab_size,
+                             tokens.data_ptr<int64_t>(), tokens.stride(0), guard.stream());
+}
+
+int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens) {
+    ChainsOfCall chains(params, tokens);
+    if (params.temperature == 0) {
+        chains.take_argmax();
+    } else {
+        chains.draw(cuda::draw_cuda_seed(params.generator));
+    }
+    return chains.finish();
+}
+
+}  // namespace bigramx
