@@ -6,8 +6,8 @@
 #include <limits>
 #include <vector>
 
-#define BIGRAMX_KERNELS "../../benchmarks/exp_error_kernels.h"
-#include "cpu/for_each_capability.h"
+#define BIGRAMX_KERNELS "../benchmarks/exp_error_kernels.h"
+#include "cpu/base/foreach_target.h"
 
 namespace {
 
@@ -17,11 +17,11 @@ using Exponential = void (*)(const float* from, float* to, int64_t size);
 
 // Those that this machine can run.
 std::vector<Exponential> exponentials() {
-    std::vector<Exponential> all{&bigramx::portable::exponential};
+    std::vector<Exponential> all{&bigramx::cpu::portable::exponential};
 #if defined(__x86_64__)
-    const bigramx::Capability capability = bigramx::cpu_capability();
-    if (capability != bigramx::Capability::portable) all.push_back(&bigramx::avx2::exponential);
-    if (capability == bigramx::Capability::avx512) all.push_back(&bigramx::avx512::exponential);
+    const bigramx::cpu::Target target = bigramx::cpu::cpu_target();
+    if (target != bigramx::cpu::Target::portable) all.push_back(&bigramx::cpu::avx2::exponential);
+    if (target == bigramx::cpu::Target::avx512) all.push_back(&bigramx::cpu::avx512::exponential);
 #endif
     return all;
 }

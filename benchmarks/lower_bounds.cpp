@@ -13,8 +13,8 @@
 #include <numeric>
 #include <random>
 
-#include "cpu/huge_pages.h"
-#include "direct_op.h"
+#include "base/direct_op.h"
+#include "cpu/base/huge_pages.h"
 
 namespace {
 
@@ -46,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> noop(const at::Tensor& idx, const at::Tensor&
 
 // --------------------------------------------------------------------------------------------- memory
 
-void advise_huge_pages(const at::Tensor& tensor) { bigramx::advise_huge_pages(tensor); }
+void advise_huge_pages(const at::Tensor& tensor) { bigramx::cpu::advise_huge_pages(tensor); }
 
 // Sums the 64-bit words of a tensor.
 int64_t read_words(const at::Tensor& tensor) {
@@ -159,9 +159,7 @@ TORCH_LIBRARY(bigramx_lower_bounds, m) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-    using at::Tensor;
-    bigramx::DirectOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>::define(
-        m, "noop", "bigramx_lower_bounds::noop");
+    bigramx::DirectOp<decltype(noop)>::define(m, "bigramx_lower_bounds", "noop");
     m.def("advise_huge_pages", &advise_huge_pages);
     m.def("read_words", &read_words);
     m.def("dependent_loads", &dependent_loads);

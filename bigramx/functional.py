@@ -92,9 +92,7 @@ def embedding_cross_entropy(
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
-    options = _loss_options(
-        weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse
-    )
+    options = _loss_options(weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse)
     loss: Tensor = ops.embedding_cross_entropy(idx, weight, targets, *options, False)[0]
     return loss
 
@@ -132,9 +130,7 @@ def embedding_cross_entropy_with_logits(
     Raises:
         IndexError, ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError: As there.
     """
-    options = _loss_options(
-        weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse
-    )
+    options = _loss_options(weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse)
     loss, logits = ops.embedding_cross_entropy(idx, weight, targets, *options, True)
     return loss, logits
 
@@ -286,6 +282,4 @@ def adamw_(
         ValueError: ``step``, on the CPU, is less than 1.
         TypeError: An argument is of the wrong type.
     """
-    ops.adamw_(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize
-    )
+    ops.adamw_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize)

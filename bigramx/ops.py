@@ -206,6 +206,32 @@ def _(
     _check_same_device(
         "adamw_", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq
     )
+    if step.device.type != "cpu" and step.device != param.device:
+        raise RuntimeError(
+            f"adamw_: expected step to be on the CPU or on the device of param, {param.device}, got {step.device}"
+        )
+
+
+@_fake("fit_")
+def _(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    losses: Tensor,
+    tokens: Tensor,
+    batch_size: int,
+    block_size: int,
+    padding_idx: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_seconds: float,
+    generator: torch.Generator | None = None,
+) -> int:
+    raise NotImplementedError("fit_: not implemented under torch.compile: how many steps it takes depends on the time")
 
 
 @_fake("get_batch")

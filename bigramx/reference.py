@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -194,7 +196,7 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def weights_of_logits(logits: Tensor) -> Tensor:
-    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^30, by the very operations of csrc/sampling/fixed_point_cdf.h."""
+    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^30, as csrc/sampling/fixed_point_cdf.h."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     x = (logits - logits.amax(-1, keepdim=True)).float().clamp(min=-25)
@@ -314,3 +316,48 @@ def adamw_(
     number = step.item()
     denominator = largest.sqrt() / (1 - beta2**number) ** 0.5 + eps
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**number))
+
+
+def fit_(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    losses: Tensor,
+    tokens: Tensor,
+    batch_size: int,
+    block_size: int,
+    padding_idx: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    max_seconds: float,
+    generator: torch.Generator | None = None,
+) -> int:
+    """See the op fit_ (csrc/fit.h): the loop, a step for each element of ``losses`` or until the time is up."""
+    start = time.monotonic()
+    for k in range(len(losses)):
+        if k > 0 and time.monotonic() - start > max_seconds:
+            return k
+        idx, targets = get_batch(tokens, batch_size, block_size, generator=generator)
+        leaf = weight.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = embedding_cross_entropy(idx, leaf, targets, padding_idx=None if padding_idx == -1 else padding_idx)
+            (grad,) = torch.autograd.grad(loss, leaf)
+        step += 1
+        adamw_(
+            weight,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+        losses[k] = loss.detach()
+    return len(losses)

@@ -41,7 +41,16 @@ def test_equals_reference(
             to.copy_(tensor) for to, tensor in zip(moved, tensors, strict=True)
         )
         largest_or_none = largest if amsgrad else None
-        function(param, grad, exp_avg, exp_avg_sq, largest_or_none, step=step, maximize=maximize, **HYPERPARAMETERS)
+        function(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            largest_or_none,
+            step=torch.tensor(float(step)),
+            maximize=maximize,
+            **HYPERPARAMETERS,
+        )
         return [param, exp_avg, exp_avg_sq, largest]
 
     for actual, eager, exact in zip(
@@ -57,9 +66,29 @@ def test_more_elements_than_threads(dtype: torch.dtype) -> None:
     skip_if_long(size)
     tensors = [torch.rand(size, dtype=dtype) for _ in range(4)]
     copies = [tensor.clone() for tensor in tensors]
-    functional.adamw_(*tensors, step=3, **HYPERPARAMETERS)
-    reference.adamw_(*copies, step=3, **HYPERPARAMETERS)
+    functional.adamw_(*tensors, step=torch.tensor(3.0), **HYPERPARAMETERS)
+    reference.adamw_(*copies, step=torch.tensor(3.0), **HYPERPARAMETERS)
     torch.testing.assert_close(tensors, copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_is_a_tensor_as_in_torch_fused_adamw(dtype: torch.dtype) -> None:
+    """It is read, not counted, and may have another dtype than the parameter."""
+    tensors = [torch.rand(7, dtype=dtype) for _ in range(4)]
+    copies = [[tensor.clone()] for tensor in tensors]
+    for number in (1.0, 2.0):
+        step = torch.tensor(number)
+        functional.adamw_(*tensors, step=step.double(), **HYPERPARAMETERS)
+        fused: Any = torch._fused_adamw_
+        fused(*copies, [], [step], amsgrad=False, maximize=False, grad_scale=None, found_inf=None, **HYPERPARAMETERS)
+        assert step == number
+    torch.testing.assert_close(tensors, [copy for (copy,) in copies])
+
+
+@pytest.mark.cpu_only
+def test_a_step_before_the_first() -> None:
+    with pytest.raises(ValueError, match="step >= 1, got 0"):
+        functional.adamw_(*(torch.ones(3) for _ in range(4)), step=torch.zeros(()), **HYPERPARAMETERS)
 
 
 PARAM = torch.ones(4)
@@ -73,14 +102,17 @@ PARAM = torch.ones(4)
         ({"grad": torch.ones(3)}, RuntimeError, r"grad to have the shape of param, \[4\], got \[3\]"),
         ({"exp_avg": torch.ones(8)[::2]}, RuntimeError, r"exp_avg to be contiguous, got strides \[2\]"),
         ({"exp_avg_sq": PARAM.to("meta")}, RuntimeError, r"same device, got .*'exp_avg_sq': device\(type='meta'\)"),
-        ({"step": 0}, ValueError, r"step >= 1, got 0"),
+        ({"step": torch.ones(2)}, RuntimeError, r"step to be one number, got shape \[2\]"),
+        ({"step": torch.tensor(1)}, RuntimeError, r"step .*got Long"),
+        ({"step": torch.ones((), device="meta")}, RuntimeError, r"step to be on the CPU or on the device of param"),
+        ({"step": 1.0}, TypeError, r"'Tensor' for argument 'step'"),
         ({"lr": "x"}, TypeError, r"'float' for argument 'lr'"),
     ],
     ids=str,
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     tensors = {name: PARAM.clone() for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-    call = {**tensors, "step": 1, **HYPERPARAMETERS, **arguments}
+    call = {**tensors, "step": torch.tensor(1.0), **HYPERPARAMETERS, **arguments}
     with pytest.raises(error, match=message):
         functional.adamw_(**{name: on_device(value) for name, value in call.items()})
 
@@ -153,7 +185,7 @@ def test_a_graph_that_saved_the_parameter_notices_the_step() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
-        functional.adamw_(param, *(torch.ones(4) for _ in range(3)), step=1, **HYPERPARAMETERS)
+        functional.adamw_(param, *(torch.ones(4) for _ in range(3)), step=torch.tensor(1.0), **HYPERPARAMETERS)
 
 
 @pytest.mark.parametrize(

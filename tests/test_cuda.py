@@ -78,7 +78,7 @@ def results_of(inputs: Inputs) -> dict[str, Any]:
     probs, few = inputs.probs, min(9, len(inputs.probs))
     start = inputs.idx.view(-1, 5)
     param, grad, exp_avg, exp_avg_sq = (tensor.clone() for tensor in inputs.moments)
-    functional.adamw_(param, grad, exp_avg, exp_avg_sq, step=3, **HYPERPARAMETERS)
+    functional.adamw_(param, grad, exp_avg, exp_avg_sq, step=torch.tensor(3.0), **HYPERPARAMETERS)
     return {
         "mean": loss_and_gradient(inputs, label_smoothing=0.1),
         "sum": loss_and_gradient(inputs, reduction="sum", z_loss=0.01),
@@ -506,8 +506,8 @@ def test_a_step_of_many_elements() -> None:
     needs_gigabytes(40)
     tensors = [torch.rand(2**31 + 5, device=GPU) for _ in range(4)]
     ends = [tensor[-9:].clone() for tensor in tensors]
-    functional.adamw_(*tensors, step=3, **HYPERPARAMETERS)
-    reference.adamw_(*ends, step=3, **HYPERPARAMETERS)
+    functional.adamw_(*tensors, step=torch.tensor(3.0), **HYPERPARAMETERS)
+    reference.adamw_(*ends, step=torch.tensor(3.0), **HYPERPARAMETERS)
     torch.testing.assert_close([tensor[-9:] for tensor in tensors], ends)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bigramx import BigramLanguageModel, fit, ops
+from bigramx import BigramLanguageModel, fit, ops, reference
 
 pytestmark = pytest.mark.cpu_only  # on a GPU, fit takes its steps in Python
 
@@ -98,12 +98,12 @@ def fit_op(**changes: Any) -> int:
         "weight": torch.zeros(5, 5),
         "exp_avg": torch.zeros(5, 5),
         "exp_avg_sq": torch.zeros(5, 5),
+        "step": torch.zeros(()),
         "losses": torch.zeros(4, dtype=torch.float64),
         "tokens": torch.randint(5, (100,)),
         "batch_size": 2,
         "block_size": 3,
         "padding_idx": -1,
-        "step": 1.0,
         "lr": 0.1,
         "beta1": 0.9,
         "beta2": 0.99,
@@ -111,8 +111,29 @@ def fit_op(**changes: Any) -> int:
         "weight_decay": 0.01,
         "max_seconds": 100.0,
     }
-    steps: int = ops.fit_(**{**arguments, **changes})
+    steps: int = ops.fit_(*{**arguments, **changes}.values())
     return steps
+
+
+@pytest.mark.parametrize("padding_idx", [-1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_op_equals_its_reference(dtype: torch.dtype, padding_idx: int) -> None:
+    tokens, results = torch.randint(7, (300,)), []
+    functions: list[Any] = [ops.fit_, reference.fit_]
+    for function in functions:
+        torch.manual_seed(2)
+        tensors = [torch.randn(7, 7, dtype=dtype), *(torch.zeros(7, 7, dtype=dtype) for _ in range(2))]
+        step, losses = torch.tensor(3.0), torch.zeros(40, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        taken = function(
+            *tensors, step, losses, tokens, 4, 5, padding_idx, 0.05, 0.9, 0.99, 1e-8, 0.1, 100.0, generator
+        )
+        assert taken == 40
+        assert step == 43
+        results.append([*tensors, losses, generator.get_state()])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+    stopped = functions[1](*tensors, step, losses, tokens, 4, 5, -1, 0.05, 0.9, 0.99, 1e-8, 0.1, 0.0)
+    assert stopped == 1
 
 
 def test_a_call_ends_after_the_step_that_exceeds_its_time() -> None:
@@ -134,7 +155,7 @@ def test_a_call_ends_after_the_step_that_exceeds_its_time() -> None:
         ({"tokens": torch.zeros(3, 3).long()}, RuntimeError, r"tokens to be 1-D, got shape \[3, 3\]"),
         ({"tokens": torch.full((100,), 5)}, IndexError, "idx holds 5"),
         ({"block_size": 100}, ValueError, "more than block_size = 100 tokens, got 100"),
-        ({"step": 0.0}, ValueError, "step >= 1, got 0"),
+        ({"step": torch.tensor(-1.0)}, ValueError, "step >= 1, got 0"),
     ],
     ids=str,
 )

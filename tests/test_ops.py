@@ -64,7 +64,22 @@ def test_opcheck_others() -> None:
     library.opcheck(OPS.count_bigrams.default, (idx[0], 5))
     library.opcheck(OPS.get_batch.default, (torch.arange(5), 2, 4))  # only one block is possible
     state = [torch.rand(3) for _ in range(4)]
-    library.opcheck(OPS.adamw_.default, (*state, None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False))
+    library.opcheck(OPS.adamw_.default, (*state, None, torch.tensor(1.0), 0.1, 0.9, 0.99, 1e-8, 0.1, False))
+
+
+@pytest.mark.cpu_only
+def test_opcheck_fit() -> None:
+    table, losses = [torch.rand(4, 4) for _ in range(3)], torch.zeros(2, dtype=torch.float64)
+    tokens = torch.arange(4)  # one block alone
+    arguments = (*table, torch.zeros(()), losses, tokens, 2, 3, -1, 0.1, 0.9, 0.99, 1e-8, 0.1, 100.0)
+    library.opcheck(OPS.fit_.default, arguments, test_utils=("test_schema", "test_autograd_registration"))
+    with (
+        FakeTensorMode() as mode,
+        pytest.raises(NotImplementedError, match="fit_: not implemented under"),
+    ):
+        OPS.fit_.default(
+            *(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments)
+        )
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
@@ -153,7 +168,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
         ("count_bigrams", (torch.tensor([1, 2, 0]), 5)),
         ("multinomial", (torch.ones(3), 1)),
         ("generate", (torch.tensor([[1]]), torch.zeros(5, 5), 3)),
-        ("adamw_", (*(torch.ones(2) for _ in range(4)), None, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, False)),
+        ("adamw_", (*(torch.ones(2) for _ in range(4)), None, torch.tensor(1.0), 0.1, 0.9, 0.99, 1e-8, 0.1, False)),
         (
             "embedding_cross_entropy_forward",
             (

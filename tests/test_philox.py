@@ -1,4 +1,4 @@
-"""csrc/philox.h and csrc/thresholds.h, compiled on their own, match known answers and the reference bit for bit."""
+"""philox.h and fixed_point_cdf.h, compiled on their own, match known answers and the reference bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KNOWN_ANSWERS = [  # from Random123's kat_vectors: (key, sequence, counter, word
 ]
 PROGRAM = """
 #include <cstdio>
-#include "thresholds.h"
+#include "sampling/fixed_point_cdf.h"
 
 int main() {
     using namespace bigramx;

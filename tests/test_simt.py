@@ -98,11 +98,18 @@ MUTATIONS = [
     ),
     Mutation("cuda/base/block.cuh", "        __threadfence();\n        *scratch", "        *scratch", "last_block"),
     Mutation("cuda/base/block.cuh", "- 1;\n        __threadfence();\n", "- 1;\n", "last_block"),
-    Mutation("cuda/base/block.cuh", f"    }}\n{BARRIER}    return *scratch", "    }\n    return *scratch", "last_block"),
     Mutation(
-        "cuda/base/vector_access.cuh", "(kVectorSize<T> - elements_into_vector(row))", "elements_into_vector(row)", "vectors_of_rows"
+        "cuda/base/block.cuh", f"    }}\n{BARRIER}    return *scratch", "    }\n    return *scratch", "last_block"
     ),
-    Mutation("cuda/base/vector_access.cuh", "k < outside; k += threads", "k < outside - 1; k += threads", "vectors_of_rows"),
+    Mutation(
+        "cuda/base/vector_access.cuh",
+        "(kVectorSize<T> - elements_into_vector(row))",
+        "elements_into_vector(row)",
+        "vectors_of_rows",
+    ),
+    Mutation(
+        "cuda/base/vector_access.cuh", "k < outside; k += threads", "k < outside - 1; k += threads", "vectors_of_rows"
+    ),
     Mutation("cuda/base/vector_access.cuh", "if (c < num_vectors) visit_vector", "visit_vector", "vectors_of_rows"),
     Mutation("cuda/get_batch_kernels.cu", "if (n >= blocks.size)", "if (n > blocks.size)", "tests/test_get_batch.py"),
     Mutation(
@@ -130,7 +137,10 @@ MUTATIONS = [
         "tests/test_embedding_cross_entropy.py -k sparse",
     ),
     Mutation(
-        "cuda/adamw_kernels.cu", "if (k < count) to[k]", "if (k <= count) to[k]", "tests/test_adamw.py -k equals_reference"
+        "cuda/adamw_kernels.cu",
+        "if (k < count) to[k]",
+        "if (k <= count) to[k]",
+        "tests/test_adamw.py -k equals_reference",
     ),
     Mutation(
         "cuda/sampling/weighted_row.cuh",

@@ -2,6 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <string>
 #include <vector>
 
 namespace bigramx {
@@ -12,7 +13,8 @@ constexpr const char* kNamespace = "bigramx";
 void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack*) {
     const auto device = c10::dispatchKeyToDeviceType(keys.highestPriorityTypeId());
     const bool mentions_cuda = kHasCudaKernels && device != c10::DeviceType::CUDA;
-    TORCH_CHECK(false, op.operator_name().name, ": no kernel is built for device ",
+    const std::string& name = op.operator_name().name;  // with its namespace
+    TORCH_CHECK(false, name.substr(name.rfind(':') + 1), ": no kernel is built for device ",
                 c10::DeviceTypeName(device, true), "; expected tensors on ",
                 mentions_cuda ? "cpu or cuda" : "cpu");
 }

@@ -186,9 +186,11 @@ class CumulativeSums {
         for (sum_t& sum : sums_) sum /= total;
         sums_[sums_.size() - 1] = 1;
         if (num_buckets_ == 0) return;
-        const auto num_buckets = static_cast<double>(num_buckets_);
         fill_guide_table(sums_.size(), num_buckets_, guide_.begin(), [&](int64_t token) {
-            return static_cast<int64_t>(static_cast<double>(sums_[token]) * num_buckets) + 1;
+            const double bucket = static_cast<double>(sums_[token]) * static_cast<double>(num_buckets_);
+            // Not for NaN, which sums that overflow leave: it is below nothing.
+            return bucket < static_cast<double>(num_buckets_) ? static_cast<int64_t>(bucket) + 1
+                                                              : num_buckets_;
         });
     }
 
