@@ -39,6 +39,21 @@ ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"bigramx {bigramx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Of the command itself, before its subcommands."""
+
+
 class SamplerName(enum.Enum):
     """functional.Sampler, as typer reads choices."""
 

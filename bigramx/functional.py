@@ -13,25 +13,16 @@ Reduction = Literal["none", "mean", "sum"]
 Sampler = Literal["torch", "philox"]
 
 
-def _loss_options(
-    weight: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    reduction: Reduction,
-    label_smoothing: float,
-    z_loss: float,
-    padding_idx: int | None,
-    sparse: bool,
-) -> tuple[object, ...]:
-    """As the op takes them."""
+def _reduction_code(reduction: str) -> int:
     if reduction not in ops.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction; expected 'none', 'mean' or 'sum'")
-    padding = ops.NO_PADDING if padding_idx is None else _from_the_start(padding_idx, weight)
-    return class_weight, ignore_index, ops.REDUCTIONS[reduction], label_smoothing, z_loss, padding, sparse
+    return ops.REDUCTIONS[reduction]
 
 
-def _from_the_start(padding_idx: int, weight: Tensor) -> int:
+def _padding_row(padding_idx: int | None, weight: Tensor) -> int:
     """As F.embedding reads it: counted from the end where it is negative."""
+    if padding_idx is None:
+        return ops.NO_PADDING
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected weight to be a Tensor, got {type(weight).__name__}")
     num_embeddings = weight.size(0)
@@ -92,8 +83,20 @@ def embedding_cross_entropy(
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
-    options = _loss_options(weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse)
-    loss: Tensor = ops.embedding_cross_entropy(idx, weight, targets, *options, False)[0]
+    loss: Tensor
+    loss, _no_logits = ops.embedding_cross_entropy(
+        idx,
+        weight,
+        targets,
+        class_weight,
+        ignore_index,
+        _reduction_code(reduction),
+        label_smoothing,
+        z_loss,
+        _padding_row(padding_idx, weight),
+        sparse,
+        False,
+    )
     return loss
 
 
@@ -130,8 +133,21 @@ def embedding_cross_entropy_with_logits(
     Raises:
         IndexError, ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError: As there.
     """
-    options = _loss_options(weight, class_weight, ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse)
-    loss, logits = ops.embedding_cross_entropy(idx, weight, targets, *options, True)
+    loss: Tensor
+    logits: Tensor
+    loss, logits = ops.embedding_cross_entropy(
+        idx,
+        weight,
+        targets,
+        class_weight,
+        ignore_index,
+        _reduction_code(reduction),
+        label_smoothing,
+        z_loss,
+        _padding_row(padding_idx, weight),
+        sparse,
+        True,
+    )
     return loss, logits
 
 

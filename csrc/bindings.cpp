@@ -85,7 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("build_info", &build_info);
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);
     DirectOp<decltype(count_bigrams)>::define(m, "bigramx", kCountBigrams);
-    DirectOp<decltype(embedding_cross_entropy)>::define(m, "bigramx", kEmbeddingCrossEntropy);
+    DirectOp<decltype(EmbeddingCrossEntropy::differentiable)>::define(m, "bigramx", kEmbeddingCrossEntropy);
     DirectOp<decltype(fit)>::define(m, "bigramx", kFit);
     DirectOp<decltype(generate)>::define(m, "bigramx", kGenerate);
     DirectOp<decltype(get_batch)>::define(m, "bigramx", kGetBatch);

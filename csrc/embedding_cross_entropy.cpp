@@ -91,46 +91,6 @@ Params prepare(const Params& params) {
     return prepared;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
-    const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-    const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits,
-    bool compute_grad) {
-    const Params params{idx,
-                        weight,
-                        targets,
-                        class_weight.value_or(at::Tensor()),
-                        {ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse},
-                        return_logits,
-                        compute_grad};
-    check_params(params);
-    auto [loss, logits, gradient] = BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy, prepare(params));
-    if (!return_logits) logits = at::empty({0}, weight.options());
-    if (!compute_grad) {
-        gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
-    }
-    return {loss, logits, gradient.rows, gradient.values};
-}
-
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& idx,
-                                            const at::Tensor& weight, const at::Tensor& targets,
-                                            const std::optional<at::Tensor>& class_weight,
-                                            int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                            double z_loss, int64_t padding_idx, bool sparse) {
-    const Params params{idx,
-                        weight,
-                        targets,
-                        class_weight.value_or(at::Tensor()),
-                        {ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse}};
-    check_params(params);
-    const int64_t num_gradients = params.is_reduced() ? 1 : targets.numel();
-    TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
-                " elements, got shape ", grad_loss.sizes());
-    const WeightGradient gradient =
-        BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy_backward, grad_loss, prepare(params));
-    return {gradient.rows, gradient.values};
-}
-
 // Through the dispatcher, which hands tracers these two ops in place of their kernels.
 
 template <typename Signature>
@@ -143,7 +103,8 @@ std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
 }
 
 auto call_forward(const Params& params) {
-    static const auto op = find_op<decltype(forward)>("bigramx::embedding_cross_entropy_forward");
+    static const auto op =
+        find_op<decltype(EmbeddingCrossEntropy::forward)>("bigramx::embedding_cross_entropy_forward");
     return std::apply(
         [&](const auto&... option) {
             return op.call(params.idx, params.weight, params.targets, optional_of(params.class_weight),
@@ -153,7 +114,8 @@ auto call_forward(const Params& params) {
 }
 
 WeightGradient call_backward(const at::Tensor& grad_loss, const Params& params) {
-    static const auto op = find_op<decltype(backward)>("bigramx::embedding_cross_entropy_backward");
+    static const auto op =
+        find_op<decltype(EmbeddingCrossEntropy::backward)>("bigramx::embedding_cross_entropy_backward");
     const auto [rows, values] = std::apply(
         [&](const auto&... option) {
             return op.call(grad_loss, params.idx, params.weight, params.targets,
@@ -284,16 +246,11 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
-    const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-    const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits) {
-    const Params params{idx,
-                        weight,
-                        targets,
-                        class_weight.value_or(at::Tensor()),
-                        {ignore_index, reduction, label_smoothing, z_loss, padding_idx, sparse},
-                        return_logits};
+template <typename... Option>
+std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::differentiable(
+    const Tensor& idx, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& class_weight,
+    Option... option, bool return_logits) {
+    const Params params{idx, weight, targets, class_weight.value_or(Tensor()), {option...}, return_logits};
     check_devices(params);  // before a tensor on another device picks the kernel
     TORCH_CHECK_NOT_IMPLEMENTED(!weight._fw_grad(/*level=*/0).defined(), kName,
                                 ": forward-mode differentiation is not implemented");
@@ -305,8 +262,39 @@ std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
     return {std::move(outputs[0]), std::move(outputs[1])};
 }
 
-TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) { m.impl(kName, &embedding_cross_entropy); }
-BIGRAMX_REGISTER("embedding_cross_entropy_forward", &forward)
-BIGRAMX_REGISTER("embedding_cross_entropy_backward", &backward)
+template <typename... Option>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::forward(
+    const Tensor& idx, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& class_weight,
+    Option... option, bool return_logits, bool compute_grad) {
+    const Params params{idx,         weight,        targets,     class_weight.value_or(Tensor()),
+                        {option...}, return_logits, compute_grad};
+    check_params(params);
+    auto [loss, logits, gradient] = BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy, prepare(params));
+    if (!return_logits) logits = at::empty({0}, weight.options());
+    if (!compute_grad) {
+        gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
+    }
+    return {loss, logits, gradient.rows, gradient.values};
+}
+
+template <typename... Option>
+std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::backward(
+    const Tensor& grad_loss, const Tensor& idx, const Tensor& weight, const Tensor& targets,
+    const std::optional<Tensor>& class_weight, Option... option) {
+    const Params params{idx, weight, targets, class_weight.value_or(Tensor()), {option...}};
+    check_params(params);
+    const int64_t num_gradients = params.is_reduced() ? 1 : targets.numel();
+    TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
+                " elements, got shape ", grad_loss.sizes());
+    const WeightGradient gradient =
+        BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy_backward, grad_loss, prepare(params));
+    return {gradient.rows, gradient.values};
+}
+
+TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) {
+    m.impl(kName, &EmbeddingCrossEntropy::differentiable);
+}
+BIGRAMX_REGISTER("embedding_cross_entropy_forward", &EmbeddingCrossEntropy::forward)
+BIGRAMX_REGISTER("embedding_cross_entropy_backward", &EmbeddingCrossEntropy::backward)
 
 }  // namespace bigramx

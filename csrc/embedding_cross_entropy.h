@@ -11,6 +11,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 namespace bigramx {
 
@@ -82,10 +83,34 @@ inline bool can_scale_gradient(const at::Tensor& gradient) {
     return gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble;
 }
 
-// The op: loss and logits, (N, C), or (0) without return_logits.
-std::tuple<at::Tensor, at::Tensor> embedding_cross_entropy(
-    const at::Tensor& idx, const at::Tensor& weight, const at::Tensor& targets,
-    const std::optional<at::Tensor>& class_weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, int64_t padding_idx, bool sparse, bool return_logits);
+// The ops, as the schemas have them; Option...: the fields of the options.
+template <typename... Option>
+struct EmbeddingCrossEntropyOps {
+    using Tensor = at::Tensor;
+
+    // Loss and logits, (N, C), or (0) without return_logits.
+    static std::tuple<Tensor, Tensor> differentiable(const Tensor& idx, const Tensor& weight,
+                                                     const Tensor& targets,
+                                                     const std::optional<Tensor>& class_weight,
+                                                     Option... option, bool return_logits);
+
+    // Loss, logits, and the gradient's rows and values.
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& idx, const Tensor& weight,
+                                                              const Tensor& targets,
+                                                              const std::optional<Tensor>& class_weight,
+                                                              Option... option, bool return_logits,
+                                                              bool compute_grad);
+
+    // The gradient's rows and values.
+    static std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& idx,
+                                               const Tensor& weight, const Tensor& targets,
+                                               const std::optional<Tensor>& class_weight, Option... option);
+};
+
+template <typename... Option>
+EmbeddingCrossEntropyOps<Option...> ops_with(std::tuple<const Option&...> fields);
+
+using EmbeddingCrossEntropy = decltype(ops_with(
+    EmbeddingCrossEntropyOptions::fields(std::declval<const EmbeddingCrossEntropyOptions&>())));
 
 }  // namespace bigramx

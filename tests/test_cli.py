@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bigramx import BigramLanguageModel, History
+from bigramx import BigramLanguageModel, History, __version__
 from bigramx.__main__ import main
 from tests import processes
 
@@ -140,6 +140,10 @@ def test_as_a_module() -> None:
     assert "let it write" in processes.run([*COMMAND, "--help"], check=True).stdout
     result = processes.run([*COMMAND, "generate", "none"])
     assert (result.returncode, result.stderr) == (1, "bigramx: [Errno 2] No such file or directory: 'none'\n")
+
+
+def test_version() -> None:
+    assert bigramx("--version", cwd=Path.cwd()) == f"bigramx {__version__}\n"
 
 
 def test_help() -> None:

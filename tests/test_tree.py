@@ -90,6 +90,17 @@ def test_the_folders_of_csrc() -> None:
     assert [name for name in files if not name.startswith(tuple(OPS))] == []
 
 
+def test_kernels_are_named_so() -> None:
+    """The functions that are compiled for each CPU target and called from outside, and those of a GPU."""
+    for path in SOURCES:
+        text = path.read_text()
+        dispatched = re.findall(r"BIGRAMX_DISPATCH_TARGET\((?!\.\.\.)(\w+)", text)
+        launched = re.findall(r"__global__ void (?:__launch_bounds__\([^()]*(?:\([^()]*\))?[^()]*\)\s*)?(\w+)\(", text)
+        assert text.count("__global__") == len(launched), path
+        strangers = [name for name in dispatched + launched if not name.endswith("kernel")]
+        assert strangers == [], path
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_fake(name: str) -> None:
     assert is_composite(name) or registry.find(f"bigramx::{name}").fake_impl.kernel is not None
