@@ -269,6 +269,7 @@ class TestAutograd:
         assert not grad[:2].isfinite().any()
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's, about its own decompositions
+    @pytest.mark.filterwarnings("ignore")  # of torch about itself
     def test_forward_mode_raises(self) -> None:
         weight, idx, targets = map(on_device, (WEIGHT, IDX, TARGETS))
         with pytest.raises(NotImplementedError, match="forward-mode"):

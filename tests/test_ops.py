@@ -36,6 +36,7 @@ LOSS_OPTIONS = [
 OPS = torch.ops.bigramx
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.parametrize("options", LOSS_OPTIONS, ids=range(len(LOSS_OPTIONS)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_embedding_cross_entropy(options: tuple[Any, ...], dtype: torch.dtype) -> None:
