@@ -38,8 +38,9 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> get_batch_elsewhere(const at::Tensor& tokens, int64_t batch_size,
                                                        int64_t block_size,
                                                        const std::optional<at::Generator>& generator) {
-    check_batch(kGetBatch, {tokens, batch_size, block_size, generator});
-    const at::Tensor offsets = at::randint(tokens.size(0) - block_size, {batch_size}, generator, at::kLong);
+    const GetBatchParams params{tokens, batch_size, block_size, generator};
+    check_batch(kGetBatch, params);
+    const at::Tensor offsets = at::randint(params.num_offsets(), {batch_size}, generator, at::kLong);
     const at::Tensor steps = at::arange(block_size, tokens.options().dtype(at::kLong));
     const at::Tensor positions = offsets.to(tokens.device()).unsqueeze(1) + steps;
     return {tokens.index({positions}).to(at::kLong), tokens.index({positions + 1}).to(at::kLong)};

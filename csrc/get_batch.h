@@ -14,6 +14,9 @@ struct GetBatchParams {
     int64_t batch_size;  // B
     int64_t block_size;  // T
     std::optional<at::Generator> generator;
+
+    // A block may begin at 0 <= offset < num_offsets.
+    int64_t num_offsets() const { return tokens.size(0) - block_size; }
 };
 
 // Raises where the parameters are not as above.

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "base/op_names.h"
-#include "cpu/get_batch_offsets.h"
+#include "sampling/batch_offsets.h"
 
 namespace bigramx {
 namespace {
@@ -30,11 +30,12 @@ void get_batch_cpu(const GetBatchParams& params, const at::Tensor& idx, const at
     auto* targets_block = targets.data_ptr<int64_t>();
     AT_DISPATCH_V2(tokens.scalar_type(), kGetBatch, AT_WRAP([&] {
                        const auto* first = tokens.const_data_ptr<scalar_t>();
-                       draw_batch_offsets(params, [&](int64_t b, int64_t offset) {
-                           idx_block[b * block_size] = offset;
-                           __builtin_prefetch(first + offset * stride);
-                           __builtin_prefetch(first + (offset + block_size) * stride);
-                       });
+                       draw_batch_offsets(params.generator, params.num_offsets(), params.batch_size,
+                                          [&](int64_t b, int64_t offset) {
+                                              idx_block[b * block_size] = offset;
+                                              __builtin_prefetch(first + offset * stride);
+                                              __builtin_prefetch(first + (offset + block_size) * stride);
+                                          });
                        for (int64_t b = 0; b < params.batch_size; ++b) {
                            const scalar_t* block = first + *idx_block * stride;
                            copy_block(block, stride, block_size, idx_block);
