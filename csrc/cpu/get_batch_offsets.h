@@ -1,5 +1,4 @@
-// The offsets of the blocks of a batch, drawn as the lecture's get_batch draws them, on the CPU for any
-// device.
+// Where the blocks of a batch begin, drawn as the lecture's get_batch draws them; for tokens anywhere.
 #pragma once
 
 #include <ATen/core/DistributionsHelper.h>
@@ -12,7 +11,7 @@
 
 namespace bigramx {
 
-// Calls visit(b, offset) for each block in order, 0 <= offset < N - T, with the generator locked.
+// Calls visit(b, offset) for each of the blocks in order, 0 <= offset < N - T, with the generator held.
 template <typename Visit>
 void draw_batch_offsets(const GetBatchParams& params, const Visit& visit) {
     at::CPUGeneratorImpl* stream = cpu_generator(params.generator);
