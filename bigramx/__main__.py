@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line, or says in one line what it needs."""
+    """Runs the command line; where a package is missing, exits with one line that names it."""
     try:
         from bigramx.cli import run
     except ModuleNotFoundError as error:

@@ -55,14 +55,14 @@ def options(
 
 
 class SamplerName(enum.Enum):
-    """functional.Sampler, as typer reads choices."""
+    """functional.Sampler as an enum, which typer needs for choices."""
 
     torch = "torch"
     philox = "philox"
 
 
 class CommandError(Exception):
-    """What the user is told in one line."""
+    """An error for the user, printed as one line."""
 
 
 def _need_tokenizer(model: BigramLanguageModel, path: Path) -> CharTokenizer:
@@ -178,7 +178,7 @@ class _Progress:
 
 
 def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> list[str]:
-    """Draws the pictures; the names of those that were written."""
+    """Draws the pictures; returns the names of the files written."""
     try:
         from bigramx import plots
 
@@ -200,10 +200,10 @@ def generate(
         int, typer.Option("--tokens", "-n", min=0, max=_MOST, help="How many characters to write.")
     ] = 500,
     prompt: Annotated[str, typer.Option(help="The text to go on with.")] = "",
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest character always.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Keep the k likeliest.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely character.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Keep the k most likely.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Keep the likeliest of this probability in all.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Keep the most likely, up to this total probability.")
     ] = None,
     min_p: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Keep those with this share of the largest probability.")
@@ -212,7 +212,7 @@ def generate(
     sampler: Annotated[SamplerName, typer.Option(help="How to draw.")] = SamplerName.torch,
     seed: Annotated[int | None, typer.Option(help="Seed. Default: a new one each time.")] = None,
 ) -> None:
-    """Writes text, as it comes."""
+    """Writes text, and prints it while it is generated."""
     model = BigramLanguageModel.load(model_path)
     tokenizer = _need_tokenizer(model, model_path)
     start = tokenizer.encode(prompt)[None] if prompt else torch.zeros((1, 1), dtype=torch.long)
@@ -253,7 +253,7 @@ def evaluate(
         Path | None, typer.Argument(help="UTF-8 text or .bin tokens. Default: the Python language reference.")
     ] = None,
 ) -> None:
-    """Prints the exact loss on a text, and the least that any bigram table can have."""
+    """Prints the exact loss on a text, and the lowest loss that any bigram table can reach on it."""
     model = BigramLanguageModel.load(model_path)
     if text is None:
         tokens = _need_tokenizer(model, model_path).encode(data.default_text())
@@ -288,9 +288,9 @@ def info() -> None:
 
 
 def run() -> None:
-    """Runs the command line: errors are one line, without a traceback."""
+    """Runs the command line; errors are printed as one line, without a traceback."""
     try:
         app()
     except (CommandError, OSError, ValueError, IndexError, TypeError, OverflowError, RuntimeError) as error:
-        # Of an error from C++ the first line is the message.
+        # The first line of an error from C++ is its message; a stack trace may follow.
         sys.exit(f"bigramx: {(str(error) or type(error).__name__).splitlines()[0]}")

@@ -21,12 +21,12 @@ def check_tokens(tokens: Tensor) -> None:
 
 
 def are_worth_counting(tokens: Tensor, vocab_size: int) -> bool:
-    """Whether a table of pair counts, (V, V), is small against ``tokens``, (N)."""
+    """Whether a table of pair counts, (V, V), is small compared with ``tokens``, (N)."""
     return 4 * vocab_size**2 <= len(tokens)
 
 
 def default_text() -> str:
-    """The text that ships inside CPython: the topics of the language reference, about half a million characters."""
+    """The text that ships with CPython: the topics of the language reference, about half a million characters."""
     from pydoc_data import topics
 
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
@@ -52,7 +52,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def read_bin(path: str | os.PathLike[str]) -> Tensor:
     """NanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
 
-    Read where it is touched, never written.
+    Pages are read on first access; the file is never written.
 
     Raises:
         ValueError: The file is empty or of an odd size.
@@ -80,17 +80,17 @@ def split(tokens: Tensor, train_fraction: float = 0.9) -> tuple[Tensor, Tensor]:
 def get_batch(
     tokens: Tensor, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Random blocks and what follows each of their tokens: the draws of the lecture's get_batch.
+    """Random blocks and the token that follows each of theirs, drawn as in the lecture's get_batch.
 
     Args:
         tokens: (N) uint8, uint16, int32 or int64, N > block_size.
         batch_size: B.
         block_size: T.
         generator: Where the randomness comes from; None: PyTorch's default generator of the CPU, so that the batches
-            are the same wherever the tokens lie. One on a GPU draws there, anew at each replay of a captured graph.
+            are the same on every device. A generator on a GPU draws there, anew at each replay of a captured graph.
 
     Returns:
-        idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` moved on by one token.
+        idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` shifted by one token.
 
     Raises:
         RuntimeError: ``tokens`` is not 1-D, or of another dtype.

@@ -50,7 +50,7 @@ def embedding_cross_entropy(
     r"""``F.cross_entropy(F.embedding(idx, weight), targets)`` without the logits, and its gradient for ``weight``.
 
     With :math:`l_i = \mathrm{logsumexp}(W_i)` the loss of pair n is :math:`l_{x_n} - W_{x_n, y_n}`: one logsumexp for
-    each distinct row, so the work is O(min(N, R) C + N + R), not O(N C); a dense gradient adds the writing of R C
+    each distinct row, so the work is O(min(N, R) C + N + R), not O(N C); a dense gradient adds the writes of R C
     elements.
 
     Args:
@@ -59,7 +59,7 @@ def embedding_cross_entropy(
             the forward pass; it cannot be differentiated a second time.
         targets: Class of each pair. int64, int32 or uint8, the shape of ``idx``.
         class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class.
-        ignore_index: Pairs with this target count for nothing.
+        ignore_index: Pairs with this target do not count.
         reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``. With
             ``"none"`` the gradient is computed in the backward pass, and ``weight`` must not change before it; on a
             GPU its last bits may differ from run to run, and ``torch.use_deterministic_algorithms`` refuses it.
@@ -68,7 +68,7 @@ def embedding_cross_entropy(
             under ``"mean"`` divided by the number of pairs that count.
         padding_idx: This row gets no gradient. Negative: counted from the end.
         sparse: The gradient is a coalesced sparse tensor with the rows that occur in ``idx``. On a GPU, where their
-            number is not known to the host, it has min(N, R) entries, those too many being zero, and is not coalesced.
+            number is not known to the host, it has min(N, R) entries, the excess ones zero, and is not coalesced.
 
     Returns:
         The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``. The mean over no pairs is NaN.
@@ -116,7 +116,7 @@ def embedding_cross_entropy_with_logits(
     """``embedding_cross_entropy``, and the logits ``weight[idx]``, from one kernel.
 
     Args:
-        idx: As there, and so are the others.
+        idx: As in ``embedding_cross_entropy``, like the other arguments.
         weight: (R, C).
         targets: The shape of ``idx``.
         class_weight: (C).
@@ -131,7 +131,8 @@ def embedding_cross_entropy_with_logits(
         The loss, and the logits (N, C) in the dtype of ``weight``: both are differentiable.
 
     Raises:
-        IndexError, ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError: As there.
+        IndexError, ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError: As in
+            ``embedding_cross_entropy``.
     """
     loss: Tensor
     logits: Tensor
@@ -169,9 +170,9 @@ def multinomial(
         num_samples: How many tokens to draw from each row.
         replacement: Whether a token may be drawn twice.
         sampler: ``"torch"`` draws as torch.multinomial does, and leaves the generator in the same state; the default on
-            the CPU, and for the CPU alone. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b
-            depends on (seed, b, k) and the row alone, without replacement also on the samples before it; faster, the
-            more so the larger V; the default on a GPU.
+            the CPU, and only available there. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b
+            depends on (seed, b, k) and the row alone, without replacement also on the samples before it; faster,
+            especially for large V; the default on a GPU.
         generator: Where the randomness comes from; None: PyTorch's default generator.
 
     Returns:
@@ -203,35 +204,35 @@ def generate(
 ) -> Tensor:
     """Continues each sequence token by token, the next drawn from ``softmax(weight[last])``.
 
-    The filters act in the order of the arguments, each on what the ones before have left. They depend on the last
-    token alone, and are applied once to each row of the table that a chain meets.
+    The filters act in the order of the arguments, each on the tokens that the ones before it keep. They depend on the
+    last token alone, and are applied once to each row of the table that a chain meets.
 
     Args:
         idx: (B, T) tokens, int64 or int32, T >= 1.
         weight: (V, V) logits, row i those of the token that follows i.
         max_new_tokens: How many tokens to add, >= 0.
         temperature: Divides the logits; 0 takes the most likely token (argmax) and draws nothing.
-        top_k: Keeps the k most likely tokens, and those equal to the k-th.
+        top_k: Keeps the k most likely tokens, and all that tie with the k-th.
         top_p: Keeps the fewest most likely tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1.
         min_p: Keeps the tokens with at least ``min_p`` times the largest probability, 0 <= min_p <= 1.
-        stop: A sequence ends with this token.
+        stop: A sequence ends at this token.
         sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,
-            equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU, and the
-            CPU's alone. ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on (seed, b,
-            t) alone; the default on a GPU.
+            equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU, and
+            only available there. ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on
+            (seed, b, t) alone; the default on a GPU.
         generator: Where the randomness comes from; None: PyTorch's default generator, on a GPU that of the device. One
             on the CPU gives the same tokens on a GPU as on the CPU.
 
     Returns:
         (B, T + max_new_tokens) int64, ``idx`` first. With ``stop``: shorter where every sequence ends earlier;
-        sequences that end before the longest are filled up with ``stop``.
+        sequences that end before the longest are padded with ``stop``.
 
     Raises:
         IndexError: A token is out of range, or T = 0.
         ValueError: An option is out of range.
         RuntimeError: ``weight`` is not square, ``idx`` is not 2-D, a dtype or device is off, or (temperature > 0) a
-            chain meets a row that is not a distribution. What only the device can see, tokens and rows, is an assertion
-            there, as in PyTorch.
+            chain meets a row that is not a distribution. On a GPU invalid tokens and rows are assertions on the device,
+            as in PyTorch.
         NotImplementedError: ``weight`` is not a floating-point tensor.
         TypeError: An argument is of the wrong type.
     """
@@ -242,7 +243,7 @@ def generate(
 
 
 def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
-    """How often each token follows each other.
+    """Counts how often each token follows each other token.
 
     Args:
         tokens: (N) uint8, uint16, int32 or int64; on a GPU fewer than 2^32.
@@ -284,14 +285,14 @@ def adamw_(
         exp_avg: The running mean of the gradients; updated.
         exp_avg_sq: The running mean of their squares; updated.
         max_exp_avg_sq: The largest ``exp_avg_sq`` so far, for AMSGrad; updated.
-        step: The number of this step, from 1: one float32 or float64 number, on the CPU or beside ``param``, as
-            ``torch._fused_adamw_`` takes it.
+        step: The count of this step, from 1: one float32 or float64 element, on the CPU or on the device of ``param``,
+            as ``torch._fused_adamw_`` takes it.
         lr: Learning rate.
         beta1: Decay of ``exp_avg``.
         beta2: Decay of ``exp_avg_sq``.
         eps: Added to the denominator.
         weight_decay: Shrinks ``param`` by ``lr * weight_decay`` first.
-        maximize: Ascends.
+        maximize: Ascends the gradient.
 
     Raises:
         RuntimeError: A shape, dtype or device differs from that of ``param``, or a tensor is not contiguous.

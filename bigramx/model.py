@@ -26,12 +26,12 @@ class BigramLanguageModel(nn.Module):
     Args:
         vocab_size: V.
         sparse: The gradient of the table is sparse: only the rows that occur in the batch.
-        device: Where the table lies.
+        device: The device of the table.
         dtype: float64, float32, bfloat16 or float16.
 
     Attributes:
         token_embedding_table: nn.Embedding(V, V), initialised as in the lecture: N(0, 1).
-        tokenizer: Saved and loaded with the model, where there is one.
+        tokenizer: Saved and loaded with the model; None without one.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class BigramLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the table lies."""
+        """The device of the table."""
         return self.token_embedding_table.weight.device
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The logits that follow ``idx`` and, given targets, the loss.
+        """The logits of the token after each of ``idx`` and, given targets, the loss.
 
         Args:
-            idx: (B, T) tokens, int64 or int32; any shape will do.
+            idx: (B, T) tokens, int64 or int32; any shape is accepted.
             targets: The token that follows each, of the shape of ``idx``.
-            return_logits: False, with targets: the logits are None, and no (N, V) tensor ever exists.
+            return_logits: False, with targets: the logits are None, and no (N, V) tensor is materialised.
 
         Returns:
             Without targets: logits (B, T, V) and None. With targets: logits (B*T, V), differentiable, and the mean
@@ -123,8 +123,8 @@ class BigramLanguageModel(nn.Module):
     def evaluate(self, tokens: Tensor) -> float:
         """The exact mean cross-entropy of each token of ``tokens``, (N), given the one before it, in nats.
 
-        Every pair counts, at the cost of its distinct rows: no batches are drawn. Where the table is small against the
-        tokens, the pairs are counted, and the loss is taken in float64; else a table of 16-bit floats is read in
+        All pairs count, not sampled batches, at the cost of their distinct rows. Where the table is small compared with
+        the tokens, the pairs are counted and the loss is computed in float64; otherwise a 16-bit table is read in
         float32. NaN for fewer than two tokens.
 
         Raises:
@@ -140,7 +140,7 @@ class BigramLanguageModel(nn.Module):
         return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:], ignore_index=_NO_TOKEN).item()
 
     def count_pairs(self, tokens: Tensor) -> Tensor | None:
-        """The pair counts of ``tokens``, (V, V), on the table's device, where they are small against them; else None.
+        """The pair counts of ``tokens``, (V, V), on the table's device; None if these are not small compared with them.
 
         Raises:
             RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
@@ -161,8 +161,8 @@ class BigramLanguageModel(nn.Module):
         if counts.shape != (self.vocab_size, self.vocab_size):
             raise RuntimeError(f"expected counts to be (V, V) with V = {self.vocab_size}, got {tuple(counts.shape)}")
         losses = -self.token_embedding_table.weight.double().log_softmax(dim=1)
-        losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # a pair that never occurs may be impossible
-        return (losses.sum(dim=1).sum() / counts.sum()).item()  # by rows: no thread adds up a part of one
+        losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # pairs that never occur may have probability 0
+        return (losses.sum(dim=1).sum() / counts.sum()).item()  # row by row, so that threads do not change the sum
 
     @classmethod
     @torch.no_grad()

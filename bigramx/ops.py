@@ -1,4 +1,4 @@
-"""Loads the compiled kernels into torch.ops.bigramx, and tells torch.compile the shapes of what they return."""
+"""Loads the compiled kernels into torch.ops.bigramx, and registers fake kernels for torch.compile."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def direct(op: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """The one way into an op: past torch.ops, whose parsing of the arguments takes as long as a small kernel.
+    """An op as a function that bypasses torch.ops, whose parsing of the arguments takes as long as a small kernel.
 
-    torch.ops serves those who listen there: torch.compile and overrides of __torch_function__. And it says what is
-    wrong with an argument of the wrong type, as a TypeError, which is what PyTorch raises for it.
+    torch.compile and overrides of __torch_function__ still go through torch.ops. So do calls with an argument of the
+    wrong type, for its message, which is raised as the TypeError that PyTorch raises for such an argument.
     """
 
     def call(*arguments: object) -> Any:
@@ -43,7 +43,7 @@ def direct(op: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., 
 
 
 def _as_type_error(error: RuntimeError) -> Exception:
-    """A TypeError where the dispatcher says RuntimeError of an argument of the wrong type; else the same error."""
+    """A TypeError if the dispatcher's RuntimeError is about an argument of the wrong type; else the same error."""
     message = str(error)
     if not any(sign in message for sign in ("Expected a value of type", "There were no tensor arguments")):
         return error
@@ -65,7 +65,7 @@ Alphabet = _C.Alphabet
 
 
 def build_info() -> dict[str, str]:
-    """How the kernels were built, and what they run on.
+    """How the kernels were built, and which CPU target they use.
 
     Returns:
         The keys ``compiler``, ``parallel`` (``OpenMP``, or ``none``: one thread), ``cpu_capability`` (the one in use:
@@ -82,7 +82,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def _fake(name: str) -> Callable[[_Function], _Function]:
-    """Registers what an op returns in shape and dtype alone."""
+    """Registers the fake kernel of an op, which computes shapes and dtypes alone."""
 
     def register(function: _Function) -> _Function:
         library.register_fake(f"bigramx::{name}", function)
@@ -92,7 +92,7 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
 
 
 def _check_same_device(op: str, **tensors: Tensor | None) -> None:
-    """A fake kernel runs where any argument is on the meta device; the others must be there too."""
+    """A fake kernel runs if any argument is on the meta device; the others must be there as well."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         raise RuntimeError(f"{op}: expected all tensors to be on the same device, got {devices}")

@@ -1,4 +1,4 @@
-"""AdamW, with the step as one kernel a parameter."""
+"""AdamW with one fused kernel per parameter."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from bigramx import ops
 
 _DTYPES = (torch.float32, torch.float64)
-_ONE = torch.ones((), device="cpu")  # added as a tensor, which takes half as long as a number
+_ONE = torch.ones((), device="cpu")  # adding a tensor takes half as long as adding a number
 
 
 class AdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW``: its arguments, its state_dict, its results to rounding.
+    """``torch.optim.AdamW``: the same arguments and state_dict, and the same results up to rounding.
 
-    Dense float32 and float64 parameters on the CPU, and on a GPU where this build has kernels for it, are stepped by
-    one fused kernel each. Where a parameter is something else, or an option asks for another implementation
+    Each dense float32 or float64 parameter on the CPU, or on a GPU if this build has CUDA kernels, is updated by one
+    fused kernel. For other parameters, or where an option asks for another implementation
     (``foreach``, ``differentiable``, ``fused``, a tensor as ``lr``), torch's own step runs.
 
-    With ``capturable=True`` the GPU counts the steps: a CUDA graph of a step can be replayed.
+    With ``capturable=True`` the GPU counts the steps, so that a CUDA graph of a step can be replayed.
     """
 
     @overload
@@ -34,7 +34,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates the parameters from their gradients; ``closure``, where given, computes the loss anew first.
+        """Updates the parameters from their gradients; ``closure``, if given, recomputes the loss first.
 
         Returns:
             What ``closure`` returned.
@@ -50,7 +50,7 @@ class AdamW(torch.optim.AdamW):
             for param in group["params"]:
                 param.grad = None
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch shall not wrap it: the wrapper takes longer than the step
+    step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it: the wrapper is slower than the step
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
@@ -92,7 +92,7 @@ _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
 
 def state_of(optimizer: torch.optim.Optimizer, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of a parameter, made where there is none yet."""
+    """The state of a parameter, created on first use."""
     state: dict[str, Tensor] = optimizer.state[param]
     if not state:
         counts_on = param.device if group["capturable"] else "cpu"
@@ -152,7 +152,7 @@ def _has_kernel(group: dict[str, Any]) -> bool:
 
 
 def _may_step(param: Tensor, capturable: bool) -> bool:
-    """Where there is a kernel; not where torch's own step raises: it says what is wrong with ``capturable``."""
+    """Whether a kernel exists, and torch's own step would not raise an error about ``capturable``."""
     if param.is_cpu:
         return not capturable
     return ops.HAS_CUDA_KERNELS and param.is_cuda and (capturable or not torch.cuda.is_current_stream_capturing())

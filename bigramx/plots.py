@@ -26,7 +26,7 @@ def plot_losses(history: History, path: str | os.PathLike[str]) -> None:
 
     Args:
         history: Of ``fit``.
-        path: Where to write; the ending gives the format, .png or .svg or another of matplotlib's.
+        path: Where to write; the suffix gives the format, .png or .svg or another of matplotlib's.
     """
     figure = _new_figure(8, 4.5)
     axes = figure.add_subplot()
@@ -47,14 +47,14 @@ def plot_table(model: BigramLanguageModel, path: str | os.PathLike[str]) -> None
     """Draws the table as a heat map: the probability of each token (across) after each token (down).
 
     Args:
-        model: With a tokenizer its characters label the axes.
-        path: Where to write; the ending gives the format.
+        model: If it has a tokenizer, its characters label the axes.
+        path: Where to write; the suffix gives the format.
     """
     probs = _pooled_probs(model)
     size = min(max(4.0, model.vocab_size * 0.14), 24.0)
     figure = _new_figure(size + 1.2, size)
     axes = figure.add_subplot()
-    # The square root lets rare pairs be seen beside common ones.
+    # The square root makes rare pairs visible next to common ones.
     image = axes.imshow(probs.sqrt().numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     if model.tokenizer is not None and model.vocab_size <= 200:
         labels = [_label(character) for character in model.tokenizer.characters]
@@ -71,7 +71,7 @@ def plot_table(model: BigramLanguageModel, path: str | os.PathLike[str]) -> None
 
 
 def _pooled_probs(model: BigramLanguageModel) -> Tensor:
-    """P(next | last), (V, V); of a table larger than a picture the means over squares, and never the whole of it."""
+    """P(next | last), (V, V); for a table larger than the picture the means over squares, computed in parts."""
     weight = model.token_embedding_table.weight.detach()
     square = -(-model.vocab_size // _MOST_CELLS)
     rows = [rows.float().softmax(dim=1).mean(dim=0, keepdim=True).cpu() for rows in weight.split(square)]
@@ -92,6 +92,6 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def _label(character: str) -> str:
-    """The character as it can stand on an axis."""
+    """The character as an axis label."""
     named = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "\u2423", "$": r"\$"}
     return named.get(character, character if character.isprintable() else f"U+{ord(character):04X}")

@@ -122,7 +122,7 @@ def multinomial(
         if not replacement:
             weights.scatter_(1, drawn, 0)
         samples[:, k] = drawn[:, 0]
-    for b in range(len(rows) if not replacement else 0):  # where only zeros are left: those, in order
+    for b in range(len(rows) if not replacement else 0):  # then tokens of probability zero, in order
         num_positive = int((rows[b] > 0).sum())
         samples[b, num_positive:] = (rows[b] == 0).nonzero()[: max(num_samples - num_positive, 0), 0]
     return samples if probs.dim() == 2 else samples[0]
@@ -217,14 +217,14 @@ def _fma(a: Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     total = product + c
     part = total - product
     error = (product - (total - part)) + (c - part)
-    # To the neighbour with an odd last bit, where inexact: rounding that to float32 is as rounding the exact sum.
+    # Round to odd: where inexact, the neighbour with an odd last bit, which rounds to float32 as the exact sum does.
     is_even = total.view(torch.int64) & 1 == 0
     odd = torch.nextafter(total, torch.copysign(torch.full_like(total, float("inf")), error))
     return torch.where((error != 0) & is_even, odd, total).float()
 
 
 def weights_of_probs(probs: Tensor) -> Tensor:
-    """Probabilities (..., V) -> (..., V) int64: scaled to a largest from 2^29 to 2^30; 0 only where they are."""
+    """Probabilities (..., V) -> (..., V) int64: scaled so that the largest is from 2^29 to 2^30; 0 only for 0."""
     exponent = torch.frexp(probs.double().amax(-1, keepdim=True)).exponent
     scaled = probs * _power_of_two((30 - exponent) // 2) * _power_of_two((31 - exponent) // 2)
     return torch.maximum((scaled.float() + 0.5).long(), (probs > 0).long())
@@ -235,7 +235,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def fixed_point_cdf(weights: Tensor) -> Tensor:
-    """Weights (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose cdf lies above it."""
+    """Weights (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose cdf is above it."""
     sums = weights.cumsum(-1)
     total = sums[..., -1:]
     return torch.where(sums == total, 2**31, (sums.double() * (2**31 / total.double())).long())

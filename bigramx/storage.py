@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and tensors in them that are known to be what was saved."""
+"""Atomic writes of files, and safetensors files with checksums."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HEADER_CHECKSUM = "crc32"
 
 
 def write_with(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """Lets ``write`` make the file under a temporary name beside ``path``, syncs it, and puts it in its place.
+    """Lets ``write`` write a temporary file next to ``path``, syncs it, and renames it to ``path``.
 
-    A kill at any moment leaves the old file or the new one, whole: a rename is atomic, and comes after the sync. A link
-    stays one, and the file keeps its permissions.
+    If the process is killed, the old or the new file is there, whole: the rename is atomic and comes after the sync.
+    Links are followed, and the file keeps its permissions.
     """
     target = Path(os.path.realpath(path))
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
@@ -67,7 +67,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_tensors(
     path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Writes one safetensors file: the tensors, ``kind``, the metadata, and the checksums of all that."""
+    """Writes one safetensors file: the tensors, ``kind``, the metadata, and checksums of all of these."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {**metadata, "format": _FORMAT, "kind": kind}
     header |= {f"crc32.{name}": str(checksum(tensor)) for name, tensor in tensors.items()}
@@ -90,7 +90,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
             header = file.metadata() or {}
             if header.get("format") != _FORMAT or header.get("kind") != kind:
                 raise ValueError(f"{name}: not a {kind} that bigramx saved")
-            # Cloned: what safetensors gives is the mapped file, which others may change or cut short.
+            # Cloned: safetensors returns the mapped file, which others may change or truncate.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, no mapping
     except safetensors.SafetensorError as error:
         raise ValueError(f"{name}: damaged, cut short, or no safetensors file ({error})") from None

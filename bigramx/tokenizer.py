@@ -1,4 +1,4 @@
-"""Text to tokens and back, a character each."""
+"""Text to tokens and back, one token per character."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class CharTokenizer:
             IndexError: A token is out of range; names it and its position.
             TypeError: The tokens are not integers.
         """
-        if isinstance(tokens, (list, tuple)):  # None where not all are plain ints: a tensor may still hold them
+        if isinstance(tokens, (list, tuple)):  # None if some are not plain ints; a tensor may still hold them
             text = self._alphabet.decode_sequence(tokens)
             if text is not None:
                 return text
@@ -117,7 +117,7 @@ class CharTokenizer:
         return hash(self.characters)
 
     def __reduce__(self) -> tuple[type[CharTokenizer], tuple[str]]:
-        return type(self), (self.characters,)  # copied and pickled as its characters: the rest is made of them
+        return type(self), (self.characters,)  # copied and pickled as its characters, from which the rest is built
 
     def __repr__(self) -> str:
         return f"CharTokenizer({self.characters!r})"

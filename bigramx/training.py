@@ -1,4 +1,4 @@
-"""The training loop, its history, and the optimum that it approaches."""
+"""The training loop, its history, and the optimum that the loss approaches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KIND = "history"
 
 
 def optimal_loss(tokens: Tensor) -> float:
-    """The least mean cross-entropy, in nats, that any bigram table has on ``tokens``, (N), whatever integers they are.
+    """The lowest mean cross-entropy, in nats, that a bigram table can have on ``tokens``, (N), which are any integers.
 
     It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN for fewer
     than two tokens.
@@ -38,7 +38,7 @@ def optimal_loss(tokens: Tensor) -> float:
     smallest, largest = (int(token) for token in tokens.long().aminmax())
     if smallest >= 0 and are_worth_counting(tokens, largest + 1):
         return _optimal_loss_of_counts(functional.count_bigrams(tokens, largest + 1))
-    values, ranks = torch.unique(tokens.long(), return_inverse=True)  # small numbers, whatever the tokens are
+    values, ranks = torch.unique(tokens.long(), return_inverse=True)  # consecutive from 0, whatever the tokens are
     last, following = ranks[:-1], ranks[1:]
     return _conditional_entropy(_occurrences(last * len(values) + following), _occurrences(last))
 
@@ -49,7 +49,7 @@ def _optimal_loss_of_counts(counts: Tensor) -> float:
 
 
 def _conditional_entropy(pair_counts: Tensor, last_counts: Tensor) -> float:
-    """Of how often each pair occurs, and each of its first tokens."""
+    """The conditional entropy from the counts of the pairs and of their first tokens."""
     return float((_sum_n_log_n(last_counts) - _sum_n_log_n(pair_counts)) / last_counts.sum())
 
 
@@ -66,18 +66,18 @@ def _sum_n_log_n(counts: Tensor) -> Tensor:
 
 @dataclass(eq=False)  # it holds tensors
 class History:
-    """What a run of ``fit`` left behind; given to another as ``resume``, that one goes on where it ended.
+    """The record of a run of ``fit``; passed to another run as ``resume``, it continues where this one ended.
 
     Attributes:
         losses: The loss of each step's batch, before the step.
         steps: The steps at which the model was evaluated; step 0 is before the first.
         train_losses: The exact loss on the training tokens at each of them, nats per token.
         val_losses: The same on the validation tokens; NaN where a run had none, empty where none had.
-        optimum: The least loss that a bigram table can have on the training tokens.
+        optimum: The lowest loss that a bigram table can have on the training tokens.
         interrupted: Whether Ctrl-C ended the run.
         optimizer_state: The optimizer's state_dict at the end.
         generator_state: The state of the generator that drew the batches, at the end.
-        table_checksum: CRC-32 of the table at the end: what tells that a model is the one to go on with.
+        table_checksum: CRC-32 of the table at the end, to check that a model is the one to continue with.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -147,7 +147,7 @@ class History:
 
 
 class _Interrupt:
-    """Ctrl-C while steps are under way: remembered, and asked for between two of them; a second one is raised at once.
+    """Records Ctrl-C during the steps, to be checked between two of them; a second Ctrl-C raises at once.
 
     Only in the main thread, where Python delivers it, and only in place of Python's own handler.
     """
@@ -189,23 +189,24 @@ def fit(
 ) -> History:
     """The lecture's training loop: get_batch, forward, backward, AdamW; evaluated exactly, not on sampled batches.
 
-    The steps to the next evaluation are one native call, where the table is dense, float32 or float64, and on the CPU;
-    elsewhere, and where a ``forward`` of a subclass or a hook is to run, each is a step in Python.
+    If the table is dense, float32 or float64, and on the CPU, the steps up to the next evaluation are one native call.
+    Otherwise, or if a subclass overrides ``forward`` or there are hooks, the steps run in Python.
 
-    Ctrl-C ends the run between two steps: the history says so, and can be resumed. A second one ends it at once.
+    Ctrl-C ends the run between two steps: the history records it, and the run can be resumed. A second Ctrl-C ends it
+    at once.
 
     Args:
         model: Trained in place. With a sparse gradient the optimizer is torch.optim.SparseAdam.
         train_tokens: (N) tokens, N > block_size.
-        val_tokens: Evaluated beside the training tokens.
-        batch_size: B, blocks a step.
-        block_size: T, tokens a block.
+        val_tokens: Evaluated as well as the training tokens.
+        batch_size: B, blocks per step.
+        block_size: T, tokens per block.
         max_steps: Steps in all, those of ``resume`` included.
         lr: Learning rate.
         eval_interval: Steps between evaluations; the first is before the first step, the last after the last.
         generator: Draws the batches; None: PyTorch's default generator.
-        resume: The history of an earlier run of this model, which is left as it is. Its steps count, its optimizer goes
-            on (at ``lr``), and the generator is set to where it ended: the result equals that of one run.
+        resume: The history of an earlier run of this model, which is not modified. Its steps count, its optimizer
+            continues (at ``lr``), and the generator is set to its state at the end: the result equals that of one run.
         on_progress: Called with the history several times a second, between two steps.
         on_evaluation: Called with the history after each evaluation.
 
@@ -253,7 +254,7 @@ def fit(
 
 @dataclass
 class _Loop:
-    """What a step needs; its two ways take steps and keep their losses."""
+    """What a step needs, and two implementations of steps, which record the losses."""
 
     model: BigramLanguageModel
     optimizer: torch.optim.Optimizer
@@ -264,7 +265,7 @@ class _Loop:
     generator: torch.Generator | None
 
     def has_native_steps(self) -> bool:
-        """Not where something else than the kernels is to run in a step: another forward, a hook."""
+        """Whether the kernels do all that a step does: no other forward, no hooks."""
         model, weight = self.model, self.model.token_embedding_table.weight
         return (
             getattr(model.forward, "__func__", None) is BigramLanguageModel.forward
@@ -282,7 +283,7 @@ class _Loop:
 
     @torch.no_grad()
     def native_steps(self, most: int) -> None:
-        """As many as the time for which Ctrl-C can wait allows, at least one and at most `most`."""
+        """Takes at least one step and at most `most`, as many as fit into the time for which Ctrl-C may wait."""
         max_seconds = 0.05
         table, (group,) = self.model.token_embedding_table, self.optimizer.param_groups
         state = state_of(self.optimizer, table.weight, group)
@@ -308,7 +309,7 @@ class _Loop:
         self.history.losses += losses[:num_steps].tolist()
 
     def python_step(self, _most: int) -> None:
-        """One, wherever the model lies, whatever its table and its optimizer."""
+        """Takes one step, for a model on any device, with any table and optimizer."""
         device = self.model.device
         idx, targets = get_batch(self.tokens, self.batch_size, self.block_size, generator=self.generator)
         _logits, loss = self.model(idx.to(device), targets.to(device), return_logits=False)
@@ -336,7 +337,7 @@ def _optimizer(model: BigramLanguageModel, history: History, lr: float) -> torch
 
 
 class _Corpus:
-    """Tokens to evaluate a model on, again and again: where that pays their pairs are counted, once."""
+    """Tokens to evaluate a model on repeatedly: their pairs are counted once, where that pays."""
 
     def __init__(self, model: BigramLanguageModel, tokens: Tensor) -> None:
         self._model, self._tokens, self._counts = model, tokens, model.count_pairs(tokens)

@@ -67,7 +67,7 @@ void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Ten
 
 BIGRAMX_REGISTER(kAdamW, &adamw)
 
-// Nothing is recorded: the checks see to it that param requires no gradient.
+// Autograd records nothing: check_adamw ensures that param does not require grad.
 TORCH_LIBRARY_IMPL(bigramx, Autograd, m) { m.impl(kAdamW, torch::CppFunction::makeFallthrough()); }
 
 }  // namespace bigramx

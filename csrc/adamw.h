@@ -1,5 +1,5 @@
-// One step of AdamW (Loshchilov, Hutter: "Decoupled Weight Decay Regularization"), as torch.optim.AdamW takes
-// it.
+// One step of AdamW (Loshchilov, Hutter: "Decoupled Weight Decay Regularization", 2019), as in
+// torch.optim.AdamW.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,15 +17,16 @@ struct AdamWParams {
     at::Tensor exp_avg;
     at::Tensor exp_avg_sq;
     at::Tensor max_exp_avg_sq;  // undefined: no AMSGrad
-    // One number, float32 or float64: that of this step, from 1. On the CPU or beside param.
+    // One element, float32 or float64: the count of this step, from 1. On the CPU or on the device of param.
     at::Tensor step;
     AdamWOptions options;
 };
 
-// Raises where the parameters are not as above.
+// Raises if the parameters are not as above.
 void check_adamw(const char* op, const AdamWParams& params);
 
-// Tells autograd that the values it saved of the tensors that a step changes are not what backward will find.
+// Bumps the versions of the tensors that a step changes: backward then raises if autograd has saved one of
+// them.
 void bump_versions(const AdamWParams& params);
 
 void adamw_cpu(const AdamWParams& params);

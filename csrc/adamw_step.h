@@ -1,4 +1,4 @@
-// What a step of AdamW computes with, host and device.
+// The options of AdamW and the constants of a step, for host and device.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct AdamWConstants {
     scalar_t eps;
 };
 
-// Each is computed in double, and rounded once. step counts from 1.
+// Each constant is computed in double and rounded once. step: from 1.
 template <typename scalar_t>
 BIGRAMX_HOST_DEVICE AdamWConstants<scalar_t> adamw_constants(const AdamWOptions& options, double step) {
     const double correction1 = 1 - std::pow(options.beta1, step);

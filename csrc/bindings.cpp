@@ -1,4 +1,4 @@
-// The Python module, and the schema of every op on one page.
+// The Python module, and the schemas of all ops in one place.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -44,8 +44,8 @@ TORCH_LIBRARY(bigramx, m) {
         "Generator? generator=None) -> Tensor",
         {at::Tag::nondeterministic_seeded});
 
-    // idx (B, T), continued: (B, T + max_new_tokens) int64; shorter where all chains met `stop`, with which
-    // those that met it earlier are filled up. temperature 0: the argmax.
+    // idx (B, T) -> (B, T + max_new_tokens) int64, or shorter if all chains meet `stop`; chains that meet it
+    // before the last one are filled with it. temperature 0: the argmax.
     m.def(
         "generate(Tensor idx, Tensor weight, int max_new_tokens, float temperature=1.0, int? top_k=None, "
         "float? top_p=None, float? min_p=None, int? stop=None, str? sampler=None, "
@@ -55,20 +55,20 @@ TORCH_LIBRARY(bigramx, m) {
     // (N) tokens -> (V, V) int64: how often token j follows token i.
     m.def("count_bigrams(Tensor tokens, int vocab_size) -> Tensor");
 
-    // (N) tokens -> idx, targets (B, T) int64: the lecture's draws.
+    // (N) tokens -> idx, targets (B, T) int64, drawn as in the lecture's get_batch.
     m.def(
         "get_batch(Tensor tokens, int batch_size, int block_size, Generator? generator=None) "
         "-> (Tensor idx, Tensor targets)",
         {at::Tag::nondeterministic_seeded});
 
-    // One step of AdamW in place. step: its number, from 1.
+    // One step of AdamW in place. step: the count of this step, from 1.
     m.def(
         "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
         "Tensor(d!)? max_exp_avg_sq, Tensor step, float lr, float beta1, float beta2, float eps, "
         "float weight_decay, bool maximize) -> ()");
 
     // Steps of get_batch, embedding_cross_entropy and adamw_, until losses, (steps) float64, is full or the
-    // time is up; returns how many. step counts them.
+    // time is up; returns the number of steps, which is added to `step`.
     m.def(
         "fit_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
         "Tensor(e!) losses, Tensor tokens, int batch_size, int block_size, int padding_idx, float lr, "

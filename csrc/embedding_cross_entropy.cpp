@@ -77,7 +77,7 @@ void check_params(const Params& params) {
 
 // ---------------------------------------------------------------------------------------------- kernels
 
-// As the kernels take them.
+// The parameters as the kernels take them.
 Params prepare(const Params& params) {
     Params prepared = params;
     const at::Tensor& weight = params.weight;
@@ -127,8 +127,8 @@ WeightGradient call_backward(const at::Tensor& grad_loss, const Params& params) 
 
 // ---------------------------------------------------------------------------------------------- autograd
 
-// One sparse dimension, over the rows, as nn.Embedding(sparse=True) gives it; on the CPU the rows are
-// distinct.
+// Dense, or sparse with one sparse dimension, the rows, as from nn.Embedding(sparse=True). On the CPU the
+// rows are distinct.
 at::Tensor assemble(const WeightGradient& gradient, const at::Tensor& weight, bool sparse) {
     if (!sparse) return gradient.values;
     return at::_sparse_coo_tensor_unsafe_symint(gradient.rows.unsqueeze(0), gradient.values,
@@ -137,7 +137,7 @@ at::Tensor assemble(const WeightGradient& gradient, const at::Tensor& weight, bo
                                                 /*is_coalesced=*/!uses_cuda_kernels(gradient.values));
 }
 
-// Whether the tensor may stand for others in tracing (torch.compile, torch.export): its value cannot be read.
+// Whether the tensor may be a tracer's (torch.compile, torch.export), whose values cannot be read.
 bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
 
 c10::IValue to_ivalue(const Options& options) {
@@ -155,8 +155,7 @@ Options from_ivalue(const c10::IValue& value) {
     return options;
 }
 
-// Gives a gradient that was made under create_graph=True a history, so that only a second differentiation
-// raises.
+// Gives a gradient under create_graph=True a history, so that only differentiating it raises.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     static at::Tensor forward(AutogradContext*, const at::Tensor& gradient, const at::Tensor& /*grad_loss*/,
                               const at::Tensor& /*weight*/) {
@@ -168,7 +167,7 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
     }
 };
 
-// (weight, params) -> (loss, logits). The tensors among the params are hidden in their struct: only weight is
+// (weight, params) -> (loss, logits). Autograd does not see the tensors inside params: only weight is
 // differentiable.
 struct LossFunction : torch::autograd::Function<LossFunction> {
     static variable_list forward(AutogradContext* ctx, const at::Tensor& weight, Params params) {
@@ -209,8 +208,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     }
 
   private:
-    // The forward pass made the gradient for grad_loss = 1. The first backward pass takes it away, and so
-    // owns it and may scale it in place; whoever comes later finds it gone and computes it anew.
+    // The forward pass has computed the gradient for grad_loss = 1. The first backward pass takes it, and
+    // thus may scale it in place; later ones compute it again.
     static at::Tensor take_gradient(AutogradContext* ctx) {
         const auto entry = ctx->saved_data.find("gradient");
         if (entry == ctx->saved_data.end()) return {};

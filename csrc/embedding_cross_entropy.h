@@ -1,8 +1,8 @@
 // Embedding lookup and cross entropy in one: loss_n = lse[idx_n] - weight[idx_n, targets_n].
 //
-// Only R distinct rows of logits exist, so the work is O(min(N, R) * C + N + R), not O(N * C), and
-// no (N, C) tensor is made; a dense gradient adds the writing of its R * C elements. The gradient row is
-// written while its logits are in cache, in the forward pass.
+// There are only R distinct rows of logits, so the work is O(min(N, R) * C + N + R), not O(N * C), and no (N,
+// C) tensor is materialised; a dense gradient adds the writes of its R * C elements. The forward pass writes
+// each gradient row while its logits are in cache.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -25,7 +25,7 @@ struct EmbeddingCrossEntropyOptions {
     int64_t padding_idx;  // kNoPadding: none
     bool sparse;          // the gradient: only the rows that occur
 
-    // All of them, in the order in which the schemas have them.
+    // All options, in the order of the schemas.
     template <typename Options>
     static auto fields(Options& options) {
         return std::tie(options.ignore_index, options.reduction, options.label_smoothing, options.z_loss,
@@ -34,7 +34,7 @@ struct EmbeddingCrossEntropyOptions {
 };
 
 struct EmbeddingCrossEntropyParams {
-    // As the op takes them; and, in brackets, as the kernels do.
+    // As the op takes them; in parentheses: as the kernels take them.
     at::Tensor idx;           // N elements, integers (int64, contiguous)
     at::Tensor weight;        // (R, C) floating point (unit stride along a row)
     at::Tensor targets;       // N elements, integers (int64, contiguous)
@@ -47,16 +47,16 @@ struct EmbeddingCrossEntropyParams {
     bool is_mean() const { return options.reduction == at::Reduction::Mean; }
 };
 
-// The gradient of `weight`: dense (R, C) with `rows` (0), or the rows that occur, (K, C), and their indices
-// (K). On a GPU, where K is not known to the host, there are min(N, R): those too many are zero, and have the
-// index of a row that occurs.
+// The gradient of `weight`: dense, values (R, C) and rows (0); or sparse, values (K, C) of the K rows that
+// occur and their indices, rows (K). On a GPU the host does not know K and takes min(N, R) instead: the
+// excess entries are zero, with the index of a row that occurs.
 struct WeightGradient {
     at::Tensor rows;
     at::Tensor values;
 };
 
 struct EmbeddingCrossEntropyResult {
-    at::Tensor loss;          // () or, where it is not reduced, of the shape of targets; in weight's dtype
+    at::Tensor loss;          // () or, unreduced, the shape of targets; in weight's dtype
     at::Tensor logits;        // (N, C): weight[idx]; undefined without return_logits
     WeightGradient gradient;  // of the reduced loss; undefined without compute_grad
 };
@@ -64,21 +64,21 @@ struct EmbeddingCrossEntropyResult {
 EmbeddingCrossEntropyResult embedding_cross_entropy_cpu(const EmbeddingCrossEntropyParams& params);
 EmbeddingCrossEntropyResult embedding_cross_entropy_cuda(const EmbeddingCrossEntropyParams& params);
 
-// The gradient of `weight` for grad_loss, that of the loss, () or (N).
+// The gradient of `weight`, given grad_loss, the gradient of the loss: () or (N).
 WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss,
                                                     const EmbeddingCrossEntropyParams& params);
 WeightGradient embedding_cross_entropy_backward_cuda(const at::Tensor& grad_loss,
                                                      const EmbeddingCrossEntropyParams& params);
 
-// The same from the gradient for grad_loss = 1, dense or sparse, which it may change; undefined where it must
-// be computed anew.
-using SavedParams = c10::function_ref<EmbeddingCrossEntropyParams()>;  // unpacked only where they are needed
+// The same from the gradient for grad_loss = 1, dense or sparse, which it may change in place. Undefined if
+// the gradient must be computed again.
+using SavedParams = c10::function_ref<EmbeddingCrossEntropyParams()>;  // unpacked only if needed
 at::Tensor embedding_cross_entropy_scale_gradient_cpu(const at::Tensor& gradient, const at::Tensor& grad_loss,
                                                       SavedParams saved);
 at::Tensor embedding_cross_entropy_scale_gradient_cuda(const at::Tensor& gradient,
                                                        const at::Tensor& grad_loss, SavedParams saved);
 
-// A gradient in 16 bits has lost what a loss scale is there to save: it may be handed over, but not scaled.
+// A 16-bit gradient has already lost the small values that a loss scale protects, so it must not be scaled.
 inline bool can_scale_gradient(const at::Tensor& gradient) {
     return gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble;
 }

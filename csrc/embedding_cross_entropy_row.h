@@ -1,18 +1,17 @@
-// The formulas of a row of the table, host and device: the losses of the pairs that start in it, its
+// The formulas of a row of the table, for host and device: the losses of the pairs that start in it, and its
 // gradient.
 //
-// For a row W of C logits, pairs n with the targets y_n, and class weights c, with label smoothing e and
-// z-loss z:
+// For a row W of C logits, pairs n with targets y_n, class weights c, label smoothing e and z-loss z:
 //
 //     lse    = max + log(sum),    sum = sum_j e^(W_j - max)
 //     loss_n = (1 - e) c[y_n] (lse - W[y_n]) + e/C sum_j c_j (lse - W_j) + z lse^2
 //
-// With g_n the gradient that reaches loss_n, before the scale of the reduction, and s_j its sum over the
-// pairs with the target j:
+// With g_n the gradient of loss_n, before the scale of the reduction, and s_j the sum of g_n over the pairs
+// with target j:
 //
 //     dW_j = mass / sum * e^(W_j - max) - c_j (smoothing + target s_j)
 //
-// mass being what all pairs give to the softmax of the row.
+// where mass is the total that the pairs put on the softmax of the row.
 #pragma once
 
 #include "base/host_device.h"
@@ -25,14 +24,14 @@ struct RowLossOptions {
     double z_loss;
 };
 
-// What all rows share, known once the pairs are counted.
+// The scales of the reduction, the same for all rows; known once the pairs are counted.
 struct LossScales {
-    double loss;              // of the reduction: 1, or 1 over the class weights of the pairs that count
-    double z_loss;            // 1, or 1 over their number
+    double loss;              // 1 (sum), or 1 / the sum of the class weights of the targets (mean)
+    double z_loss;            // 1 (sum), or 1 / the number of pairs (mean)
     double class_weight_sum;  // over all classes
 };
 
-// Over the pairs of a row that are not ignored.
+// Sums over the pairs of a row that are not ignored.
 struct PairSums {
     double gradients = 0;  // of g
     double weighted = 0;   // of g class_weight[target]
@@ -42,7 +41,7 @@ BIGRAMX_HOST_DEVICE PairSums operator+(const PairSums& a, const PairSums& b) {
     return {a.gradients + b.gradients, a.weighted + b.weighted};
 }
 
-// Of the pairs of some rows, before the scale of the reduction.
+// Sums over the pairs of some rows, before the scale of the reduction.
 struct LossSums {
     double cross_entropy = 0, z_loss = 0;
 };
@@ -76,7 +75,7 @@ BIGRAMX_HOST_DEVICE LossSums loss_of_row(const RowLossOptions& options, const Pa
     return sums;
 }
 
-// shared: what all pairs of the row have alike, label smoothing and z-loss. target_logit: W[y_n] - max.
+// shared: what all pairs of the row have in common, label smoothing and z-loss. target_logit: W[y_n] - max.
 BIGRAMX_HOST_DEVICE double loss_of_pair(const RowLossOptions& options, double shared, double class_weight,
                                         double log_sum, double target_logit) {
     double loss = shared;
@@ -86,7 +85,7 @@ BIGRAMX_HOST_DEVICE double loss_of_pair(const RowLossOptions& options, double sh
     return loss;
 }
 
-// What a pair of class weight 1 and gradient 1 takes from its target.
+// What a pair of class weight 1 and gradient 1 subtracts at its target.
 BIGRAMX_HOST_DEVICE double target_gradient(const RowLossOptions& options, const LossScales& scales) {
     return (1 - options.label_smoothing) * scales.loss;
 }

@@ -1,7 +1,7 @@
 // Many steps of the training loop in one call: get_batch, embedding_cross_entropy, adamw_.
 //
-// CPU only: there the calls between the kernels cost more than the kernels. On a GPU a step of the loop in
-// Python can be captured in a CUDA graph.
+// CPU only: there the calls between the kernels cost more than the kernels. On a GPU a step of a Python loop
+// can be captured in a CUDA graph.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -16,14 +16,14 @@ namespace bigramx {
 
 struct FitParams {
     GetBatchParams batch;
-    AdamWParams adamw;    // param: (V, V); grad is scratch; step: that of the step before the first
+    AdamWParams adamw;    // param: (V, V); grad: scratch; step: the count of the steps before
     int64_t padding_idx;  // -1: none
     at::Tensor losses;    // (steps) float64, contiguous
-    double max_seconds;   // after which no further step begins
+    double max_seconds;   // no step begins after that
 };
 
-// Takes a step for each element of losses, which are those of the batches before their step, and counts them
-// in adamw.step; returns how many steps it took, at least one.
+// Takes a step for each element of losses, the loss of its batch before the step, and counts it in
+// adamw.step. Returns the number of steps, at least one.
 int64_t fit_cpu(const FitParams& params);
 
 // The op.

@@ -22,21 +22,21 @@ struct GenerateParams {
     Sampler sampler;
     std::optional<at::Generator> generator;
 
-    // Whether the filters may leave a token without a probability.
+    // Whether the filters may remove tokens.
     bool removes_tokens() const { return top_k.has_value() || top_p.has_value() || min_p.has_value(); }
 };
 
-// (..., V) logits -> logits with the temperature, which is not 0, applied, and -inf for the tokens that the
-// filters remove. The filters depend on the previous token alone, so that this is done once for each row of
-// the table, not for each step.
+// (..., V) logits -> logits divided by the temperature, which is not 0, with -inf for the tokens that the
+// filters remove. The filters depend on the previous token alone, so this is done once per row of the table,
+// not per step.
 at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params);
 
-// idx (B, T) int64, contiguous -> the first T of tokens. Raises where a token is not one of the V.
+// Copies idx, (B, T) int64, contiguous, to the first T columns of tokens. Raises for a token out of range.
 void copy_prompt_cpu(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens);
 void copy_prompt_cuda(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens);
 
-// tokens (B, T + max_new_tokens) int64, neither B nor max_new_tokens 0: fills what follows the prompts.
-// Returns how many steps that took: fewer than max_new_tokens where all sequences met `stop`.
+// Fills tokens, (B, T + max_new_tokens) int64, behind the prompts; B > 0 and max_new_tokens > 0. Returns the
+// number of steps: fewer than max_new_tokens if all sequences meet `stop`.
 int64_t generate_cpu(const GenerateParams& params, const at::Tensor& tokens);
 int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens);
 

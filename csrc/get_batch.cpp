@@ -34,7 +34,8 @@ std::tuple<at::Tensor, at::Tensor> get_batch(const at::Tensor& tokens, int64_t b
 
 namespace {
 
-// On a device without a kernel the batch offsets are drawn on the CPU, too, so that the batches are the same.
+// On devices without a kernel the batch offsets are drawn on the CPU as well, so that the batches are the
+// same.
 std::tuple<at::Tensor, at::Tensor> get_batch_elsewhere(const at::Tensor& tokens, int64_t batch_size,
                                                        int64_t block_size,
                                                        const std::optional<at::Generator>& generator) {

@@ -1,4 +1,4 @@
-// Random blocks of a text and what follows each of their tokens: the draws of the lecture's get_batch.
+// Random blocks of a text, and the token that follows each of theirs, drawn as in the lecture's get_batch.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -19,14 +19,14 @@ struct GetBatchParams {
     int64_t num_offsets() const { return tokens.size(0) - block_size; }
 };
 
-// Raises where the parameters are not as above.
+// Raises if the parameters are not as above.
 void check_batch(const char* op, const GetBatchParams& params);
 
 // Into idx and targets, (B, T) int64 each, contiguous.
 void get_batch_cpu(const GetBatchParams& params, const at::Tensor& idx, const at::Tensor& targets);
 
-// Without a generator, or with one on the CPU, the batches that get_batch_cpu draws; with one on the GPU
-// others, which a captured graph draws anew at each replay.
+// Without a generator, or with one on the CPU, the batches are those of get_batch_cpu. A generator on the GPU
+// draws others, anew at each replay of a captured graph.
 void get_batch_cuda(const GetBatchParams& params, const at::Tensor& idx, const at::Tensor& targets);
 
 // The op.

@@ -1,5 +1,5 @@
-// Draws tokens from rows of probabilities: the errors of torch.multinomial and, by the sampler "torch", its
-// samples and its stream.
+// Draws tokens from rows of probabilities, with the errors of torch.multinomial and, by the sampler "torch",
+// with its samples and its use of the generator.
 #pragma once
 
 #include <ATen/core/Generator.h>

@@ -20,8 +20,8 @@ constexpr int64_t kPage = 256;
 constexpr uint32_t kNumCodePoints = 0x110000;
 static_assert(kNumCodePoints < int64_t{1} << PyLong_SHIFT, "any token is an int of one digit");
 
-// Marks of what is unknown. A kernel returns the bits of all that it has written, and so whether there was
-// one of them; where it was is searched for only then.
+// Sentinels for what is unknown. A kernel returns the bitwise or of all that it wrote, which tells whether
+// there was a sentinel; its position is searched for only then.
 constexpr int32_t kNoToken = -1;
 constexpr uint32_t kNoCharacter = uint32_t{1} << 31;
 
@@ -36,7 +36,7 @@ int64_t length_of(const char* name, py::handle text) {
     return length;
 }
 
-// Calls visit with the characters of a str: one, two or four bytes each.
+// Calls visit with a pointer to the characters of a str, of one, two or four bytes each.
 template <typename Visit>
 auto visit_characters(py::handle text, const Visit& visit) {
     void* const characters = PyUnicode_DATA(text.ptr());
@@ -50,11 +50,11 @@ auto visit_characters(py::handle text, const Visit& visit) {
     }
 }
 
-// A str must be in the narrowest of four forms: ASCII, or one, two or four bytes a character.
+// A str must have the narrowest of four forms: ASCII, or one, two or four bytes per character.
 int form_of(uint32_t largest) { return (largest > 0x7F) + (largest > 0xFF) + (largest > 0xFFFF); }
 
-// A new str of characters up to `largest`. write(characters) fills it and returns the bits of all of them; or
-// nothing, and so does this.
+// A new str of characters up to `largest`. write(characters) fills it and returns the bitwise or of all; if
+// it returns nullopt, the result is None.
 template <typename Write>
 py::object new_str(int64_t length, uint32_t largest, const Write& write) {
     py::object text = checked(PyUnicode_New(length, largest));
@@ -64,7 +64,7 @@ py::object new_str(int64_t length, uint32_t largest, const Write& write) {
     return checked(PyUnicode_FromKindAndData(PyUnicode_KIND(text.ptr()), PyUnicode_DATA(text.ptr()), length));
 }
 
-// The character at `position` as Python's repr writes it.
+// The repr of the character at `position`.
 std::string quoted(py::handle text, int64_t position) {
     return py::repr(checked(PyUnicode_Substring(text.ptr(), position, position + 1)));
 }
@@ -94,7 +94,7 @@ uint32_t decode_kernel(const token_t* tokens, int64_t num_tokens, const uint32_t
                        uint64_t vocab_size, char_t* text) {
     uint32_t bits = 0;
     for (int64_t n = 0; n < num_tokens; ++n) {
-        const auto token = static_cast<uint64_t>(tokens[n]);  // a negative one is larger than any
+        const auto token = static_cast<uint64_t>(tokens[n]);  // negative tokens become too large
         const uint32_t code_point = code_points[std::min(token, vocab_size)];
         bits |= code_point;
         text[n] = static_cast<char_t>(code_point);

@@ -1,4 +1,4 @@
-// Text to tokens and back, a character each, on the memory of Python's own strings and lists.
+// Text to tokens and back, one per character, on the memory of Python's strings and lists.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,10 +9,10 @@
 
 namespace bigramx {
 
-// Distinct characters, numbered from 0 on.
+// Distinct characters; the token of each is its index.
 class Alphabet {
   public:
-    // A str. Raises ValueError where a character occurs twice.
+    // characters: a str. Raises ValueError if a character occurs twice.
     explicit Alphabet(pybind11::handle characters);
 
     // A str -> (N) int64 tokens. Raises ValueError for a character that is not in the alphabet.
@@ -21,18 +21,18 @@ class Alphabet {
     // Tokens of any integer dtype and shape, on the CPU -> str. Raises IndexError for one out of range.
     pybind11::object decode(const at::Tensor& tokens) const;
 
-    // The same of a list or a tuple; None where it holds something else than plain ints.
+    // The same for a list or a tuple; None if it holds anything but plain ints.
     pybind11::object decode_sequence(pybind11::handle tokens) const;
 
   private:
     uint64_t vocab_size() const { return code_points_.size() - 1; }
 
-    std::vector<uint32_t>
-        code_points_;       // (V + 1): of each token; the last is a mark, for tokens out of range
+    // (V + 1): the code point of each token; the last is a sentinel for tokens out of range.
+    std::vector<uint32_t> code_points_;
     uint32_t largest_ = 0;  // of the code points
 
-    // The token of each code point, or a mark, in pages of 256; and the page of each 256 code points. Those
-    // without a character share page 0, so that one emoji does not make a table of all that comes before it.
+    // A two-level table: the page of each 256 code points, and for each page 256 tokens, or sentinels. Ranges
+    // without a character share page 0, so that a single emoji does not need a table up to its code point.
     std::vector<int32_t> tokens_;
     std::vector<uint16_t> pages_;
 };

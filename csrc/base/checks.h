@@ -1,5 +1,5 @@
-// Argument checks that all devices share. Each message names the argument, what was expected and what came;
-// each raises the error type that PyTorch raises for the same mistake.
+// Argument checks for all devices. Each message names the argument, what was expected and what was given; the
+// error type is the one that PyTorch raises for the same mistake.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,7 +53,7 @@ inline void check_tokens(const char* op, const at::Tensor& tokens) {
     check_dtype(op, "tokens", tokens, {at::kByte, at::kUInt16, at::kInt, at::kLong});
 }
 
-// Any shape of the allowed integer dtypes -> contiguous int64. Copies only where it must.
+// Any integer tensor -> contiguous int64, copied only if necessary.
 inline at::Tensor contiguous_int64(const at::Tensor& tensor) {
     return (tensor.scalar_type() == at::kLong ? tensor : tensor.to(at::kLong)).contiguous();
 }

@@ -1,5 +1,5 @@
-// An op as a function of a Python module: it enters the dispatcher as torch.ops does, but without the parsing
-// of the arguments by the schema, which takes as long as a small kernel.
+// Binds an op as a function of a Python module. It enters the dispatcher as torch.ops does, but skips the
+// parsing of the arguments by the schema, which takes as long as a small kernel.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,7 +14,7 @@ namespace bigramx {
 template <typename Signature>
 struct DirectOp;
 
-// Signature: that of the function which serves the op, decltype(function).
+// Signature: decltype of the function that implements the op.
 template <typename Return, typename... Arguments>
 struct DirectOp<Return(Arguments...)> {
     static void define(pybind11::module& m, const char* library, const char* name) {

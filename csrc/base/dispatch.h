@@ -1,5 +1,5 @@
-// Which kernels serve an op: <op>_cpu or, where its tensors lie on a GPU, <op>_cuda. This header alone asks
-// whether the build has CUDA kernels (BIGRAMX_CUDA); without them nothing refers to an <op>_cuda.
+// Dispatch of an op to <op>_cpu or, for tensors on a GPU, <op>_cuda. This header alone asks whether the build
+// has CUDA kernels (BIGRAMX_CUDA); without them nothing refers to an <op>_cuda.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,8 +7,8 @@
 
 namespace bigramx {
 
-// Ops that have a kernel on the CPU raise an error on other devices that have none, which names the device.
-// To be called once all ops are registered.
+// Registers, for each op with a CPU kernel and each other device without a kernel, an error that names the
+// device. Call it once all ops are registered.
 void refuse_devices_without_kernels();
 
 }  // namespace bigramx
@@ -19,7 +19,7 @@ namespace bigramx {
 
 constexpr bool kHasCudaKernels = true;
 
-// Whether the kernels in cuda/ serve this tensor.
+// Whether ops on this tensor use the kernels in cuda/.
 bool uses_cuda_kernels(const at::Tensor& tensor);
 
 }  // namespace bigramx
@@ -27,7 +27,7 @@ bool uses_cuda_kernels(const at::Tensor& tensor);
 #define BIGRAMX_DISPATCH_DEVICE(tensor, function, ...) \
     (::bigramx::uses_cuda_kernels(tensor) ? function##_cuda(__VA_ARGS__) : function##_cpu(__VA_ARGS__))
 
-// Registers the function of an op that dispatches so.
+// Registers the function of an op, which dispatches by BIGRAMX_DISPATCH_DEVICE.
 #define BIGRAMX_REGISTER(op, function)                            \
     TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(op, function); } \
     TORCH_LIBRARY_IMPL(bigramx, CUDA, m) { m.impl(op, function); }

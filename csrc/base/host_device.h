@@ -1,10 +1,10 @@
-// Marks functions that the kernels of the CPU and of a GPU share.
+// Marks functions that the CPU and GPU kernels share.
 #pragma once
 
 #if defined(__CUDACC__)
 #define BIGRAMX_HOST_DEVICE __host__ __device__ inline
 #else
-// Always inlined: compiled by itself a function would belong to no CPU target (cpu/base/foreach_target.h),
-// and what it computes would depend on whether the compiler inlined it there.
+// Always inlined: a function compiled on its own would belong to no CPU target (cpu/base/foreach_target.h),
+// and its results would depend on whether the compiler inlined it.
 #define BIGRAMX_HOST_DEVICE inline __attribute__((always_inline))
 #endif

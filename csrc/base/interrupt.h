@@ -1,16 +1,16 @@
-// Lets Python's signal handlers run, and raise, in the middle of a long native call.
+// Lets Python's signal handlers run, and raise, during a long native call.
 #pragma once
 
 #include <chrono>
 
 namespace bigramx {
 
-// Throws what a handler raised. Set by bindings.cpp; without Python there is nothing to handle.
+// Throws what a handler raised. Set by bindings.cpp; does nothing without Python.
 inline void (*handle_signals)() = [] {};
 
 class SignalCheck {
   public:
-    // Call it often, and without holding a lock: once an interval it waits for the interpreter.
+    // Call it often, and without a lock: once per interval it acquires the GIL.
     void poll() {
         constexpr std::chrono::milliseconds kInterval(100);
         const auto now = std::chrono::steady_clock::now();

@@ -1,4 +1,4 @@
-// The ops' names, as they stand in their schemas and begin their messages. Free of torch's headers.
+// The names of the ops, as in their schemas and at the beginning of their messages. Includes no PyTorch.
 #pragma once
 
 namespace bigramx {

@@ -1,4 +1,4 @@
-// What the tokenizer asks Python's own objects, past their methods.
+// Direct access to Python objects for the tokenizer, without method calls.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,19 +11,19 @@
 
 namespace bigramx {
 
-// A new reference, or the error that Python has set.
+// Wraps a new reference; throws the error that Python has set if it is null.
 inline pybind11::object checked(PyObject* made) {
     if (made == nullptr) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(made);
 }
 
-// The value of a plain int, read in place; -1 for one of several digits, which is too large for a token.
+// The value of an int, read in place; -1 for one with several digits, which is too large for a token.
 inline int64_t value_of_int(PyObject* integer) {
     auto* const digits = reinterpret_cast<PyLongObject*>(integer);
 #if PY_VERSION_HEX >= 0x030C0000
     return PyUnstable_Long_IsCompact(digits) ? PyUnstable_Long_CompactValue(digits) : -1;
 #else
-    const Py_ssize_t size = Py_SIZE(digits);  // how many digits; negative where the int is
+    const Py_ssize_t size = Py_SIZE(digits);  // the number of digits; negative if the int is
     return static_cast<size_t>(size) <= 1 ? size * static_cast<int64_t>(digits->ob_digit[0]) : -1;
 #endif
 }

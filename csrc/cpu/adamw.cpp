@@ -9,7 +9,7 @@ namespace bigramx::cpu {
 
 template <typename scalar_t>
 struct AdamWKernelParams : AdamWConstants<scalar_t> {
-    // (size) each
+    // (size) each.
     scalar_t* param;
     const scalar_t* grad;
     scalar_t* exp_avg;

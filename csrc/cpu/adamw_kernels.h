@@ -1,4 +1,5 @@
-// The AdamW update of a run of elements. Compiled once for each CPU target (cpu/base/foreach_target.h).
+// The AdamW update of the elements from `begin` to `end`. Compiled once for each CPU target
+// (cpu/base/foreach_target.h).
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 

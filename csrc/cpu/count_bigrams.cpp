@@ -15,17 +15,18 @@
 
 namespace bigramx::cpu {
 
-// What the kernel counts, and where; plain pointers, all offsets in elements.
+// The pairs that one call of the kernel counts, and its tables. All offsets are in elements.
 template <typename token_t, typename count_t>
 struct CountKernelParams {
     const token_t* tokens;  // (num_pairs + 1)
     int64_t num_pairs;
     int64_t vocab_size;
-    // (V, V), where pairs at even and at odd positions count: one table, or two to be added, as increments of
-    // one counter wait for each other. Fewer than 2^32 entries, but for 64-bit counters.
+    // (V, V): the tables for pairs at even and at odd positions. Two tables, to be added, or the same one:
+    // successive increments of one counter wait for each other. Fewer than 2^32 entries, except with 64-bit
+    // counters.
     count_t* even;
     count_t* odd;
-    // Where a list grows of the entries whose 8- or 16-bit counters overflowed to 0.
+    // The end of the list of entries whose 8- or 16-bit counters have overflowed to 0.
     uint32_t* overflowed;
 };
 
@@ -49,15 +50,15 @@ void check_range(const token_t* tokens, int64_t num_tokens, int64_t vocab_size) 
     }
 }
 
-// Into how many parts the pairs are divided, each with narrow counters of its own, a byte for each pair at
-// most. 0: those would cost more than they save, and one thread counts in the result itself.
+// The number of parts that the pairs are divided into, each with its own narrow counters, at most a byte per
+// pair. 0: these would cost more than they save, so one thread counts in the result itself.
 int64_t number_of_parts(int64_t num_pairs, int64_t num_entries) {
     constexpr int64_t kGrainSize = 1 << 17;
     if (num_entries > std::numeric_limits<uint32_t>::max()) return 0;
     return std::min<int64_t>(num_pairs / std::max(kGrainSize, num_entries), at::get_num_threads());
 }
 
-// Returns false where a token is out of range.
+// Returns false if a token is out of range.
 template <typename token_t, typename count_t>
 bool run(CountKernelParams<token_t, count_t>& params) {
     return BIGRAMX_DISPATCH_TARGET(count_bigrams_kernel<token_t, count_t>)(params) == params.num_pairs;
@@ -84,7 +85,7 @@ void sum_tables(const at::Tensor& tables, const at::Tensor& counts) {
     });
 }
 
-// Each part has tables_per_part tables, 1 or 2, to itself.
+// Each part has tables_per_part (1 or 2) tables of its own.
 template <typename count_t, int64_t tables_per_part, typename token_t>
 bool count_in_parts(const token_t* tokens, int64_t num_pairs, int64_t num_parts, const at::Tensor& counts) {
     constexpr int64_t kModulus = int64_t{std::numeric_limits<count_t>::max()} + 1;

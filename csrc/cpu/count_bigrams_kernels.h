@@ -4,11 +4,11 @@ namespace bigramx::cpu::BIGRAMX_TARGET {
 
 constexpr int64_t kBlockOfPairs = 256;
 
-// The entry of the table where each pair of a block counts. False where a token is out of range.
+// The table entry of each pair of a block. Returns false if a token is out of range.
 template <typename token_t, typename count_t, typename entry_t>
 bool find_entries(const CountKernelParams<token_t, count_t>& params, int64_t begin, int64_t size,
                   entry_t* entries) {
-    using Unsigned = std::make_unsigned_t<token_t>;  // a negative one is too large
+    using Unsigned = std::make_unsigned_t<token_t>;  // negative tokens become too large
     const token_t* tokens = params.tokens + begin;
     const auto vocab_size = static_cast<entry_t>(params.vocab_size);
     Unsigned largest = static_cast<Unsigned>(tokens[0]);
@@ -29,11 +29,11 @@ inline __attribute__((always_inline)) void increment(count_t* table, entry_t ent
     }
 }
 
-// How many pairs were counted: all, or those before the first block with a token out of range.
+// Returns the number of pairs counted: all, or those before the first block with a token out of range.
 template <typename token_t, typename count_t>
 int64_t count_bigrams_kernel(CountKernelParams<token_t, count_t>& params) {
     constexpr int64_t kStep = 8;
-    constexpr int64_t kAhead = 4 * kBlockOfPairs;  // the processor does not foresee reads that come in bursts
+    constexpr int64_t kAhead = 4 * kBlockOfPairs;  // hardware prefetchers do not handle reads in bursts
     std::conditional_t<sizeof(count_t) == 8, uint64_t, uint32_t> entries[kBlockOfPairs];
     uint32_t* overflowed = params.overflowed;
     int64_t begin = 0;

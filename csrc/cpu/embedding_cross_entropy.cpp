@@ -17,42 +17,42 @@
 
 namespace bigramx::cpu {
 
-// What one call does to every row; plain pointers, all offsets in elements. T is the accumulation dtype.
+// What one call computes for the rows. acc_t: the accumulation dtype. All offsets are in elements.
 struct EmbeddingCrossEntropyKernelParams {
     const void* weight;  // (R, C)
     int64_t row_stride;
     int64_t num_classes;
     const Pairs* pairs;
-    const void* class_weight;  // (C) of T, or null: all ones
+    const void* class_weight;  // (C) of acc_t, or null: all ones
     int64_t padding_idx;
     RowLossOptions options;
 
-    const int64_t* rows;  // (num_slots), the row of each slot; null: slots are rows
+    const int64_t* rows;  // (num_slots): the row of each slot; null: slot i is row i
     int64_t num_slots;
     bool want_loss;
-    void* losses;               // (N), or null: only their sum is wanted
-    void* gradient;             // (num_slots, C), or null: not wanted
-    bool nontemporal_gradient;  // it is stored past the caches
-    const void* grad_losses;    // (N) of T, or null: all ones
-    LossScales scales;          // times the gradient of the loss
+    void* losses;               // (N), or null: only their sum
+    void* gradient;             // (num_slots, C), or null
+    bool nontemporal_gradient;  // whether it is written by non-temporal stores
+    const void* grad_losses;    // (N) of acc_t, or null: all ones
+    LossScales scales;          // multiplied by the gradient of the loss
 };
 
 constexpr int64_t kMaxRowsAtOnce = 16;
 
-// How many rows a kernel takes together: what fits into the L1 cache.
+// The number of rows that a kernel processes together: as many as fit into the L1 cache.
 inline int64_t rows_at_once(int64_t num_classes) {
     constexpr int64_t kElements = 2048;
     return std::clamp<int64_t>(kElements / std::max<int64_t>(num_classes, 1), 1, kMaxRowsAtOnce);
 }
 
-// A gradient row that is on its way out still needs its scratch while the next rows are computed.
+// One more for non-temporal stores: a row leaves its scratch while the next rows are computed.
 inline int64_t rows_of_scratch(const EmbeddingCrossEntropyKernelParams& params) {
     return rows_at_once(params.num_classes) + (params.nontemporal_gradient ? 1 : 0);
 }
 
 struct LossScratch {
-    void* exponentials;      // (rows_of_scratch, padded C) of T
-    int32_t* target_counts;  // (C), zero
+    void* exponentials;      // (rows_of_scratch, padded C) of acc_t
+    int32_t* target_counts;  // (C), zero before and after
 };
 
 struct GatherParams {
@@ -76,7 +76,7 @@ namespace {
 
 using KernelParams = EmbeddingCrossEntropyKernelParams;
 
-// The distinct rows, ascending, but the padding row last, where the gradient can do without it.
+// The distinct rows, ascending, except that the padding row is last: the gradient leaves it out.
 at::Tensor occurring_rows(const Pairs& pairs, int64_t num_rows, int64_t padding_idx) {
     std::vector<int64_t> found;
     bool padding_occurs = false;
@@ -116,9 +116,9 @@ KernelParams kernel_params(const EmbeddingCrossEntropyParams& params, const Pair
     return result;
 }
 
-// How the slots are divided: into blocks of fixed size, over whose sums the total is taken in order, so that
-// the result does not depend on the number of threads; and into runs of blocks, which threads take one after
-// another, since rows differ in what they cost.
+// How the slots are divided. Blocks of fixed size, whose sums are added in order, make the result independent
+// of the number of threads. Runs of blocks, which threads take one after another, balance the load, as rows
+// differ in cost.
 struct Partition {
     Partition(int64_t num_slots, int64_t num_classes) {
         constexpr int64_t kBlockElements = 1 << 15;  // the grain size
@@ -174,11 +174,10 @@ LossSums run_slots(const KernelParams& params, at::ScalarType dtype, LossWorkspa
     return total;
 }
 
-// Over the rows that occur, or over all where a dense gradient is wanted. A gradient whose values are
-// allocated is written there.
+// Processes the rows that occur, or all rows for a dense gradient. Allocates gradient->values unless defined.
 LossSums run(KernelParams& kernel_params, const EmbeddingCrossEntropyParams& params, WeightGradient* gradient,
              LossWorkspace& workspace) {
-    constexpr int64_t kCached = int64_t{1} << 25;  // bytes: a larger gradient leaves the caches unread
+    constexpr int64_t kCached = int64_t{1} << 25;  // bytes: a larger gradient is evicted before it is read
     const bool sparse = params.options.sparse, all_rows = gradient != nullptr && !sparse;
     at::Tensor rows;
     int64_t num_slots = params.weight.size(0);
@@ -206,7 +205,7 @@ LossSums run(KernelParams& kernel_params, const EmbeddingCrossEntropyParams& par
     return sums;
 }
 
-// (N, C): weight[idx], for an idx that was checked.
+// (N, C): weight[idx]. idx has been checked.
 at::Tensor gather_logits(const EmbeddingCrossEntropyParams& params) {
     const at::Tensor& weight = params.weight;
     const int64_t num_pairs = params.idx.numel(), element_size = static_cast<int64_t>(weight.element_size());
@@ -272,7 +271,7 @@ at::Tensor embedding_cross_entropy_scale_gradient_cpu(const at::Tensor& gradient
                                                       SavedParams) {
     const double scale = grad_loss.item<double>();
     if (scale == 1.0) return gradient;
-    // Not by an infinity: rows without pairs must stay zero.
+    // Not by an infinity: rows without pairs must stay zero, not NaN.
     return can_scale_gradient(gradient) && std::isfinite(scale) ? gradient.mul_(scale) : at::Tensor();
 }
 

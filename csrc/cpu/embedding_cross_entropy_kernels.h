@@ -1,21 +1,21 @@
-// Rows of the table: their logsumexp, the losses of the pairs that start in them, their gradients.
-// Compiled once for each CPU target (cpu/base/foreach_target.h); hence no include guard.
+// Rows of the table: their logsumexp, the losses of the pairs that start in them, their gradients. Compiled
+// once for each CPU target (cpu/base/foreach_target.h), hence no include guard.
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// Works on a few short rows at a time, one step for all of them before the next step: the steps of one row
-// wait for each other, those of different rows overlap. Together the rows stay in the first-level cache; a
-// long row goes alone, and the next one is fetched meanwhile.
+// Processes a few short rows together, each step for all of them before the next step: the steps of one row
+// depend on each other, those of different rows overlap. Together the rows fit into the L1 cache. A long row
+// is processed alone, while the next one is prefetched.
 template <typename scalar_t>
 class RowKernel {
   public:
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
 
     RowKernel(const EmbeddingCrossEntropyKernelParams& params, const LossScratch& scratch)
         : params_(params),
-          class_weight_(static_cast<const T*>(params.class_weight)),
-          grad_losses_(static_cast<const T*>(params.grad_losses)),
-          exponentials_(static_cast<T*>(scratch.exponentials)),
+          class_weight_(static_cast<const acc_t*>(params.class_weight)),
+          grad_losses_(static_cast<const acc_t*>(params.grad_losses)),
+          exponentials_(static_cast<acc_t*>(scratch.exponentials)),
           target_counts_(scratch.target_counts),
           is_plain_(class_weight_ == nullptr && grad_losses_ == nullptr &&
                     params.options.label_smoothing == 0 && params.options.z_loss == 0),
@@ -46,15 +46,15 @@ class RowKernel {
 
   private:
     struct Row {
-        int64_t index;           // in the table
-        const scalar_t* weight;  // (C)
-        const scalar_t* next;    // the row that comes after it
-        scalar_t* gradient;      // (C), or null
-        int64_t begin, end;      // its pairs in the list
-        int32_t* counts;         // (padded C): of its pairs by target; or null
-        T* exponentials;         // (padded C): e^(W[i, j] - max)
-        T max, sum, log_sum;     // of W[i, :], or near it; of the exponentials
-        int64_t num_pairs;       // that are not ignored
+        int64_t index;            // in the table
+        const scalar_t* weight;   // (C)
+        const scalar_t* next;     // the next row, to prefetch
+        scalar_t* gradient;       // (C), or null
+        int64_t begin, end;       // its pairs in the list
+        int32_t* counts;          // (padded C): its pairs by target; or null
+        acc_t* exponentials;      // (padded C): e^(W[i, j] - max)
+        acc_t max, sum, log_sum;  // max: of W[i, :], or close to it; sum: of the exponentials
+        int64_t num_pairs;        // not ignored
         PairSums pairs;
         double target_logits;  // the sum of class_weight[target] (W[i, target] - max)
 
@@ -105,7 +105,7 @@ class RowKernel {
         for (int64_t k = 0; k < num_rows_; ++k) visit(rows_[k]);
     }
 
-    // visit(k, target), k being the pair's place in the list.
+    // visit(k, target) for each pair that is not ignored; k: its position in the list.
     template <typename Visit>
     void for_each_target(const Row& row, const Visit& visit) const {
         const int32_t* targets = params_.pairs->targets.begin();
@@ -114,55 +114,57 @@ class RowKernel {
         }
     }
 
-    // Steps of all rows keep a vector a row in partial_; then reduce(combine) gives each row's number.
+    // Steps leave a vector per row in partial_. Reduces it to values, one per row, or to a member of each
+    // row.
     template <typename Combine>
-    void reduce(const Combine& combine, T* numbers) {
-        for (int64_t k = 0; k < num_rows_; k += kLanes<T>) {
-            store(numbers + k, reduce_each<T>(partial_ + k, combine));
+    void reduce(const Combine& combine, acc_t* values) {
+        for (int64_t k = 0; k < num_rows_; k += kLanes<acc_t>) {
+            store(values + k, reduce_each<acc_t>(partial_ + k, combine));
         }
     }
 
     template <typename Combine>
-    void reduce(const Combine& combine, T Row::* number) {
-        alignas(BIGRAMX_VECTOR_BYTES) T numbers[kMaxRowsAtOnce];
-        reduce(combine, numbers);
-        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].*number = numbers[k];
+    void reduce(const Combine& combine, acc_t Row::* member) {
+        alignas(BIGRAMX_VECTOR_BYTES) acc_t values[kMaxRowsAtOnce];
+        reduce(combine, values);
+        for (int64_t k = 0; k < num_rows_; ++k) rows_[k].*member = values[k];
     }
 
-    // Of the first `size` logits of each row.
+    // Sets max to the maximum of the first `size` logits of each row.
     void find_maxima(int64_t size) {
         for (int64_t k = 0; k < num_rows_; ++k) {
             const scalar_t* weight = rows_[k].weight;
-            Vector<T> largest = broadcast(kLowest);
-            for_each_vector<T>(size,
-                               [&](Lanes<T> lanes) { largest = max(largest, lanes.load(weight, kLowest)); });
+            Vector<acc_t> largest = broadcast(kLowest);
+            for_each_vector<acc_t>(
+                size, [&](Lanes<acc_t> lanes) { largest = max(largest, lanes.load(weight, kLowest)); });
             partial_[k] = largest;
         }
-        reduce([](Vector<T> a, Vector<T> b) { return max(a, b); }, &Row::max);
+        reduce([](Vector<acc_t> a, Vector<acc_t> b) { return max(a, b); }, &Row::max);
     }
 
-    // Whether the maxima of the first parts are near enough to those of the rows. If not, sums lose digits;
-    // or overflow, or are NaN.
+    // Whether the maxima of the first parts are close enough to those of the rows. If not, the sums lose
+    // digits, overflow, or are NaN.
     bool sums_are_moderate() const {
-        const T most = static_cast<T>(16 * params_.num_classes);
+        const acc_t most = static_cast<acc_t>(16 * params_.num_classes);
         return std::all_of(rows_, rows_ + num_rows_, [&](const Row& row) { return row.sum < most; });
     }
 
     void exponentiate() {
-        const auto add = [](Vector<T> a, Vector<T> b) { return a + b; };
+        const auto add = [](Vector<acc_t> a, Vector<acc_t> b) { return a + b; };
         for (int64_t k = 0; k < num_rows_; ++k) {
             if (params_.pairs->counted) {
                 exponentiate_counted(k);
             } else {
                 NonTemporalRow<scalar_t> outgoing = outgoing_;  // a copy, for registers
-                partial_[k] = exponentials_of(rows_[k], [&](Lanes<T>, Vector<T>) { outgoing.step(); });
+                partial_[k] =
+                    exponentials_of(rows_[k], [&](Lanes<acc_t>, Vector<acc_t>) { outgoing.step(); });
                 outgoing_ = outgoing;
             }
         }
-        alignas(BIGRAMX_VECTOR_BYTES) T sums[kMaxRowsAtOnce];
+        alignas(BIGRAMX_VECTOR_BYTES) acc_t sums[kMaxRowsAtOnce];
         reduce(add, sums);
         for (int64_t k = 0; k < num_rows_; ++k) rows_[k].sum = sums[k];
-        for (int64_t k = 0; k < num_rows_; k += kLanes<T>) store(sums + k, log(load(sums + k)));
+        for (int64_t k = 0; k < num_rows_; k += kLanes<acc_t>) store(sums + k, log(load(sums + k)));
         for (int64_t k = 0; k < num_rows_; ++k) rows_[k].log_sum = sums[k];
         if (!params_.pairs->counted) return;
         std::copy(target_logits_, target_logits_ + num_rows_, partial_);
@@ -174,20 +176,20 @@ class RowKernel {
         }
     }
 
-    // Their sums by lane; visit(lanes, W[i, j] - max) meanwhile. The row's pointers are copied, for what is
-    // stored might else be one of them.
+    // Fills row.exponentials, calls visit(lanes, W[i, j] - max), and returns the sums by lane. The row's
+    // pointers are copied: they could alias what is stored.
     template <typename Visit>
-    Vector<T> exponentials_of(const Row& row, const Visit& visit) const {
+    Vector<acc_t> exponentials_of(const Row& row, const Visit& visit) const {
         const scalar_t *weight = row.weight, *next = row.next;
-        T* const exponentials = row.exponentials;
-        const Vector<T> row_max = broadcast(row.max);
-        Vector<T> sums = broadcast(T(0));
-        for_each_vector<T>(params_.num_classes, [&](Lanes<T> lanes) {
+        acc_t* const exponentials = row.exponentials;
+        const Vector<acc_t> row_max = broadcast(row.max);
+        Vector<acc_t> sums = broadcast(acc_t(0));
+        for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
             __builtin_prefetch(next + lanes.begin, 0, 2);
-            const Vector<T> logits = lanes.load(weight, kLowest) - row_max;
-            const Vector<T> e = exp(logits);
+            const Vector<acc_t> logits = lanes.load(weight, kLowest) - row_max;
+            const Vector<acc_t> e = exp(logits);
             store(exponentials + lanes.begin, e);
-            sums += e;  // beyond the tail: e^(-inf) = 0
+            sums += e;  // lanes beyond the row add e^(-inf) = 0
             visit(lanes, logits);
         });
         return sums;
@@ -195,34 +197,35 @@ class RowKernel {
 
     void exponentiate_counted(int64_t k) {
         const Row& row = rows_[k];
-        const Vector<T> none = broadcast(T(0));
-        Vector<T> target_logits = none;
-        partial_[k] = exponentials_of(row, [&](Lanes<T> lanes, Vector<T> logits) {
-            const Vector<T> counts = load_counts(row, lanes);
-            const Vector<T> weights = class_weight_ != nullptr ? counts * load_class_weights(lanes) : counts;
-            target_logits += counts > none ? weights * logits : none;  // 0 times an infinity is none
+        const Vector<acc_t> none = broadcast(acc_t(0));
+        Vector<acc_t> target_logits = none;
+        partial_[k] = exponentials_of(row, [&](Lanes<acc_t> lanes, Vector<acc_t> logits) {
+            const Vector<acc_t> counts = load_counts(row, lanes);
+            const Vector<acc_t> weights =
+                class_weight_ != nullptr ? counts * load_class_weights(lanes) : counts;
+            target_logits += counts > none ? weights * logits : none;  // 0 times an infinity would be NaN
         });
         target_logits_[k] = target_logits;
     }
 
     void sum_class_weights(Row& row) const {
         if (row.counts == nullptr) return;
-        Vector<T> weighted = broadcast(T(0));
-        for_each_vector<T>(params_.num_classes, [&](Lanes<T> lanes) {
+        Vector<acc_t> weighted = broadcast(acc_t(0));
+        for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
             weighted += load_counts(row, lanes) * load_class_weights(lanes);
         });
-        row.pairs.weighted = horizontal_sum<T>(weighted);
+        row.pairs.weighted = horizontal_sum<acc_t>(weighted);
     }
 
-    Vector<T> load_counts(const Row& row, Lanes<T> lanes) const {
-        typedef int32_t Counts __attribute__((vector_size(kLanes<T> * sizeof(int32_t))));
+    Vector<acc_t> load_counts(const Row& row, Lanes<acc_t> lanes) const {
+        typedef int32_t Counts __attribute__((vector_size(kLanes<acc_t> * sizeof(int32_t))));
         Counts counts;
         std::memcpy(&counts, row.counts + lanes.begin, sizeof(counts));
-        return __builtin_convertvector(counts, Vector<T>);
+        return __builtin_convertvector(counts, Vector<acc_t>);
     }
 
-    Vector<T> load_class_weights(Lanes<T> lanes) const {
-        return class_weight_ != nullptr ? lanes.load(class_weight_, T(0)) : broadcast(T(1));
+    Vector<acc_t> load_class_weights(Lanes<acc_t> lanes) const {
+        return class_weight_ != nullptr ? lanes.load(class_weight_, acc_t(0)) : broadcast(acc_t(1));
     }
 
     double weight_of(int64_t target) const { return class_weight_ != nullptr ? class_weight_[target] : 1.0; }
@@ -237,10 +240,10 @@ class RowKernel {
 
     void sum_plain_pairs(Row& row) const {
         const scalar_t* weight = row.weight;
-        double logits[2] = {};  // two, for each addition waits for the one before
+        double logits[2] = {};  // two, as each addition waits for the one before
         int64_t num_pairs = 0;
         for_each_target(row, [&](int64_t k, int64_t target) {
-            logits[k % 2] += static_cast<T>(weight[target]) - row.max;
+            logits[k % 2] += static_cast<acc_t>(weight[target]) - row.max;
             ++num_pairs;
         });
         row.num_pairs = num_pairs;
@@ -256,19 +259,19 @@ class RowKernel {
             row.num_pairs += 1;
             row.pairs.gradients += g;
             row.pairs.weighted += g * class_weight;
-            row.target_logits += class_weight * (static_cast<T>(row.weight[target]) - row.max);
+            row.target_logits += class_weight * (static_cast<acc_t>(row.weight[target]) - row.max);
         });
     }
 
     // sum_j class_weight[j] (lse - W[i, j])
     double class_losses(const Row& row) const {
-        const Vector<T> lse = broadcast(static_cast<T>(row.lse()));
-        Vector<T> sums = broadcast(T(0));
-        for_each_vector<T>(params_.num_classes, [&](Lanes<T> lanes) {
-            const Vector<T> losses = lse - lanes.load(row.weight, static_cast<T>(row.lse()));
+        const Vector<acc_t> lse = broadcast(static_cast<acc_t>(row.lse()));
+        Vector<acc_t> sums = broadcast(acc_t(0));
+        for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
+            const Vector<acc_t> losses = lse - lanes.load(row.weight, static_cast<acc_t>(row.lse()));
             sums += load_class_weights(lanes) * losses;
         });
-        return horizontal_sum<T>(sums);
+        return horizontal_sum<acc_t>(sums);
     }
 
     LossSums losses(const Row& row) const {
@@ -282,30 +285,30 @@ class RowKernel {
                            z_loss);
     }
 
-    // The loss of each pair; `shared`: what all pairs of the row have alike.
+    // The loss of each pair. shared: what all pairs of the row have in common.
     void write_losses(const Row& row, double shared) const {
         scalar_t* losses = static_cast<scalar_t*>(params_.losses);
         const int64_t* pair_indices = params_.pairs->pair_indices.begin();
         for (int64_t k = row.begin; k < row.end; ++k) losses[pair_indices[k]] = 0;
         for_each_target(row, [&](int64_t k, int64_t target) {
-            const T logit = static_cast<T>(row.weight[target]) - row.max;
+            const acc_t logit = static_cast<acc_t>(row.weight[target]) - row.max;
             const double loss = loss_of_pair(params_.options, shared, weight_of(target), row.log_sum, logit);
-            losses[pair_indices[k]] = static_cast<scalar_t>(static_cast<T>(loss));
+            losses[pair_indices[k]] = static_cast<scalar_t>(static_cast<acc_t>(loss));
         });
     }
 
-    // dW[i, j] = scale * e^(W[i, j] - max) - smooth * class_weight[j] - (what falls on j as a target)
+    // dW[i, j] = scale * e^(W[i, j] - max) - class_weight[j] * (smoothing + target * s_j)
     void write_gradient(Row& row) {
         if (row.num_pairs == 0 || row.index == params_.padding_idx) {
             std::fill(row.gradient, row.gradient + params_.num_classes, scalar_t(0));
             return;
         }
         const RowGradient terms = gradient_of_row(params_.options, params_.scales, row.pairs, row.lse());
-        const T scale = static_cast<T>(terms.mass / row.sum);
-        T* const exponentials = row.exponentials;
+        const acc_t scale = static_cast<acc_t>(terms.mass / row.sum);
+        acc_t* const exponentials = row.exponentials;
         const auto spread = [&, scale = broadcast(scale),
-                             smoothing = broadcast(static_cast<T>(terms.smoothing))](Lanes<T> lanes) {
-            Vector<T> result = load(exponentials + lanes.begin) * scale;
+                             smoothing = broadcast(static_cast<acc_t>(terms.smoothing))](Lanes<acc_t> lanes) {
+            Vector<acc_t> result = load(exponentials + lanes.begin) * scale;
             if (terms.smoothing != 0) result -= load_class_weights(lanes) * smoothing;
             return result;
         };
@@ -315,10 +318,11 @@ class RowKernel {
             subtract_targets(row, exponentials, terms.target / scale);
             write_numbers(row, scale);
         } else {
-            for_each_vector<T>(params_.num_classes,
-                               [&](Lanes<T> lanes) { store(exponentials + lanes.begin, spread(lanes)); });
+            for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
+                store(exponentials + lanes.begin, spread(lanes));
+            });
             subtract_targets(row, exponentials, terms.target);
-            for_each_vector<T>(params_.num_classes, [&](Lanes<T> lanes) {
+            for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
                 lanes.store(row.gradient, load(exponentials + lanes.begin));
             });
         }
@@ -327,39 +331,40 @@ class RowKernel {
     template <typename Spread>
     void write_counted_gradient(const Row& row, const Spread& spread, double target) const {
         scalar_t* const gradient = row.gradient;
-        const Vector<T> target_part = broadcast(static_cast<T>(target));
-        for_each_vector<T>(params_.num_classes, [&](Lanes<T> lanes) {
-            const Vector<T> counts = load_counts(row, lanes);
+        const Vector<acc_t> target_part = broadcast(static_cast<acc_t>(target));
+        for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
+            const Vector<acc_t> counts = load_counts(row, lanes);
             lanes.store(gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
         });
     }
 
-    // gradient = scratch * scale, none of it NaN
-    void write_numbers(const Row& row, T scale) {
+    // gradient = exponentials * scale, without a NaN.
+    void write_numbers(const Row& row, acc_t scale) {
         if (params_.nontemporal_gradient) {
             outgoing_.start(row.gradient, row.exponentials, params_.num_classes, scale);
         } else {
-            for_each_vector<T>(params_.num_classes, [&](Lanes<T> lanes) {
+            for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
                 lanes.store(row.gradient, load(row.exponentials + lanes.begin) * broadcast(scale));
             });
         }
     }
 
-    // target_part: what a pair of class weight 1 takes from its target.
-    void subtract_targets(const Row& row, T* row_gradient, double target_part) {
+    // target_part: what a pair of class weight 1 subtracts at its target.
+    void subtract_targets(const Row& row, acc_t* row_gradient, double target_part) {
         if (grad_losses_ != nullptr) {
             for_each_target(row, [&](int64_t k, int64_t target) {
                 const double g = grad_losses_[params_.pairs->pair_indices[k]];
-                row_gradient[target] -= static_cast<T>(target_part * g * weight_of(target));
+                row_gradient[target] -= static_cast<acc_t>(target_part * g * weight_of(target));
             });
             return;
         }
-        // All pairs weigh the same, so equal ones are counted first: integers, exact in any order.
+        // Equal pairs are counted first: sums of integers are exact in any order.
         int32_t* const counts = target_counts_;
         for_each_target(row, [&](int64_t, int64_t target) { ++counts[target]; });
         for_each_target(row, [&](int64_t, int64_t target) {
             const int32_t count = std::exchange(counts[target], 0);
-            if (count > 0) row_gradient[target] -= static_cast<T>(target_part * count * weight_of(target));
+            if (count > 0)
+                row_gradient[target] -= static_cast<acc_t>(target_part * count * weight_of(target));
         });
     }
 
@@ -370,22 +375,23 @@ class RowKernel {
         }
     }
 
-    static constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    // Any number near its maximum will do to shift a long row: that of this many logits, to save a pass.
+    static constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
+    // Any value close to the maximum can shift the exponents of a long row: the maximum of this many logits
+    // saves a pass.
     static constexpr int64_t kFirstPart = 1 << 11;
 
     const EmbeddingCrossEntropyKernelParams& params_;
-    const T* class_weight_;
-    const T* grad_losses_;
-    T* exponentials_;                    // (rows_of_scratch, padded C)
+    const acc_t* class_weight_;
+    const acc_t* grad_losses_;
+    acc_t* exponentials_;                // (rows_of_scratch, padded C)
     int32_t* target_counts_;             // (C), all zero between rows
-    NonTemporalRow<scalar_t> outgoing_;  // a gradient row, which leaves while the next row is computed
-    const bool is_plain_;  // all pairs weigh the same, and nothing is added to the cross entropy
+    NonTemporalRow<scalar_t> outgoing_;  // the gradient row that is written while the next row is computed
+    const bool is_plain_;                // cross entropy alone, with equal weights for all pairs
     const int64_t rows_of_scratch_;
     int64_t next_scratch_ = 0;
     Row rows_[kMaxRowsAtOnce];
-    Vector<T> partial_[kMaxRowsAtOnce] = {};
-    Vector<T> target_logits_[kMaxRowsAtOnce];  // by lane, where the pairs are counted
+    Vector<acc_t> partial_[kMaxRowsAtOnce] = {};
+    Vector<acc_t> target_logits_[kMaxRowsAtOnce];  // by lane, where the pairs are counted
     int64_t num_rows_ = 0;
 };
 
@@ -401,7 +407,7 @@ LossSums rows_kernel(const EmbeddingCrossEntropyKernelParams& params, const Loss
     return sums;
 }
 
-// (N, C): the rows of the table that idx names.
+// to (N, C) = the rows idx[n] of the table.
 inline void gather_kernel(const GatherParams& params, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
         copy_row(params.to + n * params.row_bytes, params.table + params.idx[n] * params.stride_bytes,

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t kGrainSize = 1 << 15;  // pairs
 
-// A table of counts pays where it has few entries for each pair, or few enough to stay in the L1 cache.
-// Pairs that each have a loss or a gradient of their own cannot be counted.
+// A table of counts pays if it has few entries per pair, or fits into the L1 cache. Pairs with losses or
+// gradients of their own cannot be counted.
 bool is_worth_counting(const EmbeddingCrossEntropyParams& params, int64_t stride) {
     constexpr int64_t kSmall = 1 << 14;
     const int64_t num_pairs = params.idx.numel();
@@ -23,7 +23,7 @@ bool is_worth_counting(const EmbeddingCrossEntropyParams& params, int64_t stride
            params.weight.size(0) * stride <= std::max(kSmall, 4 * num_pairs);
 }
 
-// The batch as plain pointers, and what is in range.
+// The batch as plain pointers, with range checks.
 struct Batch {
     explicit Batch(const EmbeddingCrossEntropyParams& params)
         : idx(params.idx.const_data_ptr<int64_t>()),
@@ -50,7 +50,8 @@ struct Batch {
         }
     }
 
-    // Calls visit(chunk, n) for each pair, the chunks in parallel; visit returns false for one out of range.
+    // Calls visit(chunk, n) for each pair, the chunks in parallel. visit returns false for a pair out of
+    // range.
     template <typename Visit>
     void for_each_pair(int64_t num_chunks, const Visit& visit) const {
         std::atomic<bool> in_range = true;
@@ -94,7 +95,7 @@ void Pairs::count(const EmbeddingCrossEntropyParams& params) {
     const Batch batch(params);
     const int64_t totals = batch.num_rows * stride, ignored = totals + batch.num_rows;  // where they begin
     const int64_t table_size = ignored + batch.num_rows;
-    // The tables of the other chunks take no more memory than the pairs.
+    // The tables of the chunks take no more memory than the pairs.
     const int64_t num_chunks = std::clamp<int64_t>(batch.num_pairs / std::max<int64_t>(1, table_size), 1,
                                                    num_chunks_of(batch.num_pairs));
     counts.resize_zeros(table_size);
@@ -119,8 +120,8 @@ void Pairs::count(const EmbeddingCrossEntropyParams& params) {
     for (int64_t row = 0; row < batch.num_rows; ++row) num_targets += num_counted(row);
 }
 
-// A stable counting sort. cursor_t: wide enough to count the pairs, and no wider, so that the
-// L1 cache holds them.
+// A stable counting sort by row. cursor_t: no wider than needed to count the pairs, so that the cursors stay
+// in the L1 cache.
 template <typename cursor_t>
 void Pairs::list(const EmbeddingCrossEntropyParams& params, Buffer<cursor_t>& cursors) {
     const Batch batch(params);

@@ -1,4 +1,4 @@
-// The N pairs of a batch, grouped by row: as a table of counts where that is small, else as a list.
+// The N pairs of a batch by row: counted in a table where that is small, else listed by a counting sort.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace bigramx::cpu {
 
-// A row of scratch holds whole vectors: a partial store could not be forwarded to the load that follows it.
+// Rows of scratch hold whole vectors: loads after partial stores would stall, as these cannot be forwarded.
 inline int64_t padded(int64_t num_classes) {
     constexpr int64_t kLongestVector = 16;
     return (num_classes + kLongestVector - 1) / kLongestVector * kLongestVector;
@@ -17,11 +17,11 @@ inline int64_t padded(int64_t num_classes) {
 struct Pairs {
     static constexpr int32_t kIgnored = -1;
 
-    // Groups them anew; memory is kept from one batch to the next. The counts of a row must be zero again by
-    // then. Raises an IndexError for a row or a target out of range.
+    // Groups the pairs of a batch, and reuses the memory of the last one, whose counts must be zero again.
+    // Raises IndexError for a row or a target out of range.
     void group(const EmbeddingCrossEntropyParams& params);
 
-    // The pairs of a row that are not ignored, where they are counted.
+    // The number of pairs of a row that are not ignored. For counted pairs.
     int64_t num_counted(int64_t row) const { return totals_[row] - ignored_[row]; }
 
     bool has_row(int64_t row) const {
@@ -29,17 +29,17 @@ struct Pairs {
     }
 
     bool counted = false;
-    // Counted: how often row i meets target j, (R, stride); then in how many pairs the row is, (R); then how
-    // many of those have an ignored target, (R).
+    // Counted: the pairs of row i with target j, (R, stride); then all pairs of each row, (R); then its
+    // ignored pairs, (R).
     Buffer<int32_t> counts;
     int64_t stride = 0;
-    // Listed: the targets of row i are those from row_begin[i] to row_begin[i + 1], kIgnored among them, in
-    // the order in which the batch has them.
+    // Listed: the targets of row i are targets[row_begin[i] : row_begin[i + 1]], kIgnored among them, in the
+    // order of the batch.
     Buffer<int64_t> row_begin;     // (R + 1)
     Buffer<int32_t> targets;       // (N)
-    Buffer<int64_t> pair_indices;  // (N): which pair of the batch each is; (0) where the losses are reduced
+    Buffer<int64_t> pair_indices;  // (N): the index of each pair in the batch; (0) for a reduced loss
 
-    int64_t num_targets = 0;   // those that are not ignored
+    int64_t num_targets = 0;   // pairs that are not ignored
     double target_weight = 0;  // the sum of their class weights
 
   private:

@@ -1,4 +1,4 @@
-// The scratch memory of embedding_cross_entropy, and one step of many that share it.
+// The scratch memory of embedding_cross_entropy, and a call that reuses it.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,12 @@ namespace bigramx::cpu {
 
 struct LossWorkspace {
     Pairs pairs;
-    Buffer<char> exponentials;       // of the rows that each thread works on
+    Buffer<char> exponentials;       // for each thread, of the rows that it works on
     Buffer<int32_t> target_counts;   // (threads, C), all zero between rows
     Buffer<LossSums> sums_of_block;  // (blocks of rows)
 };
 
-// The reduced loss, and its gradient into `grad_weight`, (R, C) contiguous; reuses what the step before
-// allocated.
+// Returns the reduced loss, and writes its gradient to grad_weight, (R, C) contiguous.
 double embedding_cross_entropy_step(const EmbeddingCrossEntropyParams& params, const at::Tensor& grad_weight,
                                     LossWorkspace& workspace);
 

@@ -9,7 +9,7 @@
 namespace bigramx {
 namespace {
 
-// Counts a step, whichever of the two types the count has.
+// step: float32 or float64.
 void increment(const at::Tensor& step) {
     if (step.scalar_type() == at::kFloat) {
         ++*step.data_ptr<float>();

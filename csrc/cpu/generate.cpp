@@ -17,9 +17,8 @@ using namespace cpu;
 
 namespace {
 
-// All chains take a step before any takes the next: the order in which the lecture's loop draws.
-// next(token): the token that follows `token`, drawn. Returns how many steps it took: fewer than there are
-// where all chains met `stop`.
+// Steps all chains together, the order in which the lecture's loop draws. next(token) draws the token that
+// follows `token`. Returns the number of steps: fewer than num_steps if all chains meet `stop`.
 template <typename Next>
 int64_t run_in_step(const Chains& chains, std::optional<int64_t> stop, const Next& next) {
     std::vector<char> stopped(chains.num_chains, false);

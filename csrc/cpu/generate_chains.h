@@ -1,12 +1,12 @@
-// Runs chains of tokens through time, in parallel.
+// Chains of tokens, parallel over time.
 //
-// The draw at step t of a chain is keyed by t, so that a step is a fixed map of tokens to tokens, and chains
-// from any two tokens soon coalesce (the coupling that coupling from the past rests on: Propp, Wilson, "Exact
-// sampling with coupled Markov chains", 1996). A chain is cut into segments. Each warms up, from a token
-// that may be the wrong one, over the steps before it; then all run at once, over the threads and, within a
-// thread, over lanes, so that the wait of one for memory is spent on others. Then the boundaries are checked:
-// a segment that has begun with the wrong token is repaired, run again from the right one until it coalesces
-// with what was written. So the result is that of one step after the other.
+// The draw at step t of a chain is keyed by t, so a step is a fixed map of tokens to tokens, and chains from
+// any two tokens soon coalesce (the coupling that coupling from the past is based on: Propp, Wilson, "Exact
+// sampling with coupled Markov chains and applications to statistical mechanics", 1996). A chain is cut into
+// segments. Each warms up over the steps before it, from a guessed token. All segments run at the same time,
+// over threads and, within a thread, over lanes, so that while one lane waits for memory others proceed. Then
+// the boundaries are checked: a segment that began with a wrong token is repaired, that is, run again from
+// the right token until it coalesces with what was written. The result is thus that of a serial loop.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -25,7 +25,8 @@
 
 namespace bigramx::cpu {
 
-// (B, T) int64, where the token that a chain starts from lies before its first.
+// tokens: (B, num_steps) int64, rows `stride` apart; the token before the first of each chain is the last of
+// its prompt.
 struct Chains {
     int64_t* tokens;
     int64_t num_chains, num_steps;
@@ -35,7 +36,7 @@ struct Chains {
     int64_t before(int64_t chain, int64_t step) const { return at(chain, step)[-1]; }
 };
 
-// Rows: one of generate_rows.h, for the sampler "philox".
+// Rows: one of those in generate_rows.h for the sampler "philox".
 template <typename Rows>
 class ChainRunner {
   public:
@@ -49,11 +50,11 @@ class ChainRunner {
         std::iota(running_.begin(), running_.end(), 0);
     }
 
-    // Returns how many steps it took: fewer than there are where all chains met `stop`. Those that met it
-    // earlier than others are filled up with it.
+    // Returns the number of steps: fewer than num_steps if all chains meet `stop`. Chains that meet it before
+    // the last one are filled with it.
     int64_t run() {
         SignalCheck signals;
-        int64_t tokens_a_round = stop_.has_value() ? kSegment : kMaxTokensARound;  // they may stop soon
+        int64_t tokens_a_round = stop_.has_value() ? kSegment : kMaxTokensARound;  // chains may stop soon
         int64_t begin = 0;
         while (begin < chains_.num_steps && !running_.empty()) {
             const int64_t steps = tokens_a_round / static_cast<int64_t>(running_.size()) / kBlock * kBlock;
@@ -76,10 +77,10 @@ class ChainRunner {
     }
 
   private:
-    static constexpr int64_t kBlock = 256;  // steps whose draws are made at once; more leave the cache
+    static constexpr int64_t kBlock = 256;  // steps per philox_fill; more would not stay in the cache
     static constexpr int64_t kWarmUp = 2 * kBlock;
     static constexpr int64_t kSegment = 32 * kBlock;
-    static constexpr int64_t kMaxTokensARound = Rows::kGrainSize << 10;  // signals wait so long
+    static constexpr int64_t kMaxTokensARound = Rows::kGrainSize << 10;  // between checks for signals
 
     struct Segment {
         int64_t chain, begin, end;
@@ -106,21 +107,21 @@ class ChainRunner {
         });
     }
 
-    // `lanes` segments at once as long as there are so many, then half of that.
+    // `lanes` segments at a time while that many are left, then half as many.
     template <int lanes>
     void run_segments(int64_t round_begin, int64_t first, int64_t last) {
         for (; first + lanes <= last; first += lanes) run_lanes<lanes>(round_begin, first);
         if constexpr (lanes > 1) run_segments<lanes / 2>(round_begin, first, last);
     }
 
-    // The tokens that some chains have come to.
+    // The last token of each lane, and the draws or tokens of a block of steps.
     template <int lanes>
     struct Lanes {
         uint32_t tokens[lanes];
         alignas(64) uint32_t blocks[lanes][kBlock];
     };
 
-    // Fills the blocks with the tokens of `count` steps; position(segment): the first of them.
+    // Fills the blocks with the tokens of `count` steps. position(segment): the first step.
     template <int lanes, typename Position>
     void step(Lanes<lanes>& state, int64_t first, int64_t count, const Position& position) {
         for (int lane = 0; lane < lanes; ++lane) {
@@ -130,7 +131,7 @@ class ChainRunner {
         follow(state, count, std::make_integer_sequence<int, lanes>());
     }
 
-    // Unrolled over the lanes, whose tokens stay in registers.
+    // Unrolled over the lanes, so that their tokens stay in registers.
     template <int lanes, int... lane>
     void follow(Lanes<lanes>& state, int64_t count, std::integer_sequence<int, lane...>) {
         uint32_t tokens[lanes] = {state.tokens[lane]...};
@@ -184,7 +185,7 @@ class ChainRunner {
         return true;
     }
 
-    // The segment before is right. This one is right from where the right chain meets it.
+    // The segment before is right. This one is right from where the right chain coalesces with it.
     void repair(int64_t k) {
         if (is_boundary_right(k)) return;
         const Segment& segment = segments_[k];
@@ -212,8 +213,8 @@ class ChainRunner {
         return stop_.has_value() && chains_.before(chain, lengths_[chain]) == *stop_;
     }
 
-    // Raises where a chain has drawn from a row that is not a distribution: for the first step, and there the
-    // first chain. What the segments met while they warmed up does not count.
+    // Raises if a chain has drawn from a row that is not a distribution: the error of the first step and,
+    // within it, of the first chain. Rows that segments met during their warm-up only do not count.
     void check_rows(int64_t begin, int64_t end) {
         for (int64_t step = begin; step < end; ++step) {
             for (const int64_t chain : running_) {
@@ -230,10 +231,10 @@ class ChainRunner {
     const uint64_t seed_;
     const Chains chains_;
     const std::optional<int64_t> stop_;
-    std::vector<int64_t> lengths_;   // (B): the steps so far, up to `stop`
+    std::vector<int64_t> lengths_;   // (B): steps so far, up to and including `stop`
     std::vector<int64_t> running_;   // the chains that have not met `stop`
-    std::vector<Segment> segments_;  // of this round, chain by chain
-    std::vector<uint32_t> entries_;  // the token that each segment began with
+    std::vector<Segment> segments_;  // of the current round, chain by chain
+    std::vector<uint32_t> entries_;  // (segments): the token before the first of each
 };
 
 }  // namespace bigramx::cpu

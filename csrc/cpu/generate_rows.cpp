@@ -19,7 +19,7 @@
 namespace bigramx::cpu {
 namespace {
 
-// The kernel that `choose` names for the table's type.
+// The kernel that `choose` selects for the table's dtype.
 template <typename Choose>
 auto kernel_for(const at::Tensor& weight, const Choose& choose) {
     decltype(choose(float{})) kernel = nullptr;
@@ -80,16 +80,17 @@ LogitRows::State LogitRows::prepare(int64_t token) {
         for (int64_t i = begin; i < end; ++i) {
             LogitRow prepared = row(i);
             const bool is_distribution = prepare_row(i, prepared);
-            if (!is_distribution) any_is_none_.store(true, std::memory_order_relaxed);
-            states_[i].store(is_distribution ? State::distribution : State::none, std::memory_order_release);
+            if (!is_distribution) any_is_invalid_.store(true, std::memory_order_relaxed);
+            states_[i].store(is_distribution ? State::distribution : State::invalid,
+                             std::memory_order_release);
         }
     }
     return states_[token].load(std::memory_order_relaxed);
 }
 
-// Marks what the filters keep of the rows from `begin` to `end`.
+// Marks the tokens that the filters keep in the rows from `begin` to `end`.
 void LogitRows::filter(int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // thread-local, and any thread may get here
     const at::Tensor kept =
         filter_logits(weight_.narrow(0, begin, end - begin), params_).isneginf().logical_not_().contiguous();
     const bool* flag = kept.const_data_ptr<bool>();
@@ -148,7 +149,7 @@ void WholeRows<has_sure_entries>::publish_sure_entries(int64_t token) {
     const int shift = kDrawBits - guide_bits_;
     const uint32_t* const cdf_row = cdf(token);
     uint16_t* const entries = guide(token);
-    int64_t bucket = 0;  // those before it are done
+    int64_t bucket = 0;  // the first without an entry
     for (int64_t drawn = 0; drawn < vocab_size_; ++drawn) {
         const auto entry = static_cast<uint16_t>(drawn);
         const int64_t end = cdf_row[drawn] >> shift;
@@ -191,7 +192,7 @@ BlockRows::Place BlockRows::locate(uint32_t token, uint32_t r) {
     if (!is_distribution(token)) return {token, 0, 0};
     const uint64_t* ends = ends_.begin() + token * num_blocks_;
     const uint64_t target_sum = CdfScale(ends[num_blocks_ - 1]).target_sum(r);
-    int64_t block = 0;  // searched without branches, which could not be foreseen
+    int64_t block = 0;  // bisection without branches, as these would be mispredicted
     for (int64_t count = num_blocks_; count > 1;) {
         const int64_t half = count / 2;
         block += ends[block + half - 1] < target_sum ? half : 0;
@@ -212,7 +213,7 @@ uint32_t BlockRows::find(const Place& place) const {
 }
 
 uint32_t ArgmaxRows::compute(uint32_t token) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on whatever thread this is
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // thread-local, and any thread may get here
     const auto argmax = static_cast<uint32_t>(weight_.select(0, token).argmax().item<int64_t>());
     argmax_[token].store(argmax + 1, std::memory_order_relaxed);
     return argmax;

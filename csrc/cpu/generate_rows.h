@@ -1,9 +1,9 @@
-// The rows of a table of logits, prepared for draws: each when a chain first meets it, by the thread that
-// meets it.
+// The rows of a table of logits, prepared for draws. A row is prepared when a chain first meets it, by the
+// thread that meets it.
 //
-// ProbRows are for the sampler "torch"; the others for "philox": find(locate(token, r)) is the token that r
-// draws from the row of `token`; all kinds of rows draw the same. In two steps, so that while one waits for
-// memory others can be located.
+// ProbRows serve the sampler "torch", the others "philox": find(locate(token, r)) is the token that r draws
+// from the row of `token`, the same for all kinds of rows. There are two steps so that other lanes can be
+// located while one waits for memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ namespace bigramx::cpu {
 // Raises the error of a row that is not a distribution.
 void check_distribution(bool is_distribution, int64_t token);
 
-// The probabilities, by ATen's own softmax, in blocks of rows of a size that is worth a call.
+// The probabilities by ATen's softmax, in blocks of rows that are large enough to amortise the call.
 class ProbRows {
   public:
     explicit ProbRows(const GenerateParams& params);
@@ -44,7 +44,7 @@ class ProbRows {
         at::Tensor are_distributions;  // (rows) bool
     };
     static constexpr int64_t kBlockElements = 1 << 16;
-    static constexpr int64_t kMaxBytes = int64_t{1} << 30;  // all rows are dropped where they would take more
+    static constexpr int64_t kMaxBytes = int64_t{1} << 30;  // all rows are dropped before they exceed it
 
     void prepare(Block& block, int64_t first_row);
 
@@ -55,24 +55,25 @@ class ProbRows {
     int64_t bytes_ = 0;
 };
 
-// What the kinds of rows for "philox" share: the table, the filters, and which rows are prepared.
+// The base of the rows for "philox": the table, the filters, and the states of the rows.
 class LogitRows {
   public:
     virtual ~LogitRows() = default;
 
-    // A row with a NaN or an infinity, or with negative infinities alone, is none. It draws token 0.
+    // A row with a NaN or an infinity, or with negative infinities alone, is not a distribution. It draws
+    // token 0.
     bool is_distribution(int64_t token) {
         const State state = states_[token].load(std::memory_order_acquire);
         return (state == State::unprepared ? prepare(token) : state) == State::distribution;
     }
 
-    // Of those that were met.
-    bool all_are_distributions() const { return !any_is_none_.load(std::memory_order_relaxed); }
+    // Over the rows that were met.
+    bool all_are_distributions() const { return !any_is_invalid_.load(std::memory_order_relaxed); }
 
   protected:
     explicit LogitRows(const GenerateParams& params);
 
-    // Sets row.max, and keeps what draws need. False where the row is not a distribution.
+    // Sets row.max, and stores what draws need. Returns false if the row is not a distribution.
     virtual bool prepare_row(int64_t token, LogitRow& row) = 0;
 
     LogitRow row(int64_t token) const {
@@ -85,7 +86,7 @@ class LogitRows {
     const int64_t vocab_size_;
 
   private:
-    enum class State : uint8_t { unprepared, distribution, none };
+    enum class State : uint8_t { unprepared, distribution, invalid };
     static constexpr int64_t kNumMutexes = 64;
 
     State prepare(int64_t token);
@@ -94,19 +95,19 @@ class LogitRows {
     const GenerateParams params_;
     const int64_t rows_at_once_;
     const int64_t kept_words_;
-    const Buffer<uint64_t> kept_;  // (V, kept_words): a bit a token, where the options remove tokens
+    const Buffer<uint64_t> kept_;  // (V, kept_words): a bit per token, where the filters remove tokens
     const char* const logits_;
     const int64_t row_bytes_;
     std::vector<std::atomic<State>> states_;
     std::mutex mutexes_[kNumMutexes];
-    std::atomic<bool> any_is_none_{false};
+    std::atomic<bool> any_is_invalid_{false};
 };
 
-// The fixed-point CDF of a row, and a guide table to it. For many draws a row.
+// The fixed-point CDF of each row, and a guide table to it (Chen, Asau, 1974). For many draws per row.
 //
-// has_sure_entries: the guide is so fine that most of its buckets draw one token alone, and a draw is one
-// load; the entries of the others are marked. For small vocabularies: in large ones more buckets would be
-// mixed than not, and to look at a mark that the processor cannot guess costs more than to search always.
+// has_sure_entries: the guide table is so fine that most buckets draw a single token, which takes one load;
+// the entries of the other buckets are marked as mixed. For small vocabularies: in large ones most buckets
+// would be mixed, and mispredicted branches on the mark would cost more than a search for each draw.
 template <bool has_sure_entries>
 class WholeRows : public LogitRows {
   public:
@@ -121,7 +122,7 @@ class WholeRows : public LogitRows {
     using Place = uint32_t;  // the token itself
 
     Place locate(uint32_t token, uint32_t r) {
-        // Another thread may be preparing the row: the cdf are there before the entries are.
+        // Another thread may be preparing the row: it publishes the entries after the cdf.
         const uint16_t entry = __atomic_load_n(guide(token) + guide_bucket(r, guide_bits_), __ATOMIC_ACQUIRE);
         if (__builtin_expect(entry >= kMixed, false)) return prepare_and_search(token, r);
         return has_sure_entries ? entry : search_cdf(cdf(token), entry, r);
@@ -150,8 +151,8 @@ class WholeRows : public LogitRows {
     const Buffer<uint16_t> guide_;  // (V, 2^guide_bits)
 };
 
-// The sums of blocks of kWeightsAtOnce weights, 8 bytes each; a draw computes the weights of one block again.
-// For few draws a row, and for large tables.
+// The cumulative sums after each block of kWeightsAtOnce weights, 8 bytes each. A draw computes the weights
+// of one block again. For few draws per row, and for large tables.
 class BlockRows : public LogitRows {
   public:
     static constexpr int kLanes = 4;
@@ -174,11 +175,11 @@ class BlockRows : public LogitRows {
     bool (*const sum_blocks_)(LogitRow&, int64_t, uint64_t*);
     int64_t (*const find_in_block_)(const LogitRow&, int64_t, int64_t, uint64_t);
     const int64_t num_blocks_, block_bytes_;
-    const Buffer<uint64_t> ends_;  // (V, blocks): cumulative sums after each
+    const Buffer<uint64_t> ends_;  // (V, blocks): the cumulative sums
     const Buffer<double> max_;     // (V)
 };
 
-// The argmax, whatever is drawn.
+// The argmax, whatever r is.
 class ArgmaxRows {
   public:
     static constexpr int kLanes = 8;
@@ -201,7 +202,7 @@ class ArgmaxRows {
     uint32_t compute(uint32_t token);
 
     const at::Tensor weight_;
-    std::vector<std::atomic<uint32_t>> argmax_;  // (V): 1 more than it; 0: not met
+    std::vector<std::atomic<uint32_t>> argmax_;  // (V): the argmax + 1; 0: not met yet
 };
 
 }  // namespace bigramx::cpu

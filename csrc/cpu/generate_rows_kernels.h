@@ -1,4 +1,4 @@
-// Rows of logits as fixed-point CDFs, and as sums of blocks. Compiled once for each CPU target
+// Rows of logits as fixed-point CDFs, and as cumulative sums of blocks. Compiled once for each CPU target
 // (cpu/base/foreach_target.h).
 
 #include "cpu/sampling/fixed_point_weights_kernels.h"

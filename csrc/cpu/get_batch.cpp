@@ -12,7 +12,7 @@ namespace {
 
 template <typename token_t>
 void copy_block(const token_t* tokens, int64_t stride, int64_t block_size, int64_t* to) {
-    if (stride == 1) {  // known to the compiler, it takes whole vectors
+    if (stride == 1) {  // known to the compiler, which then vectorises
         std::copy(tokens, tokens + block_size, to);
     } else {
         for (int64_t t = 0; t < block_size; ++t) to[t] = static_cast<int64_t>(tokens[t * stride]);
@@ -24,8 +24,8 @@ void copy_block(const token_t* tokens, int64_t stride, int64_t block_size, int64
 void get_batch_cpu(const GetBatchParams& params, const at::Tensor& idx, const at::Tensor& targets) {
     const at::Tensor& tokens = params.tokens;
     const int64_t block_size = params.block_size, stride = tokens.stride(0);
-    // All offsets are drawn, each into the place of its block, before the first block is read: the blocks lie
-    // far apart.
+    // Draws all offsets, into the places of their blocks, and prefetches before the first block is read, as
+    // the blocks are far apart in memory.
     auto* idx_block = idx.data_ptr<int64_t>();
     auto* targets_block = targets.data_ptr<int64_t>();
     AT_DISPATCH_V2(tokens.scalar_type(), kGetBatch, AT_WRAP([&] {

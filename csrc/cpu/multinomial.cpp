@@ -23,7 +23,7 @@
 
 namespace bigramx::cpu {
 
-// With the sampler "philox": sample k of row b is drawn at (seed, b, k).
+// For the sampler "philox": sample k of row b is drawn at (seed, b, k).
 struct MultinomialKernelParams {
     const void* probs;  // (B, V)
     int64_t vocab_size, num_samples;
@@ -51,7 +51,7 @@ namespace {
 
 constexpr int64_t kGrainSize = 1 << 15;
 
-// As many buckets as pay: about one a draw, and no more than a few a token.
+// The buckets that pay: about one per draw, and at most a few per token.
 int guide_bits(const MultinomialKernelParams& params) {
     constexpr int64_t kBucketsAToken = 2;
     int bits = 0;
@@ -80,7 +80,7 @@ void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, con
     });
 }
 
-// draw(begin, end): draws from these rows, and tells whether all are distributions.
+// draw(begin, end) draws from these rows, and returns whether all are distributions.
 template <typename Draw>
 bool for_rows(int64_t num_rows, int64_t elements_a_row, const Draw& draw) {
     std::atomic<bool> all_are_distributions{true};
@@ -117,12 +117,12 @@ bool draw_all(const MultinomialKernelParams& params, int64_t num_rows, bool repl
         }
         return true;
     };
-    // Few rows go one after the other, each with all threads.
+    // Few rows: one after the other, each by all threads.
     if (num_rows < at::get_num_threads()) return draw_rows(0, num_rows);
     return for_rows(num_rows, params.vocab_size + params.num_samples, draw_rows);
 }
 
-// False where a row is not a distribution; samples then hold nothing.
+// Returns false if a row is not a distribution; the samples are then undefined.
 bool draw_by_philox(const at::Tensor& probs, bool replacement, uint64_t seed, const at::Tensor& samples) {
     bool all_are_distributions = false;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), kMultinomial, [&] {
@@ -164,15 +164,15 @@ void sample_one(const at::Tensor& probs, const std::optional<at::Generator>& gen
     });
 }
 
-// What torch.multinomial compares. The variates lie in memory, and are drawn, in the order in which probs
-// lies.
+// probs / q, as torch.multinomial computes them for the exponential race. q has the memory order of probs, in
+// which it is drawn.
 at::Tensor draw_ratios(const at::Tensor& probs, const std::optional<at::Generator>& generator) {
     at::Tensor ratios = at::empty_like(probs).exponential_(1, generator);
     return at::div_out(ratios, probs, ratios);
 }
 
-// The cumulative sums of a row, kept in `sum_t`: float32 for 16-bit floats, else the dtype itself, as ATen
-// keeps them; float64 where there are more categories than float32 can count, which ATen refuses.
+// The cumulative sums of a row. sum_t, as in ATen: float32 for 16-bit floats, else the dtype itself; float64
+// where there are more categories than float32 can count, which ATen refuses.
 template <typename sum_t>
 class CumulativeSums {
   public:
@@ -194,7 +194,7 @@ class CumulativeSums {
         });
     }
 
-    // The first token whose sum is not below u, 0 <= u < 1.
+    // The first token whose cumulative sum is at least u, 0 <= u < 1.
     int64_t find(double u) const {
         if (num_buckets_ == 0) {
             return std::lower_bound(sums_.begin(), sums_.end(), u,
@@ -202,14 +202,14 @@ class CumulativeSums {
                    sums_.begin();
         }
         int64_t token = guide_[static_cast<int64_t>(u * static_cast<double>(num_buckets_))];
-        token += below(token, u);  // mostly enough, and without a branch that cannot be predicted
+        token += below(token, u);  // two steps mostly suffice, and avoid mispredicted branches
         token += below(token, u);
         while (below(token, u)) ++token;
         return token;
     }
 
   private:
-    // A power of two, so that u times it is exact; none where the guide table would cost more than it saves.
+    // A power of two, so that its product with u is exact. 0 if a guide table would cost more than it saves.
     static int64_t num_buckets(int64_t vocab_size, int64_t num_searches) {
         if (num_searches <= vocab_size / 8) return 0;
         int64_t size = 1;
@@ -253,7 +253,7 @@ at::Tensor multinomial_cpu(const MultinomialParams& params) {
     const at::Tensor rows = probs.contiguous();
     const bool are_drawn = params.sampler == Sampler::philox &&
                            draw_by_philox(rows, params.replacement, draw_seed(params.generator), samples);
-    if (are_drawn) return samples;  // else check_probs tells why not
+    if (are_drawn) return samples;  // else check_probs raises the error
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), kMultinomial, [&] {
         check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));
         if (num_samples == 1 && (probs.is_contiguous() || at::empty_like(probs).is_contiguous())) {

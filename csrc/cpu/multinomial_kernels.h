@@ -4,14 +4,14 @@
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// Whether all probs are finite and not negative, and one is positive.
+// Whether all probs, (V), are finite and not negative, and one is positive.
 template <typename scalar_t>
 bool is_distribution_kernel(const scalar_t* probs, int64_t vocab_size) {
     ProbRow row{probs, 0};
     return ProbWeights<scalar_t>::measure(row, vocab_size);
 }
 
-// One from each of the rows from `begin` to `end`.
+// One draw from each row from `begin` to `end`. Returns false if a row is not a distribution.
 template <typename scalar_t>
 bool draw_one_a_row_kernel(const MultinomialKernelParams& params, int64_t begin, int64_t end) {
     const int64_t vocab_size = params.vocab_size, num_blocks = num_weight_blocks(vocab_size);
@@ -38,7 +38,8 @@ bool cdf_kernel(const MultinomialKernelParams& params, int64_t b, uint32_t* cdf)
     return true;
 }
 
-// Each is drawn from what those before it have left. Where only zeros are left: the first of them.
+// Each draw is from the weights that the draws before it have left; when none are left, tokens of probability
+// zero follow in order.
 template <typename scalar_t>
 bool draw_without_replacement_kernel(const MultinomialKernelParams& params, int64_t b) {
     const int64_t vocab_size = params.vocab_size, num_blocks = num_weight_blocks(vocab_size);

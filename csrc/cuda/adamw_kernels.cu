@@ -1,5 +1,6 @@
-// One step of AdamW: a stream of seven arrays, by 16-byte accesses where the arrays allow. A step that the
-// GPU counts is read there, so that a captured graph goes on; its constants are computed once a block.
+// One step of AdamW. Bound by memory bandwidth: up to seven streams over the arrays, so each thread moves
+// 16-byte vectors where the arrays are aligned. A step count on the GPU is read by the kernel, so that a CUDA
+// graph can be replayed; the constants that depend on it are computed once per block.
 #include "cuda/adamw_kernels.h"
 
 #include <algorithm>
@@ -25,29 +26,29 @@ struct Arrays {
     scalar_t* max_exp_avg_sq;  // null: no AMSGrad
 };
 
-// A step whose number lies on the device.
+// A step count that may lie on the device.
 struct CountedStep {
     AdamWOptions options;
-    const void* number;  // null: the host knows it
+    const void* step;  // null: the host has it
     FloatType type;
 };
 
-// The host's constants; or those of the step that the device has counted, computed once a block.
+// The host's constants, or those of the step count on the device, computed once per block.
 template <typename scalar_t>
 __device__ AdamWConstants<scalar_t> constants_of(const AdamWConstants<scalar_t>& hosts, CountedStep counted) {
-    if (counted.number == nullptr) return hosts;
+    if (counted.step == nullptr) return hosts;
     SharedMemory shared;
     auto* const constants = shared.take<AdamWConstants<scalar_t>>(1);
     if (threadIdx.x == 0) {
-        const double step = counted.type == FloatType::float64 ? *static_cast<const double*>(counted.number)
-                                                               : *static_cast<const float*>(counted.number);
+        const double step = counted.type == FloatType::float64 ? *static_cast<const double*>(counted.step)
+                                                               : *static_cast<const float*>(counted.step);
         *constants = adamw_constants<scalar_t>(counted.options, step);
     }
     __syncthreads();
     return *constants;
 }
 
-// Whether these elements are moved by one access.
+// Whether one access moves these elements.
 template <typename scalar_t>
 __device__ bool is_vector(const scalar_t* row, int count) {
     return count == kVectorSize<scalar_t> && elements_before_vectors(row, count) == 0;
@@ -71,7 +72,7 @@ __device__ void store_elements(scalar_t* to, const AlignedVector<scalar_t>& vect
     }
 }
 
-// The update of cpu/adamw_kernels.h, of `count` elements from `begin` on.
+// The update of cpu/adamw_kernels.h for `count` elements from `begin` on.
 template <typename scalar_t>
 __device__ void step_elements(const Arrays<scalar_t>& arrays, const AdamWConstants<scalar_t>& constants,
                               int64_t begin, int count) {

@@ -1,4 +1,4 @@
-// A step of AdamW on the GPU.
+// One step of AdamW on the GPU.
 #pragma once
 
 #include <cstdint>
@@ -8,18 +8,18 @@
 
 namespace bigramx::cuda {
 
-// Arrays of one type, float32 or float64, aligned to their elements alone.
+// All arrays: (size) of `type`, float32 or float64, aligned to an element at least.
 struct AdamWKernelParams {
     FloatType type;
-    int64_t size;  // elements of each
+    int64_t size;
     void* param;
     const void* grad;
     void* exp_avg;
     void* exp_avg_sq;
     void* max_exp_avg_sq;  // null: no AMSGrad
     AdamWOptions options;
-    double host_step;  // the number of this step, from 1, where the host knows it
-    const void* step;  // on the device, in place of that; null: none
+    double host_step;  // from 1; used where `step` is null
+    const void* step;  // () on the device, in place of host_step; or null
     FloatType step_type;
 };
 

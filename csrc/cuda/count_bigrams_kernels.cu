@@ -1,8 +1,8 @@
 // counts[i, j] = how often token j follows token i.
 //
-// A small table is counted in the shared memory of every block. For a larger one the tokens are first grouped
-// by the token before them: then a block counts a row in shared memory, and each entry of the result is
-// written once, without atomic additions that wander through all of device memory.
+// A small table is counted in the shared memory of each block. For a larger one the tokens are first grouped
+// by the token before them with a counting sort; then a block counts each row in shared memory and writes
+// each entry once. Atomic additions scattered over a large table in device memory would be slower.
 #include "cuda/count_bigrams_kernels.h"
 
 #include "base/op_names.h"
@@ -12,9 +12,9 @@ namespace bigramx::cuda {
 namespace {
 
 constexpr int kRowThreads = 512;
-constexpr int64_t kTile = 8192;  // entries that are counted at once
+constexpr int64_t kTile = 8192;  // entries of a row in shared memory at once
 
-// A block a row.
+// One block per row.
 __global__ void __launch_bounds__(kRowThreads)
     count_rows_of_table_kernel(PairGroups groups, int64_t vocab_size, int64_t* counts) {
     SharedMemory shared;

@@ -1,4 +1,4 @@
-// Counts of bigrams on the GPU.
+// Bigram counts on the GPU.
 #pragma once
 
 #include "cuda/base/types.h"
@@ -13,7 +13,7 @@ struct CountBigramsKernelParams {
     int64_t* counts;  // (V, V)
 };
 
-// How much scratch memory the launch needs, in bytes.
+// The scratch memory that the launch needs, in bytes.
 int64_t count_bigrams_scratch_bytes(const CountBigramsKernelParams& params);
 
 void launch_count_bigrams(const CountBigramsKernelParams& params, void* scratch, cudaStream_t stream);

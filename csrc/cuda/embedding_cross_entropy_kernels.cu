@@ -1,9 +1,10 @@
 // Embedding lookup and cross entropy in one, and the gradient of the table.
 //
-// The pairs are counted first: for a small table as (R, C) counts, else grouped by row (pairs.cuh). Then each
-// row is read once, and its gradient written right away (loss_rows.cuh). The smallest batches take one block,
-// and one launch for all of that. Loss and gradient of the reduced loss are sums of integers and sums in a
-// fixed order: the same bits at every run. The sums of the blocks are taken by the last block to finish.
+// The pairs come first: counted, (R, C), for a small table, else grouped by row (cuda/base/pairs.cuh). Then
+// each row is read once, and its gradient row is written in the same kernel
+// (embedding_cross_entropy_rows.cuh). The smallest batches take one block and one launch. Sums of counts are
+// exact in any order, all others are taken in a fixed order, so the reduced loss and its gradient have the
+// same bits at every run. A last-block reduction sums over the blocks, which saves a launch.
 #include "cuda/embedding_cross_entropy_kernels.h"
 
 #include "base/op_names.h"
@@ -16,21 +17,21 @@ using KernelParams = EmbeddingCrossEntropyKernelParams;
 
 // ------------------------------------------------------------------------------------------------ kernels
 
-// The scales, from counts (num_rows, C) of the pairs; class_weight null: all ones.
+// The scales of the reduction, from counts, (num_rows, C). For a block.
 template <typename T>
 struct SumScales {
     const uint32_t* counts;
     int64_t num_rows, num_classes;
-    const T* class_weight;
+    const T* class_weight;  // (C), or null: all ones
     bool is_mean;
     LossScales* scales;
 
     __device__ void operator()(int64_t num_targets) const {
-        const auto number = static_cast<double>(num_targets);
-        double weighted = number, all = static_cast<double>(num_classes);
+        const auto count = static_cast<double>(num_targets);
+        double weighted = count, all = static_cast<double>(num_classes);
         if (class_weight != nullptr) sum_class_weights(&weighted, &all);
         if (threadIdx.x > 0) return;
-        *scales = is_mean ? LossScales{1 / weighted, 1 / number, all} : LossScales{1, 1, all};
+        *scales = is_mean ? LossScales{1 / weighted, 1 / count, all} : LossScales{1, 1, all};
     }
 
   private:
@@ -54,7 +55,7 @@ __device__ void write_loss(const RowsParams<scalar_t>& rows, const LossSums& los
     *rows.loss = narrow<scalar_t>(static_cast<opmath_t<scalar_t>>(reduced_loss(loss, *rows.scales)));
 }
 
-// The last block sums what all blocks have found, in their order. scratch: kMaxWarps.
+// A last-block reduction, over the blocks in a fixed order. scratch: (kMaxWarps).
 template <typename scalar_t>
 __device__ void reduce_losses(const RowsParams<scalar_t>& rows, const LossSums& loss_of_block,
                               LossSums* scratch, int* is_last) {
@@ -68,8 +69,8 @@ __device__ void reduce_losses(const RowsParams<scalar_t>& rows, const LossSums& 
     if (threadIdx.x == 0) write_loss(rows, total);
 }
 
-// Of a sparse gradient: the row that a slot stands for. Slots without a row, and that of the padding row,
-// hold zeros for a row that occurs.
+// The row index of a slot of a sparse gradient. A slot without a row, or with the padding row, holds zeros;
+// it takes the index of another row that occurs.
 template <typename scalar_t>
 __device__ void name_row(const RowsParams<scalar_t>& rows, int64_t slot) {
     const int64_t num_slots = rows.num_slots();
@@ -103,7 +104,7 @@ __device__ void clear_by_block(scalar_t* row, int64_t size) {
     for (int64_t j = end + threadIdx.x; j < size; j += blockDim.x) row[j] = none;
 }
 
-// counts (C): of the pairs of the row, by class.
+// counts: (C), the pairs of the row by class. For a warp.
 template <int kItems, typename Params>
 __device__ LossSums process_counted_row(const Params& rows, int64_t row, const uint32_t* counts) {
     bool any = false;
@@ -114,7 +115,7 @@ __device__ LossSums process_counted_row(const Params& rows, int64_t row, const u
     return {};
 }
 
-// A warp a row, at most kItems kWarp classes; the pairs are counted.
+// Counted pairs, one warp per row, at most kItems * kWarp classes.
 template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(RowsParams<scalar_t> rows) {
     if (rows.is_done()) return;
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(R
     reduce_losses(rows, of_block, scratch, is_last);
 }
 
-// sums (C): shared memory of the warp.
+// sums: (C) in shared memory. For a warp.
 template <int kItems, typename sum_t, typename scalar_t>
 __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_t slot, sum_t* sums) {
     const int64_t row = rows.row_of_slot(slot);
@@ -149,7 +150,7 @@ __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_
     return WarpRow<kItems, RowsParams<scalar_t>>(rows, row).process(sums, gradient);
 }
 
-// A warp a slot, at most kItems kWarp classes; the pairs are grouped. sum_t: uint32_t, or T where each pair
+// Grouped pairs, one warp per slot, at most kItems * kWarp classes. sum_t: uint32_t, or acc_t where each pair
 // has a gradient of its own.
 template <int kItems, typename sum_t, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(RowsParams<scalar_t> rows) {
@@ -169,10 +170,10 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(R
     reduce_losses(rows, of_block, scratch, is_last);
 }
 
-// So many threads of a multiprocessor have the registers that they need.
+// Per multiprocessor: more would not have enough registers.
 constexpr int kRowThreads = 768;
 
-// A block a slot; the pairs are grouped.
+// Grouped pairs, one block per slot.
 template <typename sum_t, typename Params>
 __global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Params rows, BlockPlan plan) {
     if (rows.is_done()) return;
@@ -192,11 +193,12 @@ __global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Params rows,
     if (rows.loss != nullptr) reduce_losses(rows, loss, memory.losses, memory.is_last);
 }
 
-// As many as have the registers.
+// More would not have enough registers.
 template <typename Params>
-constexpr int kOneBlockThreads = Params::kIsPlain && sizeof(typename Params::T) == sizeof(float) ? 1024 : 512;
+constexpr int kOneBlockThreads =
+    Params::kIsPlain && sizeof(typename Params::acc_t) == sizeof(float) ? 1024 : 512;
 
-// All at once, in one block: at most kItems kWarp classes.
+// Counting, loss and gradient in one block; at most kItems * kWarp classes.
 template <int kItems, typename Params>
 __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     one_block_kernel(Params rows, IndexedPairs pairs, bool is_mean) {
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     count_in_table(pairs, BlockRange(pairs.num_pairs()), rows.num_classes, counts);
     __syncthreads();
     const int64_t num_targets = sum_counts(counts, num_entries, reinterpret_cast<double*>(scratch));
-    const SumScales<typename Params::T> sum_scales{
+    const SumScales<typename Params::acc_t> sum_scales{
         counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales};
     sum_scales(num_targets);
     __syncthreads();
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     if (threadIdx.x == 0) write_loss(rows, total);
 }
 
-// What the losses of single pairs need of the rows that occur: a warp a slot.
+// The row statistics that the unreduced losses need, one warp per slot.
 template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(RowsParams<scalar_t> rows) {
     const int64_t slot = slot_of_warp(), row = slot < rows.max_slots ? rows.row_of_slot(slot) : -1;
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(Row
     if (lane_of_thread() == 0) rows.stats[row] = stats;
 }
 
-// A block a slot.
+// The same, one block per slot.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kRowThreads, 1)
     block_stats_kernel(RowsParams<scalar_t> rows, BlockPlan plan) {
@@ -246,22 +248,22 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     if (threadIdx.x == 0) rows.stats[row] = stats;
 }
 
-// losses (N)
+// losses: (N).
 template <typename scalar_t>
 __global__ void __launch_bounds__(kPairThreads, 1)
     pair_losses_kernel(RowsParams<scalar_t> rows, IndexedPairs pairs, scalar_t* losses) {
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
     const BlockRange range(pairs.num_pairs());
     pairs.for_each(range.begin, range.end, [&](const Pair& pair) {
         double loss = 0;
         if (pair.target != Pair::kIgnored) {
-            const RowStats<T> stats = rows.stats[pair.row];
-            const T logit = widen(rows.weight_row(pair.row)[pair.target]) - stats.max;
+            const RowStats<acc_t> stats = rows.stats[pair.row];
+            const acc_t logit = widen(rows.weight_row(pair.row)[pair.target]) - stats.max;
             const auto class_weight = static_cast<double>(rows.class_weight_of(pair.target));
             loss = loss_of_pair(rows.options, static_cast<double>(stats.shared), class_weight,
                                 static_cast<double>(stats.log_sum), static_cast<double>(logit));
         }
-        losses[pair.index] = narrow<scalar_t>(static_cast<T>(loss));
+        losses[pair.index] = narrow<scalar_t>(static_cast<acc_t>(loss));
     });
 }
 
@@ -275,7 +277,7 @@ __global__ void __launch_bounds__(kScaleThreads)
     const int64_t threads = int64_t{gridDim.x} * blockDim.x;
     for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < size; k += threads) {
         const opmath_t<scalar_t> element = widen(gradient[k]);
-        // Not zero times an infinity: rows without pairs stay zero.
+        // Zeros stay zero: 0 times an infinity would be NaN in rows without pairs.
         if (element != 0) gradient[k] = narrow<scalar_t>(element * scale);
     }
 }
@@ -284,7 +286,7 @@ __global__ void __launch_bounds__(kScaleThreads)
 
 enum class Strategy { one_block, counted, grouped };
 
-constexpr int kFewItems = 4;  // of a lane
+constexpr int kFewItems = 4;  // per lane
 template <typename T>
 constexpr int kManyItems = kMaxWarpRow<T> / kWarp;
 
@@ -293,7 +295,7 @@ int64_t max_warp_row(FloatType type) {
 }
 
 Strategy strategy_of(const KernelParams& params) {
-    constexpr int64_t kMaxEntries = 1 << 14, kMaxPairs = 1 << 12;  // of one block
+    constexpr int64_t kMaxEntries = 1 << 14, kMaxPairs = 1 << 12;  // for one block
     const bool can_count =
         params.is_reduced && params.grad_rows == nullptr && params.num_classes <= max_warp_row(params.type);
     if (!can_count || !fits_table(kEmbeddingCrossEntropy, params.num_rows, params.num_classes))
@@ -306,7 +308,7 @@ Strategy strategy_of(const KernelParams& params) {
 
 bool has_grad_losses(const KernelParams& params) { return !params.is_reduced && params.gradient != nullptr; }
 
-// A dense gradient has all rows; else those that occur suffice.
+// A dense gradient needs all rows; otherwise those that occur suffice.
 bool has_slot_rows(const KernelParams& params) {
     return params.grad_rows != nullptr || params.gradient == nullptr;
 }
@@ -324,7 +326,7 @@ struct Scratch {
     LossScales* scales;
     LossSums* losses_of_blocks;
     void* stats = nullptr;
-    uintptr_t zero_bytes;  // from the beginning on, to be cleared
+    uintptr_t zero_bytes;  // at the beginning, to be cleared
     uintptr_t end;
 
     Scratch(const KernelParams& params, void* memory) {
@@ -364,7 +366,7 @@ struct Scratch {
 template <typename scalar_t>
 class Launcher {
   public:
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
 
     Launcher(const KernelParams& params, void* memory, cudaStream_t stream)
         : params_(params),
@@ -381,7 +383,7 @@ class Launcher {
         strategy_ == Strategy::counted ? count() : group();
         if (!params_.is_reduced && params_.loss != nullptr) launch_pair_losses();
         if (has_grad_losses(params_)) {
-            launch_grouped_rows<T>();
+            launch_grouped_rows<acc_t>();
         } else if (params_.is_reduced) {
             strategy_ == Strategy::counted ? launch_counted_rows() : launch_grouped_rows<uint32_t>();
         }
@@ -394,7 +396,7 @@ class Launcher {
         rows.row_stride = params_.row_stride;
         rows.num_rows = params_.num_rows;
         rows.num_classes = params_.num_classes;
-        rows.class_weight = static_cast<const T*>(params_.class_weight);
+        rows.class_weight = static_cast<const acc_t*>(params_.class_weight);
         rows.options = {params_.label_smoothing,
                         params_.label_smoothing / static_cast<double>(params_.num_classes), params_.z_loss};
         rows.padding_idx = params_.padding_idx;
@@ -408,13 +410,13 @@ class Launcher {
         rows.losses_of_blocks = scratch_.losses_of_blocks;
         rows.loss = params_.is_reduced ? static_cast<scalar_t*>(params_.loss) : nullptr;
         rows.ticket = scratch_.ticket;
-        rows.stats = static_cast<RowStats<T>*>(scratch_.stats);
+        rows.stats = static_cast<RowStats<acc_t>*>(scratch_.stats);
         rows.gradient = static_cast<scalar_t*>(params_.gradient);
         rows.grad_rows = params_.grad_rows;
         return rows;
     }
 
-    // launch_rows(rows), as plain as it is.
+    // launch_rows(rows), with the plain rows where they suffice.
     template <typename LaunchRows>
     void with_plain_rows(const LaunchRows& launch_rows) const {
         const bool is_plain = params_.class_weight == nullptr && params_.label_smoothing == 0;
@@ -434,28 +436,28 @@ class Launcher {
     }
 
     void count() const {
-        const SumScales<T> finish{scratch_.counts,    params_.num_rows, params_.num_classes,
-                                  rows_.class_weight, params_.is_mean,  scratch_.scales};
+        const SumScales<acc_t> finish{scratch_.counts,    params_.num_rows, params_.num_classes,
+                                      rows_.class_weight, params_.is_mean,  scratch_.scales};
         count_table(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, params_.num_classes,
                     scratch_.counts, scratch_.groups.ticket, finish);
     }
 
     void group() const {
-        const SumScales<T> finish{scratch_.groups.class_counts,
-                                  /*num_rows=*/1,
-                                  params_.num_classes,
-                                  rows_.class_weight,
-                                  params_.is_mean,
-                                  scratch_.scales};
+        const SumScales<acc_t> finish{scratch_.groups.class_counts,
+                                      /*num_rows=*/1,
+                                      params_.num_classes,
+                                      rows_.class_weight,
+                                      params_.is_mean,
+                                      scratch_.scales};
         group_pairs(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, scratch_.groups, finish);
     }
 
-    bool is_for_warps() const { return params_.num_classes <= kMaxWarpRow<T>; }
+    bool is_for_warps() const { return params_.num_classes <= kMaxWarpRow<acc_t>; }
     bool has_few_items() const { return params_.num_classes <= kFewItems * kWarp; }
 
     LaunchShape shape_of_warps(int64_t shared_bytes) const {
         const int64_t blocks = (rows_.max_slots + kWarpsOfBlock - 1) / kWarpsOfBlock;
-        // At least one, which writes the loss of no pairs.
+        // At least one, to write the loss of an empty batch.
         return {kEmbeddingCrossEntropy, stream_, std::max<int64_t>(blocks, 1), kWarpsOfBlock * kWarp,
                 static_cast<size_t>(shared_bytes)};
     }
@@ -466,7 +468,7 @@ class Launcher {
     void launch_counted_rows() const {
         launch(shape_of_warps(kReduceBytes),
                has_few_items() ? counted_rows_kernel<kFewItems, scalar_t>
-                               : counted_rows_kernel<kManyItems<T>, scalar_t>,
+                               : counted_rows_kernel<kManyItems<acc_t>, scalar_t>,
                rows_);
     }
 
@@ -476,7 +478,7 @@ class Launcher {
             const int64_t sums_bytes = SharedMemory::bytes<sum_t>(kWarpsOfBlock * params_.num_classes);
             launch(shape_of_warps(kReduceBytes + sums_bytes),
                    has_few_items() ? grouped_rows_kernel<kFewItems, sum_t, scalar_t>
-                                   : grouped_rows_kernel<kManyItems<T>, sum_t, scalar_t>,
+                                   : grouped_rows_kernel<kManyItems<acc_t>, sum_t, scalar_t>,
                    rows_);
         } else {
             launch_block_rows<sum_t>();
@@ -509,7 +511,7 @@ class Launcher {
         if (is_for_warps()) {
             launch(shape_of_warps(0),
                    has_few_items() ? warp_stats_kernel<kFewItems, scalar_t>
-                                   : warp_stats_kernel<kManyItems<T>, scalar_t>,
+                                   : warp_stats_kernel<kManyItems<acc_t>, scalar_t>,
                    rows_);
         } else {
             const BlockPlan plan = plan_block<uint32_t>(/*sweeps=*/false);
@@ -525,8 +527,9 @@ class Launcher {
                 static_cast<size_t>(shared_bytes)};
     }
 
-    // As many blocks on a multiprocessor as leave each a row and a tile of a useful size: while one waits for
-    // memory, others compute. sweeps: over tiles, else a row is read once.
+    // Up to kMaxBlocks blocks per multiprocessor, as long as each has shared memory for its row and a tile of
+    // a useful size: while one waits for memory, others compute. sweeps: whether the row is read again, by
+    // tiles.
     template <typename sum_t>
     BlockPlan plan_block(bool sweeps) const {
         constexpr int64_t kMaxBlocks = 3, kSmallestTile = 1 << 12, kReserved = 1 << 10;
@@ -541,10 +544,11 @@ class Launcher {
             plan.tile = std::min(all_classes, left / int64_t{sizeof(sum_t)} / kTileStep * kTileStep);
             if (plan.tile >= least) return plan;
         }
-        return {kRowThreads, least, /*caches_row=*/false};  // a row is read from the table again
+        return {kRowThreads, least,
+                /*caches_row=*/false};  // the row does not fit: it is read from the table again
     }
 
-    static constexpr int64_t kTileStep = 16;  // classes: whole vectors of any type
+    static constexpr int64_t kTileStep = 16;  // classes; whole vectors of any type
 
     const KernelParams& params_;
     const cudaStream_t stream_;

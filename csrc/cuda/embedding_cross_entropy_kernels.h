@@ -5,7 +5,7 @@
 
 namespace bigramx::cuda {
 
-// All pointers are to device memory; scalar_t: `type`, T: float, or double for float64.
+// All pointers are to device memory. scalar_t: `type`; acc_t: float, or double for float64.
 struct EmbeddingCrossEntropyKernelParams {
     FloatType type;
     const void* weight;  // (R, C) of scalar_t, unit stride along a row
@@ -14,29 +14,29 @@ struct EmbeddingCrossEntropyKernelParams {
     const int64_t* idx;      // (N)
     const int64_t* targets;  // (N)
     int64_t num_pairs;
-    const void* class_weight;  // (C) of T, or null: all ones
+    const void* class_weight;  // (C) of acc_t, or null: all ones
 
     int64_t ignore_index;
-    bool is_mean;  // of the reduced loss
-    bool is_reduced;
+    bool is_mean;     // of the reduction
+    bool is_reduced;  // false: the losses of the pairs
     double label_smoothing, z_loss;
     int64_t padding_idx;  // -1: none
 
-    // Each of these is null where it is not wanted.
+    // Outputs, each null where it is not wanted.
     void* loss;             // () of scalar_t, or (N) where it is not reduced
-    const void* grad_loss;  // of the shape of loss; null: 1
-    void* gradient;         // (R, C) of scalar_t or, sparse, (min(N, R), C)
-    int64_t* grad_rows;     // (min(N, R)): makes the gradient sparse
-    bool unless_one;        // the gradient is left as it is where *grad_loss is 1
+    const void* grad_loss;  // the shape of loss; null: ones
+    void* gradient;         // (R, C) of scalar_t; sparse: (min(N, R), C)
+    int64_t* grad_rows;     // (min(N, R)); not null: the gradient is sparse
+    bool unless_one;        // leave the gradient as it is where *grad_loss is 1
 };
 
-// How much scratch memory the launch needs, in bytes.
+// The scratch memory that the launch needs, in bytes.
 int64_t embedding_cross_entropy_scratch_bytes(const EmbeddingCrossEntropyKernelParams& params);
 
 void launch_embedding_cross_entropy(const EmbeddingCrossEntropyKernelParams& params, void* scratch,
                                     cudaStream_t stream);
 
-// gradient (size) *= *grad_loss, both of `type`; elements that are zero stay so, whatever the factor.
+// gradient (size) *= *grad_loss, both of `type`. Zeros stay zero, whatever the factor.
 void launch_scale_gradient(FloatType type, void* gradient, int64_t size, const void* grad_loss,
                            cudaStream_t stream);
 

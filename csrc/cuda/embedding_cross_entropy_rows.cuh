@@ -1,10 +1,10 @@
-// A row of the table: its logsumexp (an online softmax: Milakov, Gimelshein, 2018), the losses of the pairs
-// that start in it, its gradient, by the formulas of embedding_cross_entropy_row.h. A warp takes a row of at
-// most kMaxWarpRow elements, and keeps it in registers; a block takes a longer one, and keeps it in shared
-// memory where it fits.
+// A row of the table: its logsumexp, the losses of the pairs that start in it, and its gradient, by the
+// formulas of embedding_cross_entropy_row.h. A warp takes a row of at most kMaxWarpRow elements and keeps it
+// in registers. A block takes a longer row, reads it once with an online softmax (Milakov, Gimelshein:
+// "Online normalizer calculation for softmax", 2018), and keeps it in shared memory where it fits.
 //
-// s_j is the sum over the pairs of row i that have the target j: of ones or, where each pair has a gradient
-// of its own, of those.
+// s_j: the sum over the pairs of row i with target j, of ones or, where each pair has its own gradient, of
+// these gradients.
 #pragma once
 
 #include <cmath>
@@ -17,22 +17,22 @@
 
 namespace bigramx::cuda {
 
-// What the losses of single pairs need of their row.
+// What the unreduced losses need of their row.
 template <typename T>
 struct RowStats {
     T max, log_sum;
-    T shared;  // what all pairs of the row have alike: label smoothing, z-loss
+    T shared;  // what all pairs of the row have in common: label smoothing, z-loss
 };
 
 template <typename scalar>
 struct RowsParams {
     using scalar_t = scalar;
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
     static constexpr bool kIsPlain = false;
 
     const scalar_t* weight;  // (R, C)
     int64_t row_stride, num_rows, num_classes;
-    const T* class_weight;  // (C), or null: all ones
+    const acc_t* class_weight;  // (C), or null: all ones
     RowLossOptions options;
     int64_t padding_idx;
     const LossScales* scales;
@@ -41,31 +41,31 @@ struct RowsParams {
     const uint32_t* counts;  // null: grouped
     PairGroups groups;
 
-    // () or, where the losses are not reduced, (N); null: ones.
+    // () or, unreduced, (N); null: ones.
     const scalar_t* grad_loss;
     bool has_grad_losses;  // (N)
-    bool unless_one;       // nothing is to be done where *grad_loss is 1
+    bool unless_one;       // there is nothing to do where *grad_loss is 1
 
-    // A slot is a row that is worked on: each of the table or, where they are there, of groups.slot_rows,
-    // behind which there may be slots without a row.
+    // A slot is a row to work on: the rows of the table or, if not null, groups.slot_rows. The last slots may
+    // have no row, as the host knows only max_slots.
     int64_t max_slots;
 
-    // Results, each null where it is not wanted.
-    LossSums* losses_of_blocks;  // (blocks of the launch), summed in order by the last of them
+    // Outputs, each null where it is not wanted.
+    LossSums* losses_of_blocks;  // (blocks), reduced by the last block
     scalar_t* loss;              // ()
-    unsigned* ticket;            // (): 0 before
-    RowStats<T>* stats;          // (R)
+    unsigned* ticket;            // (), 0 before
+    RowStats<acc_t>* stats;      // (R)
     scalar_t* gradient;          // (max_slots, C)
     int64_t* grad_rows;          // (max_slots)
 
     __device__ bool has_slot_rows() const { return groups.slot_rows != nullptr; }
     __device__ int64_t num_slots() const { return has_slot_rows() ? *groups.num_slots : max_slots; }
-    // -1: none.
+    // -1: no row.
     __device__ int64_t row_of_slot(int64_t slot) const {
         if (slot >= num_slots()) return -1;
         return has_slot_rows() ? groups.slot_rows[slot] : slot;
     }
-    // Of the grouped pairs.
+    // With grouped pairs.
     __device__ bool has_pairs(int64_t row) const {
         return row >= 0 && groups.row_begin[row] < groups.row_begin[row + 1];
     }
@@ -74,15 +74,17 @@ struct RowsParams {
         return gradient != nullptr ? gradient + slot * num_classes : nullptr;
     }
 
-    __device__ T class_weight_of(int64_t j) const { return class_weight != nullptr ? class_weight[j] : T(1); }
+    __device__ acc_t class_weight_of(int64_t j) const {
+        return class_weight != nullptr ? class_weight[j] : acc_t(1);
+    }
     __device__ bool smooths() const { return options.label_smoothing > 0; }
-    // What the k-th of the grouped pairs adds to the sum of its class.
+    // What grouped pair k adds to s_j of its target j.
     template <typename sum_t>
     __device__ sum_t value_of_pair(int64_t k) const {
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
             return 1;
         } else {
-            return grad_loss != nullptr ? widen(grad_loss[groups.pair_indices[k]]) : T(1);
+            return grad_loss != nullptr ? widen(grad_loss[groups.pair_indices[k]]) : acc_t(1);
         }
     }
     __device__ double grad_of_all() const {
@@ -91,18 +93,18 @@ struct RowsParams {
     __device__ bool is_done() const { return unless_one && grad_of_all() == 1.0; }
 };
 
-// Without class weights and label smoothing, which compilers then leave out of the loops.
+// Without class weights and label smoothing: constants, so the compiler drops them from the loops.
 template <typename scalar>
 struct PlainRowsParams : RowsParams<scalar> {
-    using typename RowsParams<scalar>::T;
+    using typename RowsParams<scalar>::acc_t;
     static constexpr bool kIsPlain = true;
 
-    __device__ T class_weight_of(int64_t) const { return 1; }
+    __device__ acc_t class_weight_of(int64_t) const { return 1; }
     __device__ bool smooths() const { return false; }
 };
 
-// e^(logit - max). For tables of 16 bits as a power of two, of whose exponent one product rounds off a
-// 2^-24th: far less than what their logits are rounded by.
+// e^(logit - max). For 16-bit tables as a power of two, whose exponent is one rounded product: an error far
+// below the rounding of the logits.
 template <typename scalar_t>
 __device__ inline opmath_t<scalar_t> exponential(opmath_t<scalar_t> logit, opmath_t<scalar_t> max) {
     if constexpr (sizeof(scalar_t) == 2) {
@@ -113,13 +115,13 @@ __device__ inline opmath_t<scalar_t> exponential(opmath_t<scalar_t> logit, opmat
     }
 }
 
-// What is taken from logits with this maximum: negative infinities add nothing, even to one another.
+// What to subtract from logits with this maximum. Not -inf, as -inf - -inf is NaN: logits of -inf add 0.
 template <typename T>
 __device__ inline T shift_of(T max) {
     return max > -kInfinity<T> ? max : T(0);
 }
 
-// The maximum of logits, and the sum of e^(logit - max), as they come along.
+// Online softmax: the running maximum of the logits, and the sum of e^(logit - max).
 template <typename T>
 struct OnlineSum {
     T max = -kInfinity<T>;
@@ -149,17 +151,17 @@ struct MergeOnlineSums {
     }
 };
 
-// Adds the pairs of a class, whose gradients have the sum s.
+// Adds the pairs of a class, whose gradients sum to s.
 template <typename T, typename sum_t>
 __device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
     sums.gradients += static_cast<double>(s);
     sums.weighted += static_cast<double>(class_weight * static_cast<T>(s));
 }
 
-// Sums over the classes, which the losses need.
+// The sums over the classes that the losses need.
 struct ClassSums {
     double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
-    double class_losses = 0;   // of class_weight_j (lse - W[i, j]): what label smoothing spreads
+    double class_losses = 0;   // of class_weight_j (lse - W[i, j]), for label smoothing
 
     __device__ friend ClassSums operator+(const ClassSums& a, const ClassSums& b) {
         ClassSums both;
@@ -169,7 +171,7 @@ struct ClassSums {
     }
 };
 
-// The part of a thread, which is short.
+// The share of one thread: few terms, so acc_t is precise enough.
 template <typename T>
 struct OwnClassSums {
     T target_logits = 0, class_losses = 0;
@@ -182,25 +184,25 @@ struct OwnClassSums {
     }
 };
 
-// A row whose logits have been read.
+// A row with its maximum and its sum of exponentials.
 template <typename Params>
 struct MeasuredRow {
-    using T = typename Params::T;
+    using acc_t = typename Params::acc_t;
 
     const Params& params;
-    const T max, sum, log_sum;
+    const acc_t max, sum, log_sum;
 
     // sum: of e^(logit - max).
-    __device__ MeasuredRow(const Params& params, T max, T sum)
+    __device__ MeasuredRow(const Params& params, acc_t max, acc_t sum)
         : params(params), max(max), sum(sum), log_sum(std::log(sum)) {}
 
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
-    // What class j adds, whose pairs have the sum s.
+    // Adds class j, with s = s_j.
     template <typename sum_t>
-    __device__ void add_losses(OwnClassSums<T>& sums, T logit, T class_weight, sum_t s) const {
-        if (s != sum_t(0)) {  // 0 times an infinity is none
-            sums.target_logits += class_weight * static_cast<T>(s) * (logit - max);
+    __device__ void add_losses(OwnClassSums<acc_t>& sums, acc_t logit, acc_t class_weight, sum_t s) const {
+        if (s != sum_t(0)) {  // 0 times an infinity would be NaN
+            sums.target_logits += class_weight * static_cast<acc_t>(s) * (logit - max);
         }
         if (params.smooths()) sums.class_losses += class_weight * (max + log_sum - logit);
     }
@@ -211,8 +213,8 @@ struct MeasuredRow {
 
     __device__ double z_loss() const { return z_loss_of_row(params.options, lse()); }
 
-    __device__ RowStats<T> stats(const ClassSums& sums) const {
-        return {max, log_sum, static_cast<T>(smoothing_loss(sums) + z_loss())};
+    __device__ RowStats<acc_t> stats(const ClassSums& sums) const {
+        return {max, log_sum, static_cast<acc_t>(smoothing_loss(sums) + z_loss())};
     }
 
     __device__ LossSums loss(const PairSums& pairs, const ClassSums& sums) const {
@@ -221,12 +223,12 @@ struct MeasuredRow {
     }
 };
 
-// The elements of a gradient row.
+// Computes the elements of a gradient row.
 template <typename Params>
 struct GradientTerms {
-    using T = typename Params::T;
+    using acc_t = typename Params::acc_t;
 
-    T max, scale, smoothing, target;
+    acc_t max, scale, smoothing, target;
 
     __device__ GradientTerms(const MeasuredRow<Params>& row, const PairSums& pairs) : max(row.max) {
         const Params& params = row.params;
@@ -234,46 +236,46 @@ struct GradientTerms {
         const LossScales scales{params.scales->loss * grad, params.scales->z_loss * grad,
                                 params.scales->class_weight_sum};
         const RowGradient terms = gradient_of_row(params.options, scales, pairs, row.lse());
-        scale = static_cast<T>(terms.mass) / row.sum;
-        smoothing = static_cast<T>(terms.smoothing);
-        target = static_cast<T>(terms.target);
+        scale = static_cast<acc_t>(terms.mass) / row.sum;
+        smoothing = static_cast<acc_t>(terms.smoothing);
+        target = static_cast<acc_t>(terms.target);
     }
 
     template <typename sum_t>
-    __device__ T element(T logit, T class_weight, sum_t s) const {
+    __device__ acc_t element(acc_t logit, acc_t class_weight, sum_t s) const {
         return scale * exponential<typename Params::scalar_t>(logit, max) -
-               class_weight * (smoothing + target * static_cast<T>(s));
+               class_weight * (smoothing + target * static_cast<acc_t>(s));
     }
 };
 
-// ------------------------------------------------------------------------------------------ a warp, a row
+// --------------------------------------------------------------------------------------- one warp per row
 
-// The most elements of a row that the registers of a warp hold beside all else.
+// The longest row that fits into the registers of a warp, next to everything else.
 template <typename T>
 constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
 
-// The lanes take every 32nd column, kItems each.
+// Lane l takes the columns l, l + 32, ..., kItems of them.
 template <int kItems, typename Params>
 class WarpRow {
   public:
     using scalar_t = typename Params::scalar_t;
-    using T = typename Params::T;
+    using acc_t = typename Params::acc_t;
 
     __device__ WarpRow(const Params& params, int64_t row) : params_(params), row_(row) {
         const scalar_t* const weight = params.weight_row(row);
-        for (int k = 0; k < kItems; ++k) logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<T>;
+        for (int k = 0; k < kItems; ++k) logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<acc_t>;
     }
 
-    // sums (C): s_j. gradient (C), or null. Returns the same to all lanes.
+    // sums: (C), s_j. gradient: (C), or null. All lanes get the result.
     template <typename sum_t>
     __device__ LossSums process(const sum_t* sums, scalar_t* gradient) const {
         const MeasuredRow<Params> row = measure();
         PairSums own_pairs;
-        OwnClassSums<T> own_losses;
+        OwnClassSums<acc_t> own_losses;
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const sum_t s = sums[column(k)];
-            const T class_weight = params_.class_weight_of(column(k));
+            const acc_t class_weight = params_.class_weight_of(column(k));
             if (s != sum_t(0)) add_pairs(own_pairs, class_weight, s);
             row.add_losses(own_losses, logits_[k], class_weight, s);
         }
@@ -282,9 +284,9 @@ class WarpRow {
         return row.loss(pairs, warp_sum(own_losses.wide()));
     }
 
-    __device__ RowStats<T> stats() const {
+    __device__ RowStats<acc_t> stats() const {
         const MeasuredRow<Params> row = measure();
-        OwnClassSums<T> own;
+        OwnClassSums<acc_t> own;
         for (int k = 0; k < kItems; ++k) {
             if (has(k)) row.add_losses(own, logits_[k], params_.class_weight_of(column(k)), 0);
         }
@@ -296,9 +298,9 @@ class WarpRow {
     __device__ bool has(int k) const { return column(k) < params_.num_classes; }
 
     __device__ MeasuredRow<Params> measure() const {
-        T max = logits_[0], sum = 0;
+        acc_t max = logits_[0], sum = 0;
         for (int k = 1; k < kItems; ++k) max = std::fmax(max, logits_[k]);
-        max = warp_reduce(max, [](T a, T b) { return std::fmax(a, b); });
+        max = warp_reduce(max, [](acc_t a, acc_t b) { return std::fmax(a, b); });
         for (int k = 0; k < kItems; ++k) sum += exponential<scalar_t>(logits_[k], shift_of(max));
         return {params_, max, warp_sum(sum)};
     }
@@ -310,42 +312,43 @@ class WarpRow {
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const int j = column(k);
-            const T element = terms.element(logits_[k], params_.class_weight_of(j), sums[j]);
-            gradient[j] = narrow<scalar_t>(is_padding ? T(0) : element);
+            const acc_t element = terms.element(logits_[k], params_.class_weight_of(j), sums[j]);
+            gradient[j] = narrow<scalar_t>(is_padding ? acc_t(0) : element);
         }
     }
 
     const Params& params_;
     const int64_t row_;
-    T logits_[kItems];
+    acc_t logits_[kItems];
 };
 
-// ------------------------------------------------------------------------------------------ a block, a row
+// ------------------------------------------------------------------------------------------ one block per
+// row
 
-// How a block goes about its row.
+// How a block processes its row.
 struct BlockPlan {
     int threads;
-    int64_t tile;  // how many classes are summed at once: whole vectors
+    int64_t tile;  // classes whose s_j are in shared memory at once; whole vectors
     bool caches_row;
 };
 
-// The shared memory of a block. Row and tile begin where the row of the table begins within a vector, so that
-// their vectors are its vectors.
+// The shared memory of a block. The row and the tile are aligned as the row of the table is, so that all
+// three are accessed by the same vectors.
 template <typename Params, typename sum_t>
 struct BlockMemory {
     using scalar_t = typename Params::scalar_t;
 
-    OnlineSum<typename Params::T>* online_sums;  // (kMaxWarps)
-    PairSums* pair_sums;                         // (kMaxWarps)
-    ClassSums* class_sums;                       // (kMaxWarps)
-    LossSums* losses;                            // (kMaxWarps)
-    int* is_last;                                // ()
-    sum_t* tile;                                 // (tile)
-    scalar_t* row;                               // (C), or null
+    OnlineSum<typename Params::acc_t>* online_sums;  // (kMaxWarps)
+    PairSums* pair_sums;                             // (kMaxWarps)
+    ClassSums* class_sums;                           // (kMaxWarps)
+    LossSums* losses;                                // (kMaxWarps)
+    int* is_last;                                    // ()
+    sum_t* tile;                                     // (tile)
+    scalar_t* row;                                   // (C), or null
 
     __device__ BlockMemory(const BlockPlan& plan, int64_t num_classes) {
         SharedMemory shared;
-        online_sums = shared.take<OnlineSum<typename Params::T>>(kMaxWarps);
+        online_sums = shared.take<OnlineSum<typename Params::acc_t>>(kMaxWarps);
         pair_sums = shared.take<PairSums>(kMaxWarps);
         class_sums = shared.take<ClassSums>(kMaxWarps);
         losses = shared.take<LossSums>(kMaxWarps);
@@ -355,7 +358,7 @@ struct BlockMemory {
     }
 
     static int64_t bytes(const BlockPlan& plan, int64_t num_classes) {
-        return SharedMemory::bytes<OnlineSum<typename Params::T>>(kMaxWarps) +
+        return SharedMemory::bytes<OnlineSum<typename Params::acc_t>>(kMaxWarps) +
                SharedMemory::bytes<PairSums>(kMaxWarps) + SharedMemory::bytes<ClassSums>(kMaxWarps) +
                SharedMemory::bytes<LossSums>(kMaxWarps) + SharedMemory::bytes<int>(1) +
                SharedMemory::bytes<sum_t>(plan.tile + kVectorSize<scalar_t>) +
@@ -367,7 +370,7 @@ template <typename Params, typename sum_t>
 class BlockRow {
   public:
     using scalar_t = typename Params::scalar_t;
-    using T = typename Params::T;
+    using acc_t = typename Params::acc_t;
 
     __device__ BlockRow(const Params& params, const BlockPlan& plan, const BlockMemory<Params, sum_t>& memory,
                         int64_t row)
@@ -380,24 +383,24 @@ class BlockRow {
           first_pair_(params.groups.row_begin[row]),
           num_pairs_(params.groups.row_begin[row + 1] - first_pair_) {}
 
-    // gradient (C), or null. Returns the same to all threads.
+    // gradient: (C), or null. All threads get the result.
     __device__ LossSums process(scalar_t* gradient) {
         const MeasuredRow<Params> row = measure();
         const PairSums pairs = sum_pairs();
         const GradientTerms<Params> terms(row, pairs);
         const bool is_zero = gradient == nullptr || row_ == params_.padding_idx;
-        OwnClassSums<T> own;
-        sweep(gradient, [&](int64_t j, T logit, sum_t s) {
-            const T class_weight = params_.class_weight_of(j);
+        OwnClassSums<acc_t> own;
+        sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
+            const acc_t class_weight = params_.class_weight_of(j);
             row.add_losses(own, logit, class_weight, s);
-            return is_zero ? T(0) : terms.element(logit, class_weight, s);
+            return is_zero ? acc_t(0) : terms.element(logit, class_weight, s);
         });
         return row.loss(pairs, block_sum(own.wide(), memory_.class_sums));
     }
 
-    __device__ RowStats<T> stats() {
+    __device__ RowStats<acc_t> stats() {
         const MeasuredRow<Params> row = measure();
-        OwnClassSums<T> own;
+        OwnClassSums<acc_t> own;
         for (int64_t j = threadIdx.x; params_.smooths() && j < params_.num_classes; j += blockDim.x) {
             row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
         }
@@ -405,30 +408,30 @@ class BlockRow {
     }
 
   private:
-    // Reads the row, into shared memory where it is to be kept.
+    // Reads the row, and caches it in shared memory where that is planned.
     __device__ MeasuredRow<Params> measure() {
-        constexpr int kInFlight = sizeof(T) == sizeof(double) ? 2 : 4;
-        OnlineSum<T> own;
+        constexpr int kInFlight = sizeof(acc_t) == sizeof(double) ? 2 : 4;
+        OnlineSum<acc_t> own;
         scalar_t* const kept = memory_.row != nullptr ? memory_.row + elements_into_vector(source_) : nullptr;
         for_each_aligned_vector<kInFlight>(
             source_, params_.num_classes,
             [&](int first, const AlignedVector<scalar_t>& vector) {
-                T logits[kVectorSize<scalar_t>];
+                acc_t logits[kVectorSize<scalar_t>];
                 for (int k = 0; k < kVectorSize<scalar_t>; ++k) logits[k] = widen(vector.elements[k]);
                 own.template include<scalar_t>(logits);
                 if (kept != nullptr) store_vector(kept + first, vector);
             },
             [&](int j) {
-                const T logit[1] = {widen(source_[j])};
+                const acc_t logit[1] = {widen(source_[j])};
                 own.template include<scalar_t>(logit);
                 if (kept != nullptr) kept[j] = source_[j];
             });
-        const OnlineSum<T> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<T>());
+        const OnlineSum<acc_t> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<acc_t>());
         if (kept != nullptr) source_ = kept;
         return {params_, total.max, total.sum};
     }
 
-    // Without class weights and gradients of single pairs, their number says all.
+    // Without class weights and gradients of the pairs, the number of pairs suffices.
     __device__ PairSums sum_pairs() const {
         PairSums own;
         if (params_.class_weight == nullptr && !params_.has_grad_losses) {
@@ -441,12 +444,12 @@ class BlockRow {
             for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) {
                 if (tile_[k] != sum_t(0)) add_pairs(own, params_.class_weight_of(begin + k), tile_[k]);
             }
-            __syncthreads();  // the tile is free again
+            __syncthreads();  // before the next tile overwrites this one
         }
         return block_sum(own, memory_.pair_sums);
     }
 
-    // visit(j, W[i, j], s_j) for each class; what it returns is written to out (C), where that is not null.
+    // visit(j, W[i, j], s_j) for each class; its results go to out, (C), if not null.
     template <typename Visit>
     __device__ void sweep(scalar_t* out, const Visit& visit) const {
         for (int64_t begin = 0; begin < params_.num_classes; begin += plan_.tile) {
@@ -455,7 +458,7 @@ class BlockRow {
             const scalar_t* const part = source_ + begin;
             scalar_t* const part_out = out != nullptr ? out + begin : nullptr;
             const auto visit_element = [&](int k) {
-                const T element = visit(begin + k, widen(part[k]), tile_[k]);
+                const acc_t element = visit(begin + k, widen(part[k]), tile_[k]);
                 if (out != nullptr) part_out[k] = narrow<scalar_t>(element);
             };
             if (out == nullptr || elements_into_vector(out) == elements_into_vector(source_)) {
@@ -476,7 +479,7 @@ class BlockRow {
                 for (int k = static_cast<int>(threadIdx.x); k < end - begin; k += blockDim.x)
                     visit_element(k);
             }
-            __syncthreads();  // the tile is free for the next columns
+            __syncthreads();  // before the next tile overwrites this one
         }
     }
 
@@ -484,7 +487,7 @@ class BlockRow {
         return begin + plan_.tile < params_.num_classes ? begin + plan_.tile : params_.num_classes;
     }
 
-    // tile_: s_j of the columns from begin to end.
+    // tile_ = s_j of the columns from `begin` to `end`.
     __device__ void sum_tile(int64_t begin, int64_t end) const {
         for (int64_t k = threadIdx.x; k < end - begin; k += blockDim.x) tile_[k] = 0;
         __syncthreads();
@@ -493,7 +496,7 @@ class BlockRow {
         __syncthreads();
     }
 
-    // As many as a vector of the row has elements.
+    // One for each element of a vector of the row.
     __device__ static void load_sums(const sum_t* from, sum_t (&sums)[kVectorSize<scalar_t>]) {
         if constexpr (kVectorSize<scalar_t> % kVectorSize<sum_t> == 0) {
             for (int k = 0; k < kVectorSize<scalar_t>; k += kVectorSize<sum_t>) {
@@ -509,7 +512,7 @@ class BlockRow {
     const BlockPlan& plan_;
     const BlockMemory<Params, sum_t>& memory_;
     const int64_t row_;
-    const scalar_t* source_;  // (C): the row in the table, or kept in shared memory
+    const scalar_t* source_;  // (C): the row in the table, or its copy in shared memory
     sum_t* const tile_;       // (tile)
     const int64_t first_pair_, num_pairs_;
 };

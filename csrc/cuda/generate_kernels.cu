@@ -1,6 +1,7 @@
-// Chains of tokens. A step is a fixed map of tokens, since its draw is keyed by its position: segments of a
-// chain run at the same time, each after a warm-up, and coalesce with what comes before them; a boundary that
-// does not match is repaired (cpu/generate_chains.h).
+// Chains of tokens, parallel over time. The draw of a step is keyed by its position, so a step is a fixed map
+// of tokens to tokens, and chains from different tokens coalesce. The segments of a chain therefore run at
+// the same time, each after a warm-up; where a segment does not match the end of the one before it, the
+// boundary is repaired (cpu/generate_chains.h).
 #include "cuda/generate_kernels.h"
 
 #include <algorithm>
@@ -16,9 +17,9 @@ namespace bigramx::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChainThreads = 64;  // of a block: few, so that few chains, too, are spread over the GPU
+constexpr int kChainThreads = 64;  // per block: few, so that even few chains are spread over the GPU
 
-// Steps. A segment that is longer than its warm-up is at most twice the work.
+// Steps. The warm-up adds at most a quarter to the work of a segment.
 constexpr int64_t kWarmUp = 128, kLeastSegment = 512;
 static_assert(kWarmUp % Philox::kWords == 0 && kLeastSegment % Philox::kWords == 0,
               "a segment begins where an evaluation of Philox does");
@@ -35,7 +36,7 @@ __device__ uint32_t token_before(const ChainsParams& params, int64_t chain, int6
 
 // ------------------------------------------------------------------------------------------ kinds of rows
 //
-// rows.next(token, r): the token that r draws from the row of `token`, for one thread, or for all of a block.
+// rows.next(token, r): the token that r draws from the row of `token`. Called by one thread, or by a block.
 
 struct CdfRows {
     static constexpr Granularity kGranularity = Granularity::thread;
@@ -67,7 +68,7 @@ struct LogitRowsOfBlock {
 
     __device__ uint32_t next(uint32_t token, uint32_t r) const { return draw(token, token, r); }
 
-    // From any row of the params, which is the one of `token` in the table.
+    // row_index: in params.logits; token: the index of that row in the table.
     __device__ uint32_t draw(int64_t row_index, uint32_t token, uint32_t r) const {
         const WeightedRow<Logits<scalar_t>> row = read(row_index);
         if (row.is_distribution()) return static_cast<uint32_t>(row.find(r));
@@ -75,7 +76,7 @@ struct LogitRowsOfBlock {
         return 0;
     }
 
-    // cdf (V).
+    // cdf: (V).
     __device__ void write_cdf(int64_t row_index, uint32_t token, uint32_t* cdf) const {
         const WeightedRow<Logits<scalar_t>> row = read(row_index);
         if (row.is_distribution()) return row.write_cdf(cdf);
@@ -121,14 +122,14 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
 template <typename Rows>
 constexpr bool kByBlock = Rows::kGranularity == Granularity::block;
 
-// Of a launch that follows chains: the threads of a block, and for how many blocks at once the registers of a
-// multiprocessor suffice.
+// The launch bounds of the kernels that follow chains: threads per block, and blocks per multiprocessor that
+// its registers allow.
 template <typename Rows>
 constexpr int kMaxGroupThreads = kByBlock<Rows> ? kMaxRowThreads : kChainThreads;
 template <typename Rows>
 constexpr int kBlocksAtOnce = kByBlock<Rows> ? 1 : 1024 / kChainThreads;
 
-// Whether this thread, of those that follow a chain together, reads and writes its tokens.
+// Whether this thread reads and writes the tokens, for the group of threads that follows the chain.
 template <typename Rows>
 __device__ bool is_leader() {
     return !kByBlock<Rows> || threadIdx.x == 0;
@@ -140,12 +141,12 @@ __device__ bool any_of_group(bool condition) {
     return condition;
 }
 
-// A chain that is followed from one of its steps on.
+// A chain that a group of threads follows from some step on.
 template <typename Rows>
 class Chain {
   public:
-    __device__ Chain(const Rows& rows, const ChainsParams& params, int64_t number)
-        : rows_(rows), params_(params), number_(number), seed_(seed_of(params.seed)) {}
+    __device__ Chain(const Rows& rows, const ChainsParams& params, int64_t index)
+        : rows_(rows), params_(params), index_(index), seed_(seed_of(params.seed)) {}
 
     // step: a multiple of Philox::kWords. token: the one before it.
     __device__ void start(int64_t step, uint32_t token) {
@@ -156,27 +157,28 @@ class Chain {
     __device__ int64_t step() const { return step_; }
     __device__ uint32_t token() const { return token_; }
 
-    // Writes from the step `begin` on; returns the token before that.
+    // Runs up to `end`, and writes the tokens from the step `begin` on; returns the token before it.
     __device__ uint32_t run(int64_t begin, int64_t end) {
         uint32_t before = token_;
         follow(end, [&](const auto& tokens, int count) {
             if (step_ < begin) {
                 before = tokens[Philox::kWords - 1];
             } else if (is_leader<Rows>()) {
-                store_tokens(token_at(params_, number_, step_), tokens, count);
+                store_tokens(token_at(params_, index_, step_), tokens, count);
             }
             return false;
         });
         return before;
     }
 
-    // Writes until it coalesces with what is written, from where on that is right; returns whether it did.
+    // Overwrites the tokens until it coalesces with what was written: the rest is then right already. Returns
+    // whether it has coalesced.
     __device__ bool run_until_coalescence(int64_t end) {
         bool has_coalesced = false;
         follow(end, [&](const auto& tokens, int count) {
             bool coalesces = false;
             if (is_leader<Rows>()) {
-                int64_t* const written = token_at(params_, number_, step_);
+                int64_t* const written = token_at(params_, index_, step_);
                 for (int k = 0; k < count; ++k) coalesces |= written[k] == tokens[k];
                 store_tokens(written, tokens, count);
             }
@@ -186,14 +188,14 @@ class Chain {
     }
 
   private:
-    // Up to the step `end`. visit(tokens, count) takes those of the steps from step_ on that share an
-    // evaluation of Philox, and tells whether that is enough.
+    // Runs up to the step `end`. visit(tokens, count) gets the tokens of the steps from step_ on that share
+    // an evaluation of Philox, and returns whether to stop.
     template <typename Visit>
     __device__ void follow(int64_t end, const Visit& visit) {
         bool is_enough = false;
         while (step_ < end && !is_enough) {
             const int count = static_cast<int>(end - step_ < Philox::kWords ? end - step_ : Philox::kWords);
-            const Philox bits(seed_, static_cast<uint64_t>(number_),
+            const Philox bits(seed_, static_cast<uint64_t>(index_),
                               static_cast<uint64_t>(step_) / Philox::kWords);
             uint32_t tokens[Philox::kWords];
             for (int k = 0; k < Philox::kWords; ++k) {
@@ -207,16 +209,16 @@ class Chain {
 
     const Rows& rows_;
     const ChainsParams& params_;
-    const int64_t number_;
+    const int64_t index_;
     const uint64_t seed_;
     int64_t step_ = 0;
     uint32_t token_ = 0;  // before step_
 };
 
-// The segment of a thread, or of a block.
+// The segment that a thread, or a block, runs.
 struct Segment {
     int64_t index;  // into (B, segments)
-    int64_t chain, number;
+    int64_t chain, index_in_chain;
     int64_t begin, end;
 
     template <typename Rows>
@@ -224,16 +226,16 @@ struct Segment {
         Segment segment;
         segment.index = kByBlock<Rows> ? int64_t{blockIdx.x} : thread_of_grid();
         segment.chain = segment.index / params.num_segments;
-        segment.number = segment.index % params.num_segments;
-        segment.begin = segment.number * params.steps_a_segment;
+        segment.index_in_chain = segment.index % params.num_segments;
+        segment.begin = segment.index_in_chain * params.steps_a_segment;
         const int64_t end = segment.begin + params.steps_a_segment;
         segment.end = end < params.num_steps ? end : params.num_steps;
         return segment;
     }
 };
 
-// Each segment warms up from the token that its chain starts from, which is the right one only where it
-// begins with the chain.
+// A segment warms up from the first token of its chain. That guess is right for the first segment alone; the
+// others usually coalesce with the right chain during the warm-up.
 template <typename Rows>
 __global__ void __launch_bounds__(kMaxGroupThreads<Rows>, kBlocksAtOnce<Rows>)
     run_segments_kernel(Rows rows, ChainsParams params) {
@@ -249,13 +251,13 @@ __global__ void __launch_bounds__(kMaxGroupThreads<Rows>, kBlocksAtOnce<Rows>)
     }
 }
 
-// Runs the segments that have begun otherwise than the ones before them ended again, from there. That is
-// right, and all done, where each of them soon coalesces with what it has written.
+// Repairs, in parallel, the segments that did not begin with the last token of the segment before: runs them
+// again from it. That suffices if each coalesces with what was written before it ends.
 template <typename Rows>
 __global__ void __launch_bounds__(kMaxGroupThreads<Rows>, kBlocksAtOnce<Rows>)
     repair_segments_kernel(Rows rows, ChainsParams params) {
     const Segment segment = Segment::of_group(rows, params);
-    if (segment.chain >= params.num_chains || segment.number == 0) return;
+    if (segment.chain >= params.num_chains || segment.index_in_chain == 0) return;
     const uint32_t entry = params.exits[segment.index - 1];
     if (params.entries[segment.index] == entry) return;
     Chain<Rows> chain(rows, params, segment.chain);
@@ -267,13 +269,13 @@ __global__ void __launch_bounds__(kMaxGroupThreads<Rows>, kBlocksAtOnce<Rows>)
     }
 }
 
-// The first segment of a chain, from `number` on, that begins otherwise than the one before it ends;
-// num_segments where there is none. For a block.
-__device__ int64_t next_wrong_segment(const ChainsParams& params, int64_t chain, int64_t number,
+// The first segment of a chain, from `segment` on, that did not begin with the last token of the segment
+// before; num_segments if there is none. For a block.
+__device__ int64_t next_wrong_segment(const ChainsParams& params, int64_t chain, int64_t segment,
                                       int64_t* scratch) {
     const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    for (; number < params.num_segments; number += blockDim.x) {
-        const int64_t mine = number + threadIdx.x;
+    for (; segment < params.num_segments; segment += blockDim.x) {
+        const int64_t mine = segment + threadIdx.x;
         const bool is_wrong =
             mine < params.num_segments && params.entries[chain * params.num_segments + mine] !=
                                               token_before(params, chain, mine * params.steps_a_segment);
@@ -283,23 +285,23 @@ __device__ int64_t next_wrong_segment(const ChainsParams& params, int64_t chain,
     return params.num_segments;
 }
 
-// Repairs the chains that are not all done: one segment after the other. A block takes a chain; its first
-// thread alone follows it where threads do.
+// Repairs the remaining chains, one segment after the other. One block per chain; where single threads follow
+// chains, the first thread does.
 template <typename Rows>
 __global__ void __launch_bounds__(kByBlock<Rows> ? kMaxRowThreads : kThreads, 1)
     repair_chains_kernel(Rows rows, ChainsParams params) {
     if (params.uncoalesced[blockIdx.x] == 0) return;
-    SharedMemory shared;  // that of the rows, too, but between their steps
+    SharedMemory shared;  // shared with the rows, which use it within a step only
     int64_t* const scratch = shared.take<int64_t>(kMaxWarps);
     Chain<Rows> chain(rows, params, blockIdx.x);
-    int64_t number = next_wrong_segment(params, blockIdx.x, 1, scratch);
-    while (number < params.num_segments) {
-        const int64_t begin = number * params.steps_a_segment;
+    int64_t segment = next_wrong_segment(params, blockIdx.x, 1, scratch);
+    while (segment < params.num_segments) {
+        const int64_t begin = segment * params.steps_a_segment;
         chain.start(begin, token_before(params, blockIdx.x, begin));
         if (kByBlock<Rows> || threadIdx.x == 0) chain.run_until_coalescence(params.num_steps);
         const int64_t right = block_reduce(threadIdx.x == 0 ? chain.step() : 0, scratch, Larger());
         const int64_t next = (right + params.steps_a_segment - 1) / params.steps_a_segment;
-        number = next_wrong_segment(params, blockIdx.x, next, scratch);
+        segment = next_wrong_segment(params, blockIdx.x, next, scratch);
     }
 }
 
@@ -310,7 +312,7 @@ LaunchShape shape_of_threads(const ChainsParams& params, cudaStream_t stream) {
     return {kGenerate, stream, (num_groups + kChainThreads - 1) / kChainThreads, kChainThreads};
 }
 
-// shape: of a thread, or of a block, for each segment.
+// shape: one thread, or one block, per segment.
 template <typename Rows>
 void launch_chains(const ChainsParams& params, const Rows& rows, const LaunchShape& shape) {
     launch(shape, run_segments_kernel<Rows>, rows, params);
@@ -321,7 +323,8 @@ void launch_chains(const ChainsParams& params, const Rows& rows, const LaunchSha
            repair_chains_kernel<Rows>, rows, params);
 }
 
-// -------------------------------------------------------------------------------- before and after them
+// ----------------------------------------------------------------------------------- before and after the
+// chains
 
 __global__ void __launch_bounds__(kThreads)
     copy_prompt_kernel(const int64_t* idx, int64_t size, int64_t prompt_length, int64_t vocab_size,
@@ -333,7 +336,7 @@ __global__ void __launch_bounds__(kThreads)
     tokens[n / prompt_length * stride + n % prompt_length] = idx[n];
 }
 
-// visit(chain, step) for all steps of all chains, over the threads of the grid.
+// visit(chain, step) for all steps of all chains, in a grid-stride loop.
 template <typename Visit>
 __device__ void for_each_step(const ChainsParams& params, const Visit& visit) {
     const int64_t size = params.num_chains * params.num_steps, threads = int64_t{gridDim.x} * blockDim.x;

@@ -1,5 +1,5 @@
-// Gathers the blocks of a batch, a thread a token. The batch offsets come in the arguments of the launch or,
-// for a generator on the GPU, are drawn by every thread for itself.
+// Gathers the blocks of a batch, one thread per token. The batch offsets come with the launch arguments,
+// which saves a copy; for a generator on the GPU each thread computes the draw of its block itself.
 #include "cuda/get_batch_kernels.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace bigramx::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxOffsets = 448;  // the arguments of a launch are 4096 bytes at most
+constexpr int kMaxOffsets = 448;  // launch arguments are limited to 4096 bytes
 
 template <typename token_t>
 struct Blocks {
@@ -42,7 +42,6 @@ struct DrawnOffsets {
     }
 };
 
-// A thread for each token of the batch.
 template <typename token_t, typename Offsets>
 __global__ void __launch_bounds__(kThreads) get_batch_kernel(Blocks<token_t> blocks, Offsets offsets) {
     const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) get_batch_kernel(Blocks<token_t> blo
     blocks.targets[n] = static_cast<int64_t>(token[blocks.stride]);
 }
 
-// The blocks from `first` on.
+// num_blocks blocks of the batch, from `first` on.
 template <typename Offsets>
 void launch_blocks(const GetBatchKernelParams& params, const Offsets& offsets, int64_t first,
                    int64_t num_blocks, cudaStream_t stream) {

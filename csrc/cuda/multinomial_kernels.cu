@@ -1,6 +1,6 @@
-// Draws by the fixed-point CDF of a row of weights (sampling/fixed_point_cdf.h): one draw from each row in a
-// pass over it, by a warp or a block; many with replacement by a search in the CDF; without replacement one
-// after the other, each from what those before it have left.
+// Draws by the fixed-point CDF of a row of weights (sampling/fixed_point_cdf.h). One draw per row takes a
+// pass over the row, by a warp or a block, and stores no CDF. Many draws with replacement search a stored CDF
+// by bisection. Draws without replacement are made one after the other, each from the weights that are left.
 #include "cuda/multinomial_kernels.h"
 
 #include "base/op_names.h"
@@ -34,26 +34,27 @@ __device__ WeightedRow<Probs<scalar_t>> read_row(const MultinomialKernelParams& 
     return row;
 }
 
-// ------------------------------------------------------------------------------------------- one draw a row
+// ------------------------------------------------------------------------------------------- one draw per
+// row
 
-// A warp takes a row of at most kItems tokens a lane, and keeps it in registers. The lanes take every 32nd.
+// One warp per row of at most kItems * kWarp tokens, in registers; lane l takes the tokens l, l + 32, ...
 template <typename scalar_t, int kItems>
 __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(MultinomialKernelParams params) {
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
     constexpr int kWarps = kThreads / kWarp;
     const int64_t b = int64_t{blockIdx.x} * kWarps + warp_of_thread();
     if (b >= params.num_rows) return;
     const scalar_t* const row = row_of<scalar_t>(params, b);
-    T probs[kItems], largest = 0;
+    acc_t probs[kItems], largest = 0;
     for (int k = 0; k < kItems; ++k) {
         const int token = k * kWarp + lane_of_thread();
-        probs[k] = token < params.vocab_size ? widen(row[token]) : T(0);
+        probs[k] = token < params.vocab_size ? widen(row[token]) : acc_t(0);
         include_element<Probs<scalar_t>>(probs[k], &largest);
     }
     largest = warp_reduce(largest, Larger());
     assert_distribution(largest);
 
-    const ProbScale<T> scale(largest);
+    const ProbScale<acc_t> scale(largest);
     uint32_t weights[kItems];
     uint64_t sum = 0;
     for (int k = 0; k < kItems; ++k) sum += weights[k] = weight_of_prob(probs[k], scale);
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(MultinomialK
     }
 }
 
-// A block takes a row.
+// One block per row.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
     draw_one_by_block_kernel(MultinomialKernelParams params, bool keeps_row) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     if (threadIdx.x == 0) params.samples[b] = token;
 }
 
-// By as few items a lane as suffice, else by blocks.
+// By warps with as few items per lane as suffice, or by blocks.
 template <typename scalar_t, int kItems = 4>
 void launch_draw_one(const MultinomialKernelParams& params, cudaStream_t stream) {
     constexpr int kWarps = kThreads / kWarp, kMostItems = 32;
@@ -99,7 +100,7 @@ void launch_draw_one(const MultinomialKernelParams& params, cudaStream_t stream)
 
 // --------------------------------------------------------------------------------------- with replacement
 
-// A block takes a row.
+// cdf: (B, V). One block per row.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
     write_cdf_kernel(MultinomialKernelParams params, bool keeps_row, uint32_t* cdf) {
@@ -112,7 +113,7 @@ int64_t groups_a_row(const MultinomialKernelParams& params) {
     return (params.num_samples + Philox::kWords - 1) / Philox::kWords;
 }
 
-// A thread takes the samples that share an evaluation of Philox: one of `groups` of a row.
+// One thread per group of samples that share an evaluation of Philox; `groups` per row.
 __global__ void __launch_bounds__(kThreads)
     search_cdf_kernel(MultinomialKernelParams params, int64_t groups, const uint32_t* cdf) {
     const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ------------------------------------------------------------------------------------ without replacement
 
-// A block takes a row, a thread a run of its tokens, whose weights nobody else touches.
+// One block per row. Each thread owns a run of tokens, so their weights need no atomics.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
     draw_without_replacement_kernel(MultinomialKernelParams params, uint32_t* weights) {
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const int64_t end = begin + run < params.vocab_size ? begin + run : params.vocab_size;
     const RowMemory<scalar_t> memory(params.vocab_size, /*keeps_row=*/false);
     const WeightedRow<Probs<scalar_t>> row = read_row(params, b, memory);
-    uint32_t* const left = weights + b * params.vocab_size;  // what is left of them
+    uint32_t* const left = weights + b * params.vocab_size;  // (V): the weights that are left
     const ProbScale<opmath_t<scalar_t>> scale(row.largest());
     uint64_t sum = 0, total;
     for (int64_t token = begin; token < end; ++token) sum += left[token] = row.weight(token, scale);
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
     if (k == params.num_samples) return;
 
-    // Where only zeros are left: those, in order.
+    // All positive weights are drawn: tokens of probability zero follow, in order.
     const scalar_t* const probs = row_of<scalar_t>(params, b);
     uint64_t num_zeros = 0;
     for (int64_t token = begin; token < end; ++token) num_zeros += widen(probs[token]) == 0 ? 1 : 0;

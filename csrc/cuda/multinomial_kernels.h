@@ -1,4 +1,4 @@
-// Draws tokens from rows of probabilities on the GPU. A row that is not a distribution stops the kernel.
+// Draws tokens from rows of probabilities on the GPU. A row that is not a distribution fails an assertion.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What is said of rows that are not probability distributions, in the words of torch.multinomial: literals,
-// to stand in messages of the host and in assertions of a device.
+// Error messages for rows that are not probability distributions, in the words of torch.multinomial. Macros,
+// for the messages of the host and the assertions of a device.
 #pragma once
 
 #define BIGRAMX_INVALID_PROBS "probability tensor contains either `inf`, `nan` or element < 0"

@@ -1,13 +1,13 @@
-// The fixed-point CDF of a row of weights, and how a uniform number r of 31 bits draws a token by it. Weights
-// are whole numbers, so that their sums are exact in any order. With the cumulative sums S_j of a row,
+// The fixed-point CDF of a row of weights, by which a uniform number r of 31 bits draws a token. Weights are
+// integers, so their sums are exact in any order. With the cumulative sums S_j of a row,
 //
 //     cdf_j = floor(2^31 S_j / S_last),
 //
 // and r draws the first token j with cdf_j > r. A token of weight zero has the cdf of the one before it, and
 // is never drawn.
 //
-// On host and device the same bits: what is rounded is rounded by single operations that IEEE 754 fixes, and
-// no rounded product meets a sum that a compiler could fuse with it.
+// The bits are the same on host and device: all rounding is by single operations that IEEE 754 defines, and
+// no rounded product is followed by an addition that a compiler could contract to an FMA.
 #pragma once
 
 #include <cmath>
@@ -20,10 +20,10 @@ namespace bigramx {
 
 constexpr int kWeightBits = 30;  // the largest weight of a row is about 2^30
 
-// e^logit 2^30, rounded; logit: less the largest of its row, so <= 0; -inf gives 0.
+// e^logit 2^30, rounded. logit: minus the largest of its row, thus <= 0; -inf gives 0.
 //
-// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf); n + 30 goes onto its
-// exponent.
+// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf), to whose exponent n + 30 is
+// added.
 BIGRAMX_HOST_DEVICE uint32_t weight_of_logit(float logit) {
     constexpr float kVanishes = -25.0f;      // e^-25 2^30 < 1/2
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves no bits for a fraction
@@ -50,8 +50,8 @@ BIGRAMX_HOST_DEVICE uint32_t weight_of_logit(float logit) {
     return static_cast<uint32_t>(static_cast<int32_t>(weight + 0.5f));
 }
 
-// Brings the largest probability of a row to 2^29 or more, but less than 2^30, without rounding. In two
-// factors: one alone may reach beyond the exponents of T.
+// Scales the largest probability of a row to [2^29, 2^30), without rounding. In two factors, as a single one
+// could overflow T.
 template <typename T>
 struct ProbScale {
     T first, second;
@@ -74,24 +74,24 @@ BIGRAMX_HOST_DEVICE uint32_t weight_of_prob(T prob, const ProbScale<T>& scale) {
     return static_cast<uint32_t>(weight > smallest ? weight : smallest);
 }
 
-// Scales the cumulative sums of a row to its cdf.
+// Scales the cumulative sums of a row to its CDF.
 class CdfScale {
   public:
     BIGRAMX_HOST_DEVICE explicit CdfScale(uint64_t total) : total_(total), factor_(kEnd / to_double(total)) {}
 
-    // sum 2^31 / total, rounded down; grows with the sum.
+    // sum 2^31 / total, rounded down; monotonic.
     BIGRAMX_HOST_DEVICE uint32_t cdf(uint64_t sum) const {
         const auto rounded = static_cast<uint32_t>(static_cast<int64_t>(to_double(sum) * factor_));
         return sum == total_ ? uint32_t{1} << kDrawBits : rounded;
     }
 
-    // The least sum whose cdf lies above r: r draws the first token whose cumulative sum reaches it.
+    // The least sum whose cdf is above r: r draws the first token whose cumulative sum reaches it.
     BIGRAMX_HOST_DEVICE uint64_t target_sum(uint32_t r) const {
         const double bound = (static_cast<double>(r) + 1) * (to_double(total_) / kEnd);
         auto sum = static_cast<uint64_t>(static_cast<int64_t>(bound));
         sum += to_double(sum) < bound ? 1 : 0;
         sum = sum < total_ ? sum : total_;
-        while (cdf(sum) <= r) ++sum;  // hardly ever: what the cdf are rounded by
+        while (cdf(sum) <= r) ++sum;  // rarely taken: corrects for the rounding of cdf()
         while (cdf(sum - 1) > r) --sum;
         return sum;
     }

@@ -1,4 +1,4 @@
-// The generator of the CPU that a caller names, or ATen's own; and seeds from it.
+// The CPU generator that the caller passes, or ATen's default; and seeds drawn from it.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -14,7 +14,7 @@ inline at::CPUGeneratorImpl* cpu_generator(const std::optional<at::Generator>& g
                                                               at::detail::getDefaultCPUGenerator());
 }
 
-// The seed of counter-based draws.
+// Draws a seed for counter-based draws.
 inline uint64_t draw_seed(const std::optional<at::Generator>& generator) {
     at::CPUGeneratorImpl* impl = cpu_generator(generator);
     const std::lock_guard<std::mutex> lock(impl->mutex_);

@@ -1,8 +1,9 @@
-// Counter-based random numbers: a pure function of (seed, sequence, position), on host and device. No state.
+// Counter-based random numbers, for host and device: a pure function of (seed, sequence, position), without
+// state.
 //
 // Philox4x32-10 of Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). The
 // key is the seed; the 128-bit counter is (position / 4, sequence), low words first: four positions share one
-// evaluation, each has a word of it.
+// evaluation, one word each.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,7 @@ struct Philox {
 
 constexpr int kDrawBits = 31;
 
-// The uniform number of kDrawBits bits at a position of a sequence.
+// A uniform number of kDrawBits bits, at a position of a sequence.
 BIGRAMX_HOST_DEVICE uint32_t draw(uint64_t seed, uint64_t sequence, uint64_t position) {
     return Philox(seed, sequence, position / Philox::kWords).words[position % Philox::kWords] >>
            (32 - kDrawBits);

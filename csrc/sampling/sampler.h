@@ -1,4 +1,4 @@
-// How tokens are drawn: as torch.multinomial draws them, or by a counter.
+// The samplers: the draws of torch.multinomial, or counter-based draws.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -10,7 +10,7 @@ namespace bigramx {
 
 enum class Sampler { torch, philox };
 
-// The one that the caller names. The default on the CPU draws what torch.multinomial draws there.
+// The sampler that the caller names. The default is torch on the CPU, philox on a GPU.
 inline Sampler choose_sampler(const char* op, std::optional<std::string_view> sampler, bool on_gpu) {
     const std::string_view name = sampler.value_or(on_gpu ? "philox" : "torch");
     TORCH_CHECK_VALUE(name == "torch" || name == "philox", op,

@@ -14,7 +14,7 @@ class Buffer {
     Buffer() = default;
     explicit Buffer(int64_t size) { resize(size); }
 
-    // Keeps the memory where it suffices; then its content, too.
+    // Keeps the memory, and its contents, where it is large enough.
     void resize(int64_t size) {
         if (size > capacity_) {
             memory_ = c10::GetCPUAllocator()->allocate(static_cast<size_t>(size) * sizeof(T));
@@ -23,7 +23,7 @@ class Buffer {
         size_ = size;
     }
 
-    // As resize, but memory that is new is zero.
+    // As resize; newly allocated memory is zero.
     void resize_zeros(int64_t size) {
         const int64_t before = capacity_;
         resize(size);

@@ -1,11 +1,11 @@
-// Compiles the file BIGRAMX_KERNELS once for each CPU target (AVX-512, AVX2, any), in a namespace of its own,
-// so that one binary serves every x86-64 machine, as the foreach_target.h of Highway does.
-// BIGRAMX_DISPATCH_TARGET(kernel) is the one for this machine, as ATen chose: it follows
-// at::get_cpu_capability(), and so ATEN_CPU_CAPABILITY.
+// Compiles the file BIGRAMX_KERNELS once for each CPU target (AVX-512, AVX2, portable), each in its own
+// namespace, as foreach_target.h of Highway does: one binary serves every x86-64 machine.
+// BIGRAMX_DISPATCH_TARGET(kernel) is the kernel for this machine. The choice is ATen's: it follows
+// at::get_cpu_capability(), and thereby ATEN_CPU_CAPABILITY.
 //
-// The target is set for our kernels alone, by pragma: compiled with -mavx512f, a whole file would also emit
-// the inline functions of the standard library with AVX-512 in them, and the linker may keep those for
-// everyone.
+// A pragma sets the target for the kernels alone. With -mavx512f for a whole file, inline functions of the
+// standard library would be compiled with AVX-512 too, and the linker might keep those copies for all
+// machines.
 
 #include <ATen/OpMathType.h>
 #include <ATen/Version.h>

@@ -1,9 +1,9 @@
-// The few vector primitives that the CPU kernels share, for the target that is being compiled
-// (foreach_target.h includes this file once for each; hence no include guard).
+// The vector primitives that the CPU kernels share, for the target that is being compiled (foreach_target.h
+// includes this file once for each, hence no include guard).
 //
-// Vectors are the compilers' own vector types: arithmetic, comparison and selection are operators, and only
-// what they lack (16-bit floats, masked access, scaling) is an intrinsic. A lane has the
-// accumulation dtype of a table: float for float32, bfloat16 and float16, double for float64.
+// Vectors are the compilers' vector types: arithmetic, comparison and selection are operators, and only what
+// these lack (16-bit floats, masked access, scaling) needs intrinsics. A lane has the accumulation dtype of
+// the table: float for float32, bfloat16 and float16, double for float64.
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
@@ -24,7 +24,7 @@ inline Vector<T> broadcast(T value) {
 
 // ------------------------------------------------------------------------------------- load and store
 
-// Of a row that is accumulated as it is.
+// Of a row whose dtype is its accumulation dtype.
 template <typename T, typename = std::enable_if_t<std::is_arithmetic_v<T>>>
 inline Vector<T> load(const T* from) {
     Vector<T> to;
@@ -35,7 +35,7 @@ inline Vector<T> load(const T* from) {
 using Bits = Vector<uint32_t>;
 typedef uint16_t HalfBits __attribute__((vector_size(BIGRAMX_VECTOR_BYTES / 2)));
 
-// Widening and narrowing, which the compilers would take apart.
+// Widening and narrowing; compilers split the generic conversions.
 inline Bits widen(HalfBits bits) {
 #if BIGRAMX_VECTOR_BYTES == 64
     return reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, reinterpret_cast<__m256i>(bits)));
@@ -65,7 +65,7 @@ inline void store(T* to, Vector<T> from) {
     std::memcpy(to, &from, sizeof(from));
 }
 
-// The upper halves, rounded to nearest, ties to even; not for NaN.
+// The upper halves, rounded to nearest, ties to even. Not for NaN.
 inline Bits round_to_bfloat16(Vector<float> from) {
     const Bits bits = reinterpret_cast<Bits>(from);
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -104,7 +104,7 @@ inline void store(c10::Half* to, Vector<float> from) {
 #endif
 }
 
-// As store, where none is NaN.
+// As store, for vectors without a NaN.
 template <typename scalar_t, typename T = opmath_t<scalar_t>>
 inline void store_numbers(scalar_t* to, Vector<T> from) {
     if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
@@ -174,8 +174,8 @@ inline __attribute__((always_inline)) void for_each_vector(int64_t size, const V
     if (begin < size) visit(Lanes<T>{begin, size - begin});
 }
 
-// A non-temporal store, past the caches: for what is not read again soon. `to` is aligned to the bytes
-// written.
+// A non-temporal store, which bypasses the caches: for data that is not read again soon. `to`: aligned to
+// `bytes`.
 template <int64_t bytes>
 inline void store_nontemporal(void* to, const void* from) {
 #if defined(__x86_64__)
@@ -193,21 +193,21 @@ inline void store_nontemporal(void* to, const void* from) {
     std::memcpy(to, from, bytes);
 }
 
-// Orders non-temporal stores before what comes after.
+// Non-temporal stores are weakly ordered: this orders them before all later stores.
 inline void fence_nontemporal_stores() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
 }
 
-// A row of results on its way into the table's dtype and past the caches: vector by vector, between other
-// work. `from` must stay as it is until the row is finished.
+// Writes a row of results in the table's dtype by non-temporal stores, one vector per step(), interleaved
+// with other work. `from` must not change until finish().
 template <typename scalar_t>
 class NonTemporalRow {
   public:
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
 
-    void start(scalar_t* to, const T* from, int64_t size, T scale) {
+    void start(scalar_t* to, const acc_t* from, int64_t size, acc_t scale) {
         finish();
         to_ = to;
         from_ = from;
@@ -217,20 +217,20 @@ class NonTemporalRow {
     }
 
     inline __attribute__((always_inline)) void step() {
-        if (left_ < kLanes<T>) return;
-        scalar_t lanes[kLanes<T>];
+        if (left_ < kLanes<acc_t>) return;
+        scalar_t lanes[kLanes<acc_t>];
         store_numbers(lanes, load(from_) * broadcast(scale_));
         store_nontemporal<kBytes>(to_, lanes);
-        advance(kLanes<T>);
+        advance(kLanes<acc_t>);
     }
 
     void finish() {
-        while (left_ >= kLanes<T>) step();
+        while (left_ >= kLanes<acc_t>) step();
         while (left_ > 0) store_one();
     }
 
   private:
-    static constexpr int64_t kBytes = kLanes<T> * sizeof(scalar_t);
+    static constexpr int64_t kBytes = kLanes<acc_t> * sizeof(scalar_t);
 
     void store_one() {
         *to_ = static_cast<scalar_t>(*from_ * scale_);
@@ -244,12 +244,12 @@ class NonTemporalRow {
     }
 
     scalar_t* to_ = nullptr;
-    const T* from_ = nullptr;
+    const acc_t* from_ = nullptr;
     int64_t left_ = 0;
-    T scale_ = 1;
+    acc_t scale_ = 1;
 };
 
-// Copies short rows without a call; the last vector may overlap the one before.
+// Copies short rows without a call to memcpy. The last vector may overlap the one before it.
 inline void copy_row(char* to, const char* from, int64_t bytes) {
     constexpr int64_t kVector = BIGRAMX_VECTOR_BYTES, kShort = 1 << 11;
     if (bytes < kVector || bytes > kShort) {
@@ -264,7 +264,7 @@ inline void copy_row(char* to, const char* from, int64_t bytes) {
 
 // ------------------------------------------------------------------------------------------ arithmetic
 
-// a > b ? a : b, and so b where either is NaN: one instruction, which the compilers do not find themselves.
+// a > b ? a : b, thus b where either is NaN: one instruction, which compilers do not select themselves.
 inline Vector<float> max(Vector<float> a, Vector<float> b) {
 #if BIGRAMX_VECTOR_BYTES == 64
     const auto first = reinterpret_cast<__m512>(a), second = reinterpret_cast<__m512>(b);
@@ -300,7 +300,7 @@ inline Vector<double> sqrt(Vector<double> x) {
     return x;
 }
 
-// Of 64-bit lanes: the products of their low words.
+// The products of the low words of 64-bit lanes.
 inline Vector<uint64_t> multiply_low_words(Vector<uint64_t> a, Vector<uint64_t> b) {
 #if BIGRAMX_VECTOR_BYTES == 64
     return reinterpret_cast<Vector<uint64_t>>(
@@ -326,7 +326,7 @@ inline Vector<T> swap_lanes(Vector<T> vector, std::index_sequence<lane...>) {
 #endif
 }
 
-// The lanes that are at least `bound`, as bits.
+// A bit mask of the lanes that are at least `bound`.
 template <typename T>
 inline uint64_t lanes_reaching(Vector<T> vector, T bound) {
 #if BIGRAMX_VECTOR_BYTES == 64
@@ -369,7 +369,7 @@ inline T horizontal_sum(Vector<T> vector) {
     return reduce<T>(vector, [](Vector<T> a, Vector<T> b) { return a + b; });
 }
 
-// Takes the lanes whose number has the bit `distance` from b, the others from a; swapped: each from its
+// Takes the lanes whose index has the bit `distance` from b, the others from a. swapped: takes each from its
 // neighbour at that distance.
 template <int64_t distance, bool swapped, typename T, size_t... lane>
 inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::index_sequence<lane...>) {
@@ -382,7 +382,7 @@ inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::index_sequence<lane..
 #endif
 }
 
-// Reduces each of kLanes<T> vectors: lane k of the result is that of the k-th.
+// Reduces kLanes<T> vectors together: lane k of the result is the reduction of vectors[k].
 template <typename T, int64_t distance = 1, typename Combine>
 inline Vector<T> reduce_each(const Vector<T>* vectors, const Combine& combine) {
     if constexpr (distance == kLanes<T>) {
@@ -399,13 +399,13 @@ inline Vector<T> reduce_each(const Vector<T>* vectors, const Combine& combine) {
     }
 }
 
-// x 2^n for whole n from -150 to 129.
+// x 2^n for integers n from -150 to 129.
 inline __attribute__((always_inline)) Vector<float> scale_by_power_of_two(Vector<float> x, Vector<float> n) {
 #if BIGRAMX_VECTOR_BYTES == 64
     return reinterpret_cast<Vector<float>>(
         _mm512_maskz_scalef_ps(0xFFFF, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(n)));
 #else
-    // In two factors: n alone may reach beyond the exponents of normal numbers.
+    // In two factors, as 2^n alone may not be a normal number.
     using Integers = Vector<int32_t>;
     const Integers exponent = __builtin_convertvector(n, Integers);
     const Integers half = exponent >> 1;
@@ -420,7 +420,7 @@ inline __attribute__((always_inline)) Vector<float> scale_by_power_of_two(Vector
 inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     const Vector<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
     const Vector<float> zero = broadcast(0.0f);
-    // A product that vanishes costs a hundred cycles: where that is how results are scaled, it is set aside.
+    // A product that underflows costs a hundred cycles. Where results are scaled by products, avoid it.
     constexpr bool kProducts = BIGRAMX_VECTOR_BYTES != 64;
     const auto vanishes = x < lowest;
     x = kProducts ? (vanishes ? zero : x) : max(lowest, x);

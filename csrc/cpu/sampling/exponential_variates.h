@@ -1,10 +1,10 @@
-// Exponential variates as torch.multinomial draws them, and the race between them that it decides by:
-// token = argmax_j probs[j] / q[j], q exponentially distributed (the exponential race, or Gumbel-max trick).
+// Exponential variates as torch.multinomial draws them, and its exponential race: token = argmax_j probs[j] /
+// q[j] with q[j] exponentially distributed, the Gumbel-max trick without logarithms.
 //
-// ATen's serial kernel makes q[j] = -log1p(-u) in float64, rounded to the dtype, from one 64-bit draw an
-// element. ReplayedRace makes the same draws, and takes the logarithm only where it decides between tokens
-// (exponential_variates_kernels.h). Other builds of ATen fill q by a library; DrawnRace then asks ATen for
-// it.
+// ATen's serial kernel computes q[j] = -log1p(-u) in float64 from one 64-bit draw per element, rounded to the
+// dtype. ReplayedRace replays these draws, and takes the logarithm only where it decides between tokens
+// (exponential_variates_kernels.h). Other builds of ATen draw q with a vendor library: DrawnRace then asks
+// ATen for q.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,7 +19,7 @@
 
 namespace bigramx::cpu {
 
-// Holds the generator while it lives, and leaves it advanced by the words that were taken.
+// Locks the generator for its lifetime, and leaves it advanced by the words that were taken.
 class GeneratorStream {
   public:
     explicit GeneratorStream(at::CPUGeneratorImpl* generator)
@@ -30,7 +30,7 @@ class GeneratorStream {
 
     static constexpr int64_t kMaxDraws = MersenneTwister::kMaxWords / 2;
 
-    // The words of the next `count` <= kMaxDraws draws, two each, raw.
+    // The raw words, before tempering, of the next `count` <= kMaxDraws draws, two each.
     const uint32_t* take(int64_t count) { return twister_.take(2 * count); }
 
   private:
@@ -39,14 +39,14 @@ class GeneratorStream {
     MersenneTwister twister_;
 };
 
-// [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>; count <= kMaxDraws.
+// Uniform on [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>. count <= kMaxDraws.
 void draw_uniforms(GeneratorStream& stream, int64_t count, double* draws);
 
-// The token with the largest of probs (V) / q.
+// The winner of the exponential race over probs, (V).
 template <typename scalar_t>
 int64_t sample_token(GeneratorStream& stream, const scalar_t* probs, int64_t vocab_size);
 
-// argmax as ATen takes it: the first of equals, and a NaN (0 / 0) before all.
+// argmax as in ATen: the first of equals, and a NaN (0 / 0) above all.
 template <typename scalar_t>
 class BestRatio {
   public:
@@ -62,7 +62,7 @@ class BestRatio {
 
   private:
     scalar_t best_ = 0;
-    int64_t token_ = 0;  // of equals that are all zero, too
+    int64_t token_ = 0;  // also if all ratios are 0
 };
 
 template <typename scalar_t>
@@ -81,7 +81,7 @@ class ReplayedRace {
 template <typename scalar_t>
 class DrawnRace {
   public:
-    // ATen's draws depend on the size of the tensor: `rows_per_draw` samples share one.
+    // ATen's variates depend on the size of the tensor: rows_per_draw samples share one.
     DrawnRace(const std::optional<at::Generator>& generator, int64_t vocab_size, int64_t rows_per_draw)
         : generator_(generator),
           variates_(
@@ -107,8 +107,8 @@ class DrawnRace {
     int64_t next_row_;
 };
 
-// Whether this build of ATen draws exponential variates as ReplayedRace does: compared once a dtype, on a
-// generator of our own.
+// Whether this build of ATen draws exponential variates as ReplayedRace does. Compared once per dtype, on
+// private generators.
 template <typename scalar_t>
 bool replays_exponential() {
     static const bool same = [] {
@@ -131,7 +131,7 @@ bool replays_exponential() {
     return same;
 }
 
-// Calls draw(race) with the kind of race that makes the draws of this build of ATen.
+// Calls draw(race) with the race that draws as this build of ATen does.
 template <typename scalar_t, typename Draw>
 void with_exponential_race(const std::optional<at::Generator>& generator, int64_t vocab_size,
                            int64_t rows_per_draw, const Draw& draw) {

@@ -1,9 +1,10 @@
-// The words of the Mersenne Twister and what torch.multinomial makes of them. Compiled once for each CPU
-// capability (foreach_target.h).
+// The words of the Mersenne Twister, uniform draws from them, and the exponential race of torch.multinomial.
+// Compiled once for each CPU target (cpu/base/foreach_target.h).
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// words[624:1248] from words[0:624]. A vector of words depends on none that is less than 227 words before it.
+// words[624:1248] from words[0:624]: the recurrence of MT19937. Vectors are independent, as a word depends on
+// none less than 227 words before it.
 inline void next_state_kernel(uint32_t* words) {
     constexpr int64_t kDistance = 397;
     for (int64_t k = 0; k < kStateWords; k += kLanes<uint32_t>) {
@@ -22,8 +23,8 @@ inline __attribute__((always_inline)) Words temper(Words words) {
     return words ^ (words >> 18);
 }
 
-// A draw is the low 53 bits of a pair of words, the first the higher, as a fraction: [0, 1) in steps of 2^-53
-// (at::uniform_real_distribution<double>).
+// A draw is the low 53 bits of a pair of words, of which the first is the high one, times 2^-53: uniform on
+// [0, 1), as at::uniform_real_distribution<double>.
 constexpr uint32_t kHighBits = (1u << 21) - 1;
 
 inline double uniform(std::pair<uint32_t, uint32_t> words) {
@@ -31,12 +32,12 @@ inline double uniform(std::pair<uint32_t, uint32_t> words) {
     return static_cast<double>(high << 32 | low) * 0x1p-53;
 }
 
-// n < 2^52, as the last bits of 2^52 + n.
+// n < 2^52: the low bits of 2^52 + n.
 inline Vector<double> to_double(Vector<uint64_t> n) {
     return reinterpret_cast<Vector<double>>(n | 0x4330000000000000u) - 0x1p52;
 }
 
-// Pairs as one number each, the first word in the low half.
+// Each pair as a 64-bit integer, the first word in the low half.
 inline Vector<uint64_t> load_pairs(const uint32_t* words) {
     return reinterpret_cast<Vector<uint64_t>>(temper(load(words)));
 }
@@ -48,7 +49,7 @@ inline void uniforms_kernel(const uint32_t* words, int64_t count, double* draws)
     });
 }
 
-// What the first word of each pair alone says of the draw: rounded down to a multiple of kStep.
+// The draws from the first word of each pair alone: rounded down to a multiple of kStep.
 constexpr float kStep = 0x1p-21f;
 
 inline Vector<double> round_down_uniforms(const uint32_t* words, double) {
@@ -71,7 +72,7 @@ inline Vector<float> round_down_uniforms(const uint32_t* words, float) {
     return __builtin_convertvector(high, Vector<float>) * kStep;
 }
 
-// The tokens that may have the largest ratio. A logarithm is taken only where there are two.
+// The tokens that may have the largest ratio. Logarithms are taken only if there are two or more.
 template <typename scalar_t>
 class Candidates {
   public:
@@ -84,7 +85,7 @@ class Candidates {
         }
     }
 
-    // `positive`: some ratio is known not to be zero, so that a single candidate has won.
+    // positive: some ratio is known to be positive, so that a single candidate has won.
     int64_t winner(bool positive) {
         if (count_ == 1 && positive) return first_.token;
         if (count_ == 1) offer(first_);
@@ -113,12 +114,12 @@ class Candidates {
     BestRatio<scalar_t> best_;
 };
 
-// Writes what each ratio prob / q is at most; the result is what the largest of them is at least.
+// Writes an upper bound of each ratio prob / q; returns a lower bound of the largest ratio.
 //
 // q = -log1p(-u), and u / q = 1 - u/2 - u^2/12 - u^3/24 - ... (Gregory's coefficients, which sum to zero),
-// where the terms from u^3 on together are no more than 5/12 u^3. u is known rounded down to a multiple of
-// kStep: the rest of it lowers the ratio by a share of 3 kStep / u at most. That covers the rounding of q
-// where it is subnormal, as float16, too: to multiples of kStep / 8.
+// where the terms from u^3 on sum to at most 5/12 u^3. u is known rounded down to a multiple of kStep: its
+// low bits reduce the ratio by a relative 3 kStep / u at most. This also covers the rounding of a subnormal q
+// in float16, to multiples of kStep / 8.
 template <typename scalar_t, typename T = opmath_t<scalar_t>>
 __attribute__((noinline)) T bound_ratios(const uint32_t* words, const scalar_t* probs, int64_t count,
                                          T* uppers) {
@@ -135,31 +136,31 @@ __attribute__((noinline)) T bound_ratios(const uint32_t* words, const scalar_t* 
     return horizontal_max<T>(best);
 }
 
-// The token whose prob / q is largest. Only those whose upper bound reaches the best lower one can be, and
-// mostly that is one token.
+// The token with the largest prob / q. Only tokens whose upper bound reaches the best lower bound are
+// candidates: mostly one.
 template <typename scalar_t>
 int64_t exponential_race_kernel(GeneratorStream& stream, const scalar_t* probs, int64_t vocab_size) {
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
     using Limits = std::numeric_limits<scalar_t>;
-    constexpr int64_t kVectorSize = GeneratorStream::kMaxDraws, kGroup = 64;
-    // Ratios apart by this share, our own rounding included, stay apart in the dtype where it is normal.
-    const T margin = 4 * static_cast<T>(Limits::epsilon()) + T(0x1p-18);
-    const T smallest = 2 * static_cast<T>(Limits::min()), largest = static_cast<T>(Limits::max());
+    constexpr int64_t kBlock = GeneratorStream::kMaxDraws, kGroup = 64;
+    // Ratios that differ by this relative margin, rounding included, differ in the dtype, unless subnormal.
+    const acc_t margin = 4 * static_cast<acc_t>(Limits::epsilon()) + acc_t(0x1p-18);
+    const acc_t smallest = 2 * static_cast<acc_t>(Limits::min()), largest = static_cast<acc_t>(Limits::max());
 
-    alignas(BIGRAMX_VECTOR_BYTES) T uppers[kVectorSize];
+    alignas(BIGRAMX_VECTOR_BYTES) acc_t uppers[kBlock];
     Candidates<scalar_t> candidates;
-    T best = 0;
-    for (int64_t begin = 0; begin < vocab_size; begin += kVectorSize) {
-        const int64_t count = std::min(kVectorSize, vocab_size - begin);
+    acc_t best = 0;
+    for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+        const int64_t count = std::min(kBlock, vocab_size - begin);
         const uint32_t* words = stream.take(count);
         best = std::max(best, bound_ratios(words, probs + begin, count, uppers));
-        const T bound =
-            best < smallest ? std::numeric_limits<T>::denorm_min() : std::min(best, largest) * (1 - margin);
+        const acc_t bound = best < smallest ? std::numeric_limits<acc_t>::denorm_min()
+                                            : std::min(best, largest) * (1 - margin);
         for (int64_t group = 0; group < count; group += kGroup) {
             const int64_t size = std::min(kGroup, count - group);
             uint64_t reaching = 0;
-            for_each_vector<T>(size, [&](Lanes<T> lanes) {
-                reaching |= lanes_reaching<T>(load(uppers + group + lanes.begin), bound) << lanes.begin;
+            for_each_vector<acc_t>(size, [&](Lanes<acc_t> lanes) {
+                reaching |= lanes_reaching<acc_t>(load(uppers + group + lanes.begin), bound) << lanes.begin;
             });
             reaching &= ~uint64_t{0} >> (kGroup - size);
             for (; reaching != 0; reaching &= reaching - 1) {

@@ -1,5 +1,5 @@
-// Rows whose elements are weighed by cdf.h, as the kernels in weights_kernels.h take them: the
-// pointers are of the type that a kernel is made for.
+// Rows whose elements become weights by sampling/fixed_point_cdf.h, as fixed_point_weights_kernels.h takes
+// them. The pointers are void, as the rows' dtype is a template parameter of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@ inline int64_t num_weight_blocks(int64_t size) { return (size + kWeightsAtOnce -
 
 struct LogitRow {
     const void* logits;    // (V)
-    const uint64_t* kept;  // (V / 64, rounded up): a bit a token, or null: the logits of the others are -inf
+    const uint64_t* kept;  // (ceil(V / 64)): a bit per token, 0: its logit is -inf; or null: all are kept
     double temperature;    // divides the logits
-    double max;            // what the largest of them is then
+    double max;            // the largest logit, divided
 };
 
 struct ProbRow {

@@ -1,10 +1,10 @@
-// The weights of a row, and what is made of them. Compiled once for each CPU target
-// (cpu/base/foreach_target.h). The loops over weights are plain, for the compiler to vectorise: the
-// arithmetic is the one of cdf.h, the same for every machine.
+// The weights of a row, their cumulative sums and the fixed-point CDF. Compiled once for each CPU target
+// (cpu/base/foreach_target.h). The loops over weights are plain loops, which the compiler vectorises: the
+// arithmetic is that of sampling/fixed_point_cdf.h, the same on every machine.
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// The largest of some elements, and whether all of them are allowed.
+// The largest of some elements, and whether all are allowed.
 template <typename T>
 class Largest {
   public:
@@ -37,96 +37,98 @@ class Largest {
 template <typename scalar_t>
 class LogitWeights {
   public:
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
 
     explicit LogitWeights(const LogitRow& row)
-        : row_(row), logits_(static_cast<const scalar_t*>(row.logits)), max_(static_cast<T>(row.max)) {}
+        : row_(row), logits_(static_cast<const scalar_t*>(row.logits)), max_(static_cast<acc_t>(row.max)) {}
 
-    // Sets row.max. False where the row is not a distribution: a NaN, an infinity, or negative infinities
-    // alone.
+    // Sets row.max. Returns false if the row is not a distribution: with a NaN or an infinity, or with
+    // negative infinities alone.
     static bool measure(LogitRow& row, int64_t vocab_size) {
-        constexpr T kInfinity = std::numeric_limits<T>::infinity();
+        constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
         const LogitWeights weights(row);
-        Largest<T> largest;
+        Largest<acc_t> largest;
         for (int64_t begin = 0; begin < vocab_size; begin += kWeightsAtOnce) {
             const int64_t count = std::min(kWeightsAtOnce, vocab_size - begin);
-            T buffer[kWeightsAtOnce];
+            acc_t buffer[kWeightsAtOnce];
             largest.include(weights.load(begin, count, buffer), count, -kInfinity,
-                            [](Vector<T> logits) { return logits < broadcast(kInfinity); });
+                            [](Vector<acc_t> logits) { return logits < broadcast(kInfinity); });
         }
         row.max = largest.value();
         return largest.all_allowed() && row.max > -kInfinity;
     }
 
-    // Of the `count` <= kWeightsAtOnce tokens from `begin` on.
+    // The weights of the `count` <= kWeightsAtOnce tokens from `begin` on.
     void weigh(int64_t begin, int64_t count, uint32_t* weights) const {
-        T buffer[kWeightsAtOnce];
-        const T* logits = load(begin, count, buffer);
+        acc_t buffer[kWeightsAtOnce];
+        const acc_t* logits = load(begin, count, buffer);
         for (int64_t k = 0; k < count; ++k) {
             weights[k] = weight_of_logit(static_cast<float>(logits[k] - max_));
         }
     }
 
   private:
-    // As the filters leave them: in the table itself where they leave them alone.
-    const T* load(int64_t begin, int64_t count, T* buffer) const {
-        if constexpr (std::is_same_v<scalar_t, T>) {
+    // The filtered logits: in the table itself where nothing changes them, else in the buffer.
+    const acc_t* load(int64_t begin, int64_t count, acc_t* buffer) const {
+        if constexpr (std::is_same_v<scalar_t, acc_t>) {
             if (row_.temperature == 1 && row_.kept == nullptr) return logits_ + begin;
         }
-        for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(logits_[begin + k]);
+        for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<acc_t>(logits_[begin + k]);
         if (row_.temperature != 1) divide(count, buffer);
         if (row_.kept != nullptr) remove(begin, count, buffer);
         return buffer;
     }
 
-    // Rounded to the table's type, as ATen's division leaves it.
-    void divide(int64_t count, T* logits) const {
-        const T temperature = static_cast<T>(row_.temperature);
+    // Rounded to the table's dtype, as ATen's division is.
+    void divide(int64_t count, acc_t* logits) const {
+        const acc_t temperature = static_cast<acc_t>(row_.temperature);
         for (int64_t k = 0; k < count; ++k) {
-            logits[k] = static_cast<T>(static_cast<scalar_t>(logits[k] / temperature));
+            logits[k] = static_cast<acc_t>(static_cast<scalar_t>(logits[k] / temperature));
         }
     }
 
-    void remove(int64_t begin, int64_t count, T* logits) const {
+    void remove(int64_t begin, int64_t count, acc_t* logits) const {
         for (int64_t k = 0; k < count; ++k) {
             const int64_t token = begin + k;
             const bool kept = row_.kept[token / 64] >> (token % 64) & 1;
-            logits[k] = kept ? logits[k] : -std::numeric_limits<T>::infinity();
+            logits[k] = kept ? logits[k] : -std::numeric_limits<acc_t>::infinity();
         }
     }
 
     const LogitRow& row_;
     const scalar_t* logits_;
-    const T max_;
+    const acc_t max_;
 };
 
 template <typename scalar_t>
 class ProbWeights {
   public:
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
 
     explicit ProbWeights(const ProbRow& row)
-        : probs_(static_cast<const scalar_t*>(row.probs)), scale_(static_cast<T>(row.max)) {}
+        : probs_(static_cast<const scalar_t*>(row.probs)), scale_(static_cast<acc_t>(row.max)) {}
 
-    // Sets row.max. False where an element is negative, infinite or NaN, or all are zero.
+    // Sets row.max. Returns false if an element is negative, infinite or NaN, or all are zero.
     static bool measure(ProbRow& row, int64_t vocab_size) {
-        Largest<T> largest;
-        largest.include(static_cast<const scalar_t*>(row.probs), vocab_size, T(0), [](Vector<T> probs) {
-            return (probs >= broadcast(T(0))) & (probs < broadcast(std::numeric_limits<T>::infinity()));
-        });
+        Largest<acc_t> largest;
+        largest.include(static_cast<const scalar_t*>(row.probs), vocab_size, acc_t(0),
+                        [](Vector<acc_t> probs) {
+                            return (probs >= broadcast(acc_t(0))) &
+                                   (probs < broadcast(std::numeric_limits<acc_t>::infinity()));
+                        });
         row.max = largest.value();
         return largest.all_allowed() && row.max > 0;
     }
 
     void weigh(int64_t begin, int64_t count, uint32_t* weights) const {
         for (int64_t k = 0; k < count; ++k) {
-            weights[k] = weight_of_prob(static_cast<T>(probs_[begin + k]), scale_);
+            weights[k] = weight_of_prob(static_cast<acc_t>(probs_[begin + k]), scale_);
         }
     }
 
   private:
     const scalar_t* probs_;
-    const ProbScale<T> scale_;
+    const ProbScale<acc_t> scale_;
 };
 
 inline uint64_t sum(const uint32_t* weights, int64_t count) {
@@ -135,7 +137,7 @@ inline uint64_t sum(const uint32_t* weights, int64_t count) {
     return total;
 }
 
-// ends (blocks): the cumulative sums after each kWeightsAtOnce weights.
+// ends: (blocks), the cumulative sums after each kWeightsAtOnce weights.
 template <typename Weights>
 void sum_blocks(const Weights& weights, int64_t size, uint64_t* ends) {
     uint64_t total = 0;
@@ -147,7 +149,7 @@ void sum_blocks(const Weights& weights, int64_t size, uint64_t* ends) {
     }
 }
 
-// The first token of a block whose cumulative sum within it reaches `target_sum`.
+// The first token of a block whose cumulative sum within the block reaches `target_sum`.
 template <typename Weights>
 int64_t find_in_block(const Weights& weights, int64_t size, int64_t block, uint64_t target_sum) {
     const int64_t begin = block * kWeightsAtOnce, count = std::min(kWeightsAtOnce, size - begin);
@@ -158,7 +160,7 @@ int64_t find_in_block(const Weights& weights, int64_t size, int64_t block, uint6
     return begin + token;
 }
 
-// cdf (size): the fixed-point CDF.
+// cdf: (size), the fixed-point CDF.
 template <typename Weights>
 void fill_cdf(const Weights& weights, int64_t size, uint32_t* cdf) {
     uint64_t total = 0;

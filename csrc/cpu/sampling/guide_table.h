@@ -1,8 +1,8 @@
-// Guide tables (Chen, Asau: "On generating random variates from an empirical distribution", 1974): where the
-// search for the token that a uniform number draws begins.
+// Guide tables (Chen, Asau: "On generating random variates from an empirical distribution", 1974), which tell
+// where to begin the search of a CDF.
 //
-// The range of the uniform number is divided into buckets of equal size. A guide table tells the token that
-// each bucket begins in, from which on the cumulative distribution is searched.
+// The range of the uniform number is divided into equal buckets. The guide table holds, for each bucket, the
+// token that the first number of the bucket draws: the search goes on from there.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace bigramx::cpu {
 
-// The search compares kSearchWidth entries of a cdf at once: so many more follow the last of a row.
+// The search compares kSearchWidth entries at a time, so a CDF is padded by as many.
 constexpr int64_t kSearchWidth = 8;
 
 inline int64_t padded_cdf(int64_t vocab_size) { return vocab_size + kSearchWidth; }
@@ -22,7 +22,8 @@ inline void pad_cdf(uint32_t* cdf, int64_t vocab_size) {
     std::fill_n(cdf + vocab_size, kSearchWidth, uint32_t{1} << kDrawBits);
 }
 
-// The first token from `token` on whose cdf lies above r.
+// The first token, from `token` on, whose cdf is above r. A linear search: mostly one step from a guide
+// table.
 inline int64_t search_cdf(const uint32_t* cdf, int64_t token, uint32_t r) {
     typedef uint32_t Four __attribute__((vector_size(16)));
     typedef uint64_t Two __attribute__((vector_size(16)));
@@ -31,7 +32,7 @@ inline int64_t search_cdf(const uint32_t* cdf, int64_t token, uint32_t r) {
         for (int64_t k = 0; k < kSearchWidth; k += 4) {
             Four four;
             std::memcpy(&four, cdf + token + k, sizeof(four));
-            not_above += ~(r - four) >> 31;  // the sign of r - cdf: neither is above 2^31
+            not_above += ~(r - four) >> 31;  // by the sign of r - cdf: neither exceeds 2^31
         }
         const Two halves = reinterpret_cast<Two>(not_above);
         const uint64_t sums = halves[0] + halves[1];
@@ -43,8 +44,8 @@ inline int64_t search_cdf(const uint32_t* cdf, int64_t token, uint32_t r) {
 
 inline int64_t guide_bucket(uint32_t r, int guide_bits) { return r >> (kDrawBits - guide_bits); }
 
-// Fills guide (num_buckets + 1), of which the last entry is scratch. first_bucket_after(token): the first
-// bucket that begins where `token` is no longer drawn; grows with the token.
+// guide: (num_buckets + 1); the last entry is scratch. first_bucket_after(token): the first bucket that
+// begins beyond the numbers that draw `token`; monotonic.
 template <typename entry_t, typename FirstBucketAfter>
 void fill_guide_table(int64_t num_tokens, int64_t num_buckets, entry_t* guide,
                       const FirstBucketAfter& first_bucket_after) {
@@ -58,7 +59,7 @@ void fill_guide_table(int64_t num_tokens, int64_t num_buckets, entry_t* guide,
     }
 }
 
-// Of a fixed-point CDF, with 2^guide_bits buckets.
+// The guide table of a fixed-point CDF, with 2^guide_bits buckets.
 template <typename entry_t>
 void fill_guide_table(const uint32_t* cdf, int64_t vocab_size, int guide_bits, entry_t* guide) {
     const int shift = kDrawBits - guide_bits;

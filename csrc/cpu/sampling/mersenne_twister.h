@@ -1,8 +1,9 @@
-// ATen's Mersenne Twister (at::mt19937), whole states of 624 words at a time.
+// ATen's Mersenne Twister (at::mt19937), vectorised: a whole state of 624 words at a time.
 //
-// The raw words are one sequence in which each depends on three that came 624, 623 and 227 before it
-// (Matsumoto, Nishimura: "Mersenne Twister"); a state of the engine is any 624 of them that begin at a
-// multiple of 624. A word is tempered where it is used.
+// The raw words form a sequence in which each word depends on those 624, 623 and 227 before it (Matsumoto,
+// Nishimura: "Mersenne Twister: a 623-dimensionally equidistributed uniform pseudo-random number generator",
+// 1998). A state of the engine is 624 of them, from a multiple of 624 on. Words are tempered where they are
+// used.
 #pragma once
 
 #include <ATen/core/MT19937RNGEngine.h>
@@ -31,8 +32,8 @@ class MersenneTwister {
 
     static constexpr int64_t kMaxWords = 2048;
 
-    // The next `count` <= kMaxWords raw words, until the next call. Up to kPadding words after them may be
-    // read as well, whatever they hold.
+    // The next `count` <= kMaxWords raw words, valid until the next call. Up to kPadding words after them are
+    // readable, with unspecified contents.
     const uint32_t* take(int64_t count) {
         while (end_ - next_ < count) add_state();
         next_ += count;
@@ -40,7 +41,7 @@ class MersenneTwister {
         return words_.begin() + next_ - count;
     }
 
-    // Where ATen's engine would stand after the words that were taken.
+    // ATen's engine, advanced by the words that were taken.
     at::mt19937 engine() const {
         at::mt19937 engine = engine_;
         if (taken_ == 0) return engine;
@@ -62,7 +63,7 @@ class MersenneTwister {
         end_ += kStateWords;
     }
 
-    // Keeps the states that hold words to come, and at least the last.
+    // Keeps the states from the next word on, and at least the last state.
     void move_to_front() {
         const int64_t kept = std::min(next_, end_ - 1) / kStateWords * kStateWords;
         std::copy(words_.begin() + kept, words_.begin() + end_, words_.begin());
@@ -70,7 +71,7 @@ class MersenneTwister {
         end_ -= kept;
     }
 
-    const at::mt19937 engine_;  // as it was; made by copying, for ATen would seed a new one at some cost
+    const at::mt19937 engine_;  // the original; copied, as a new one would be seeded, which is slow
     const Buffer<uint32_t> words_;
     int64_t next_;       // in words_
     int64_t end_;        // of what is generated, a multiple of kStateWords

@@ -2,7 +2,8 @@
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// One counter a lane. The products read the low half of a lane; the high half holds what they left.
+// One counter per 64-bit lane. A word is the low half of a lane; the high half is garbage, which products
+// ignore.
 struct PhiloxLanes {
     using Lanes64 = Vector<uint64_t>;
 
@@ -26,7 +27,7 @@ struct PhiloxLanes {
         words[3] = product0;
     }
 
-    // The draws of a counter lie side by side.
+    // Transposes: the draws of a counter become adjacent.
     void store_draws(uint32_t* draws) const {
         constexpr int kDropped = 32 - kDrawBits;
         constexpr uint64_t kLowDraw = 0xFFFFFFFF >> kDropped;
@@ -41,7 +42,7 @@ struct PhiloxLanes {
     }
 };
 
-// kPhiloxFillBlock draws. The rounds of a counter wait for each other; those of other vectors overlap.
+// kPhiloxFillBlock draws. The rounds of a counter depend on each other; those of kOverlap vectors overlap.
 inline void philox_fill_kernel(uint64_t seed, uint64_t sequence, uint64_t first_counter, uint32_t* draws) {
     constexpr int64_t kCounters = kLanes<uint64_t>, kOverlap = 4, kStep = kOverlap * kCounters;
     for (int64_t begin = 0; begin < kPhiloxFillBlock / Philox::kWords; begin += kStep) {

@@ -1,11 +1,10 @@
-// What the threads of a warp and of a block do together. Whoever calls a function of a block calls it with
-// all threads of the block; one of a warp, with all lanes of the warp.
+// Collective operations of a warp and of a block: reductions, scans, the last block of a grid. All threads of
+// the block must call a block function, all lanes of the warp a warp function.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
-
 #include <cstring>
 #include <type_traits>
 
@@ -13,7 +12,7 @@
 #include "sampling/philox.h"
 
 #if defined(__CUDACC__)
-// What assert() calls, which builds without assertions do not declare.
+// What assert() calls; not declared where NDEBUG is defined.
 extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
                                                   const char* function) noexcept;
 #endif
@@ -28,13 +27,14 @@ __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % 
 __device__ inline int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warps_of_block() { return (static_cast<int>(blockDim.x) + kWarp - 1) / kWarp; }
 
-// Stops the kernel, and all later work of the context, as PyTorch's kernels do; `message` names the op.
+// Aborts the kernel and all later work of the context, as the assertions of PyTorch's kernels do. `message`
+// names the op.
 __device__ inline void device_assert(bool condition, const char* message) {
     if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
 }
 
-// Hands out the dynamic shared memory of a block, each part aligned to 16 bytes: in a kernel what
-// shared_bytes_of counts on the host.
+// A bump allocator over the dynamic shared memory of a block; each part is aligned to 16 bytes. The host sums
+// bytes<T>(count) over the parts for the launch.
 class SharedMemory {
   public:
     __device__ SharedMemory() {
@@ -49,7 +49,7 @@ class SharedMemory {
         return part;
     }
 
-    // What take<T>(count) takes.
+    // The bytes that take<T>(count) takes.
     template <typename T>
     static constexpr __host__ __device__ int64_t bytes(int64_t count) {
         return (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
@@ -59,10 +59,9 @@ class SharedMemory {
     unsigned char* next_;
 };
 
-// ---------------------------------------------------------------------------------------------- of a warp
+// -------------------------------------------------------------------------------------------------- warps
 
-// A value of any trivially copyable type whose size is a multiple of 4 bytes, from the lane that differs in
-// the bits of `lane_mask`.
+// __shfl_xor_sync for any trivially copyable type whose size is a multiple of 4 bytes.
 template <typename T>
 __device__ inline T shuffle_xor(T value, int lane_mask) {
     if constexpr (sizeof(T) == 4 || sizeof(T) == 8) {
@@ -76,8 +75,8 @@ __device__ inline T shuffle_xor(T value, int lane_mask) {
     return value;
 }
 
-// combine(a, b) over all lanes: the same bits in each of them, for both lanes of an exchange combine what
-// they have in the same order.
+// A butterfly reduction by combine(a, b). All lanes get the same bits, as both lanes of an exchange combine
+// in the same order.
 template <typename T, typename Combine>
 __device__ inline T warp_reduce(T value, const Combine& combine) {
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -92,7 +91,7 @@ __device__ inline T warp_sum(T value) {
     return warp_reduce(value, [](T a, T b) { return a + b; });
 }
 
-// The sum over the lanes up to this one, itself included.
+// The sum over the lanes up to and including this one.
 template <typename T>
 __device__ inline T warp_inclusive_scan(T value) {
     for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -102,11 +101,10 @@ __device__ inline T warp_inclusive_scan(T value) {
     return value;
 }
 
-// --------------------------------------------------------------------------------------------- of a block
+// ------------------------------------------------------------------------------------------------- blocks
 
-// combine over all threads of the block, the same in each of them, in an order that depends on the number of
-// threads alone. scratch: kMaxWarps elements of shared memory, free again on return. The number of threads
-// is a multiple of kWarp.
+// A reduction by combine(a, b) over the block, whose size is a multiple of kWarp. All threads get the same
+// bits; the order depends on the block size alone. scratch: (kMaxWarps) in shared memory, free on return.
 template <typename T, typename Combine>
 __device__ inline T block_reduce(T value, T* scratch, const Combine& combine) {
     value = warp_reduce(value, combine);
@@ -123,7 +121,7 @@ __device__ inline T block_sum(T value, T* scratch) {
     return block_reduce(value, scratch, [](T a, T b) { return a + b; });
 }
 
-// The sum over the threads before this one; *total: over all.
+// The sum over the threads before this one; *total: over all threads.
 template <typename T>
 __device__ inline T block_exclusive_scan(T value, T* scratch, T* total) {
     const T within = warp_inclusive_scan(value);
@@ -139,8 +137,9 @@ __device__ inline T block_exclusive_scan(T value, T* scratch, T* total) {
     return before + within - value;
 }
 
-// Whether this block is the last of the grid to come here; all that the others wrote before is then seen by
-// all threads of this one. ticket: 0 before the launch; in device memory. scratch: one int of shared memory.
+// Whether this block is the last of the grid to arrive; its threads then see all that the other blocks wrote
+// before they arrived. The last block can thus reduce the partial results of all (the threadfence reduction
+// of the CUDA samples). ticket: in device memory, 0 before the launch. scratch: () in shared memory.
 __device__ inline bool is_last_block(unsigned* ticket, int* scratch) {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -152,9 +151,9 @@ __device__ inline bool is_last_block(unsigned* ticket, int* scratch) {
     return *scratch != 0;
 }
 
-// ------------------------------------------------------------------------------------------------- draws
+// -------------------------------------------------------------------------------------------------- seeds
 
-// The seed of the draws of a launch: the same number for all threads.
+// The seed of a launch, the same for all threads.
 __device__ inline uint64_t seed_of(const Seed& seed) {
     if (!seed.of_device_generator) return seed.value;
     const bool captured = seed.captured_seed != nullptr;

@@ -1,5 +1,4 @@
-// What the host side of the ops asks ATen about the GPU: on which device and stream, of which types, from
-// which seed.
+// What the host code of the ops asks ATen for: the device and its stream, the types of tensors, the seed.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -12,7 +11,7 @@
 
 namespace bigramx::cuda {
 
-// Makes the device of a tensor the current one while it lives, and names its current stream.
+// Makes the tensor's device the current one for its lifetime; holds that device's current stream.
 class StreamGuard {
   public:
     explicit StreamGuard(const at::Tensor& tensor);
@@ -23,8 +22,8 @@ class StreamGuard {
     const cudaStream_t stream_;
 };
 
-// The seed of counter-based draws for the current device: from a generator on the CPU, a number; from one on
-// the device, or none (its default), what a captured graph draws anew at each replay.
+// The seed of counter-based draws on the current device. A CPU generator gives a number. A generator of the
+// device, or none (its default), gives its Philox state, which advances at each replay of a captured graph.
 Seed draw_cuda_seed(const std::optional<at::Generator>& generator);
 
 inline FloatType float_type(const at::Tensor& tensor) {

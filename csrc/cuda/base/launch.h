@@ -1,4 +1,4 @@
-// The one way to launch a kernel: a function of a C++ compiler, too.
+// Kernel launches with error checks. No <<<...>>>: host compilers can read this header as well.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ struct LaunchShape {
     size_t shared_bytes = 0;  // dynamic shared memory of a block
 };
 
-// Nothing is launched where there are no blocks. Raises a std::runtime_error where the launch is refused.
+// Launches nothing for 0 blocks. Throws std::runtime_error where the launch fails.
 template <typename... Parameters, typename... Arguments>
 void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
     constexpr size_t kAlwaysAllowed = 48 << 10;  // bytes
@@ -55,7 +55,7 @@ inline void clear(const char* op, cudaStream_t stream, void* memory, size_t byte
     if (bytes > 0) check_cuda(op, cudaMemsetAsync(memory, 0, bytes, stream));
 }
 
-// Of the current device.
+// An attribute of the current device.
 inline int64_t device_attribute(const char* op, cudaDeviceAttr attribute) {
     int device = 0, value = 0;
     check_cuda(op, cudaGetDevice(&device));
@@ -67,7 +67,7 @@ inline int64_t num_multiprocessors(const char* op) {
     return device_attribute(op, cudaDevAttrMultiProcessorCount);
 }
 
-// The most dynamic shared memory, in bytes, that a block can have.
+// The most dynamic shared memory that a block can opt in to, in bytes.
 inline int64_t max_shared_bytes(const char* op) {
     return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }

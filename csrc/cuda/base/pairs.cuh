@@ -1,8 +1,9 @@
-// The pairs (row, target) of a batch, counted in a table where that is small, else grouped by row.
+// The pairs (row, target) of a batch: counted in a table where the table is small, else grouped by row with a
+// counting sort.
 //
-// A source of pairs has num_pairs() and, for the threads of a block, for_each(begin, end, visit), which calls
-// visit(Pair) for each pair in that range, of which every thread takes some; it stops the kernel at tokens
-// out of range. Counts are integers, which atomic additions give the same whatever their order.
+// A source of pairs has num_pairs() and for_each(begin, end, visit). The threads of a block share the range
+// and call visit(Pair) for each pair in it; an index out of range fails an assertion. Counts are integers, so
+// atomic additions give the same result in any order.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +19,7 @@ struct Pair {
     static constexpr int32_t kIgnored = -1;
 
     int64_t row;
-    int32_t target;  // kIgnored: the pair counts for nothing
+    int32_t target;  // kIgnored: the pair does not count
     int64_t index;   // in the batch
 };
 
@@ -34,7 +35,7 @@ struct TokenPairs {
     template <typename Visit>
     __device__ void for_each(int64_t begin, int64_t end, const Visit& visit) const {
         constexpr int kInFlight = 2, kLast = kVectorSize<token_t> - 1;
-        if (num_tokens == 1 && threadIdx.x == 0) checked(tokens[0]);  // it is in no pair
+        if (num_tokens == 1 && threadIdx.x == 0) checked(tokens[0]);  // a single token is in no pair
         for_each_aligned_vector<kInFlight>(
             tokens + begin, end - begin,
             [&](int first, const AlignedVector<token_t>& vector) {
@@ -53,13 +54,13 @@ struct TokenPairs {
     }
 
     __device__ int64_t checked(token_t token) const {
-        const auto number = static_cast<int64_t>(token);
-        device_assert(number >= 0 && number < vocab_size, "count_bigrams: expected 0 <= token < vocab_size");
-        return number;
+        const auto value = static_cast<int64_t>(token);
+        device_assert(value >= 0 && value < vocab_size, "count_bigrams: expected 0 <= token < vocab_size");
+        return value;
     }
 };
 
-// Two arrays of the same length.
+// idx[n] and targets[n].
 struct IndexedPairs {
     const int64_t* idx;      // (N)
     const int64_t* targets;  // (N)
@@ -87,7 +88,7 @@ struct IndexedPairs {
     }
 };
 
-// The part of the pairs that a block takes.
+// The contiguous share of the pairs that a block takes.
 struct BlockRange {
     int64_t begin, end;
 
@@ -105,23 +106,23 @@ struct BlockRange {
 
 constexpr int kPairThreads = 512;
 
-// So many that each has work that is worth its start, and no more than run at once.
+// As many as run at once, but no more than leave each kMinPairs pairs, the grain size.
 inline int64_t blocks_for_pairs(const char* op, int64_t num_pairs, int64_t blocks_a_multiprocessor) {
     constexpr int64_t kMinPairs = 4 * kPairThreads;
     return std::clamp<int64_t>(num_pairs / kMinPairs, 1, blocks_a_multiprocessor * num_multiprocessors(op));
 }
 
-// --------------------------------------------------------------------------------------- counted in a table
+// -------------------------------------------------------------------------------------- a table of counts
 
-// Whether a block has room for a table of entries of 32 bits, and for some scratch beside it; two blocks of a
-// multiprocessor, where that has much.
+// Whether a table of 32-bit counters and some scratch fit into the shared memory of a block; on GPUs with
+// much of it, of two blocks per multiprocessor.
 inline bool fits_table(const char* op, int64_t num_rows, int64_t num_targets) {
     constexpr int64_t kMost = 96 << 10, kScratch = 1 << 10;  // bytes
     const int64_t most = std::min(kMost, max_shared_bytes(op) - kScratch);
     return num_rows <= most && num_rows * num_targets * 4 <= most;
 }
 
-// table (rows, num_targets), all zero: += 1 at each pair that is not ignored.
+// table: (rows, num_targets), zero before. Ignored pairs do not count.
 template <typename Source>
 __device__ void count_in_table(const Source& source, const BlockRange& range, int64_t num_targets,
                                uint32_t* table) {
@@ -135,8 +136,8 @@ __device__ inline void add_atomically(int64_t* to, uint32_t count) {
     atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(count));
 }
 
-// What is done once all pairs are counted, by all threads of the block that has seen all counts:
-// finish(number of pairs that are not ignored). The first kMaxWarps doubles of shared memory are free.
+// finish(number of pairs that are not ignored) runs in the last block, which sees the counts of all blocks,
+// by all its threads. It may use the first kMaxWarps doubles of shared memory.
 struct NothingToFinish {
     __device__ void operator()(int64_t) const {}
 };
@@ -151,7 +152,8 @@ __device__ int64_t sum_counts(const count_t* counts, int64_t size, double* scrat
     return static_cast<int64_t>(block_sum(sum, scratch));
 }
 
-// counts (rows, num_targets), zero before: each block counts in shared memory, and adds what it found.
+// counts: (rows, num_targets), zero before. Each block counts in shared memory first: global atomics are
+// slow.
 template <typename Source, typename count_t, typename Finish>
 __global__ void __launch_bounds__(kPairThreads, 1)
     count_table_kernel(Source source, int64_t num_rows, int64_t num_targets, count_t* counts,
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     if (ticket != nullptr && is_last_block(ticket, is_last)) finish(sum_counts(counts, num_entries, scratch));
 }
 
-// ticket: 0 before; null where there is nothing to finish.
+// ticket: () zero before, or null without a finish.
 template <typename Source, typename count_t, typename Finish = NothingToFinish>
 void count_table(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
                  int64_t num_targets, count_t* counts, unsigned* ticket = nullptr,
@@ -184,28 +186,28 @@ void count_table(const char* op, cudaStream_t stream, const Source& source, int6
            finish);
 }
 
-// ------------------------------------------------------------------------------------------- grouped by row
+// ------------------------------------------------------------------------------------------ groups by row
 
-// The targets of the pairs of row i are those from row_begin[i] to row_begin[i + 1], in an order that may
-// change from run to run; ignored pairs are left out.
+// The targets of row i are targets[row_begin[i] : row_begin[i + 1]], without those of ignored pairs. Their
+// order within a row may differ from run to run.
 struct PairGroups {
     int64_t* row_begin;     // (R + 1)
     int32_t* targets;       // (num_pairs)
-    int64_t* pair_indices;  // (num_pairs), in the batch; or null: not wanted
-    // The rows that occur, be it in ignored pairs alone, ascending; or null: not wanted.
+    int64_t* pair_indices;  // (num_pairs) in the batch; or null
+    // The rows that occur, in ignored pairs too, ascending; or null.
     int64_t* slot_rows;  // (min(num_pairs, R))
     int64_t* num_slots;  // ()
 
-    // Scratch: zero before, 32 bits each.
-    uint32_t* row_counts;    // (R): of the pairs that are not ignored
+    // Scratch, zero before.
+    uint32_t* row_counts;    // (R): the pairs that are not ignored
     uint32_t* row_occurs;    // (R): whether a row occurs; or null, without slot_rows
-    uint32_t* class_counts;  // (num_targets): in how many pairs a target occurs; or null: not wanted
+    uint32_t* class_counts;  // (num_targets): how often a target occurs; or null
     unsigned* ticket;        // ()
     // Scratch.
-    uint32_t* cursors;  // (R): where the next pair of a row is to lie
+    uint32_t* cursors;  // (R): where the next pair of a row goes
 };
 
-// Counts in shared memory what a block finds, where so many counters fit and pay; else in `global` itself.
+// A counter for each row: in shared memory where they fit and pay, else `global` itself.
 struct RowCounters {
     uint32_t* counters;  // (R)
 
@@ -222,11 +224,11 @@ struct RowCounters {
     }
 };
 
-// After all blocks have counted: where the pairs of each row begin, and which rows occur.
-// Returns how many pairs there are.
+// Once all blocks have counted: the prefix sums of the counts, and the list of the rows that occur. For one
+// block. Returns the number of pairs that are not ignored.
 __device__ inline int64_t scan_rows(const PairGroups& groups, int64_t num_rows, unsigned long long* scratch) {
-    constexpr int kRows = 8;       // that a thread takes in a turn
-    constexpr int kSlotBits = 24;  // a sum holds the pairs of a turn, and in its low bits the rows that occur
+    constexpr int kRows = 8;       // of a thread, per turn
+    constexpr int kSlotBits = 24;  // the low bits of a sum count rows that occur, the high bits pairs
     int64_t pairs_before = 0, slots_before = 0;
     for (int64_t turn = 0; turn < num_rows; turn += int64_t{kRows} * blockDim.x) {
         const int64_t first = turn + int64_t{kRows} * threadIdx.x;
@@ -282,7 +284,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
                       Finish finish) {
     count_rows(source, groups, num_rows, share_counters);
     __syncthreads();
-    SharedMemory shared;  // once more from its beginning: the counters are done with
+    SharedMemory shared;  // from its beginning again: the counters are no longer needed
     auto* const scratch = shared.take<unsigned long long>(kMaxWarps);
     auto* const is_last = shared.take<int>(1);
     if (!is_last_block(groups.ticket, is_last)) return;
@@ -294,7 +296,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     scatter_pairs_kernel(Source source, PairGroups groups, int64_t num_rows, bool share_counters) {
     const RowCounters rows(groups.cursors, share_counters, num_rows);
     const BlockRange range(source.num_pairs());
-    if (share_counters) {  // the block reserves its places of each row
+    if (share_counters) {  // the block reserves its part of each row
         source.for_each(range.begin, range.end, [&](const Pair& pair) {
             if (pair.target != Pair::kIgnored) atomicAdd(rows.counters + pair.row, 1u);
         });
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     });
 }
 
-// Fewer than 2^32 pairs.
+// A counting sort in two kernels: count and scan, then scatter. Fewer than 2^32 pairs.
 template <typename Source, typename Finish = NothingToFinish>
 void group_pairs(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
                  const PairGroups& groups, const Finish& finish = {}) {
@@ -327,8 +329,8 @@ void group_pairs(const char* op, cudaStream_t stream, const Source& source, int6
            scatter_pairs_kernel<Source>, source, groups, num_rows, share_counters);
 }
 
-// For the threads of a block that have a list of targets: sums (end - begin), += value(k) at the k-th target,
-// where it is one of those from `begin` to `end`.
+// sums[target - begin] += value(k) for each target = targets[k] from `begin` to `end`. For a block.
+// sums: (end - begin).
 template <typename sum_t, typename Value>
 __device__ void add_targets(const int32_t* targets, int64_t size, int64_t begin, int64_t end, sum_t* sums,
                             const Value& value) {
@@ -338,8 +340,8 @@ __device__ void add_targets(const int32_t* targets, int64_t size, int64_t begin,
     }
 }
 
-// Hands out parts of one piece of scratch memory, each aligned to 256 bytes as an allocation is; without
-// memory, it measures.
+// A bump allocator over one scratch allocation; each part is aligned to 256 bytes, as an allocation is. On a
+// null pointer it measures: end() is then the size.
 class ScratchMemory {
   public:
     explicit ScratchMemory(void* memory) : next_(reinterpret_cast<uintptr_t>(memory)) {}

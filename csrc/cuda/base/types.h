@@ -1,4 +1,4 @@
-// What the host passes to the launchers: free of torch's headers and of the CUDA runtime's.
+// The types that the host code passes to the launchers. Includes neither PyTorch nor the CUDA runtime.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@ namespace bigramx::cuda {
 enum class FloatType { float64, float32, bfloat16, float16 };
 enum class TokenType { uint8, uint16, int32, int64 };
 
-// The seed of counter-based draws: a number or, where a graph is being captured and every replay is to draw
-// anew, where a generator keeps its seed and its offset on the device.
+// The seed of counter-based draws. Under graph capture, where each replay must draw anew, a generator keeps
+// its own seed and its offset in device memory.
 struct Seed {
-    uint64_t value;  // the seed of the draws; of a generator on the device: that of the generator
+    uint64_t value;  // the seed itself, or that of the device's generator
     bool of_device_generator;
-    uint64_t offset;  // of a generator on the device; in a graph what is added to *captured_offset
-    const int64_t* captured_seed;  // null: `value`
+    uint64_t offset;               // of the device's generator; under capture: added to *captured_offset
+    const int64_t* captured_seed;  // null: not captured
     const int64_t* captured_offset;
 };
 

@@ -1,4 +1,5 @@
-// The types of tables and tokens in device code, what tables are accumulated in, and 16-byte accesses.
+// The element types of tables and tokens in device code, their accumulation dtypes, and 16-byte vector
+// access.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +17,7 @@ namespace bigramx::cuda {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-// In what the kernels compute for a table of this type.
+// The accumulation dtype of a table's dtype.
 template <typename scalar_t>
 using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -74,7 +75,7 @@ constexpr int kVectorBytes = 16;
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / sizeof(T);
 
-// What one access moves; aligned to its size.
+// What one 16-byte access moves.
 template <typename T>
 struct alignas(kVectorBytes) AlignedVector {
     T elements[kVectorSize<T>];
@@ -90,24 +91,24 @@ __device__ inline void store_vector(T* to, const AlignedVector<T>& vector) {
     *reinterpret_cast<AlignedVector<T>*>(to) = vector;
 }
 
-// How many elements the begin of a row lies behind the begin of the vector that it is in.
+// The position of a row's first element within its aligned vector.
 template <typename T>
 __device__ inline int elements_into_vector(const T* row) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(T));
 }
 
-// How many elements lie before the first vector, `size` at most.
+// The number of elements before the first aligned vector, at most `size`.
 template <typename T>
 __device__ inline int64_t elements_before_vectors(const T* row, int64_t size) {
     const int64_t before = (kVectorSize<T> - elements_into_vector(row)) % kVectorSize<T>;
     return before < size ? before : size;
 }
 
-// For the threads of a block: visit_vector(k, vector) for each 16 bytes of a row that can be read at once, k
-// being the first of their elements, and visit_element(k) for those before and behind them. A thread reads
-// kInFlight vectors before it visits the first of them. Fewer than 2^31 elements.
-template <int kInFlight = 1, typename T, typename VisitChunk, typename VisitElement>
-__device__ inline void for_each_aligned_vector(const T* row, int64_t size, const VisitChunk& visit_vector,
+// For a block: visit_vector(k, vector) for each aligned vector of a row, whose first element is k, and
+// visit_element(k) for the elements before and after them. A thread loads kInFlight vectors before it visits
+// the first, to hide latency. Fewer than 2^31 elements.
+template <int kInFlight = 1, typename T, typename VisitVector, typename VisitElement>
+__device__ inline void for_each_aligned_vector(const T* row, int64_t size, const VisitVector& visit_vector,
                                                const VisitElement& visit_element) {
     const int before = static_cast<int>(elements_before_vectors(row, size));
     const int num_vectors = static_cast<int>((size - before) / kVectorSize<T>);

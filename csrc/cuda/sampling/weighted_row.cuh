@@ -1,5 +1,5 @@
-// Draws from rows of weights by the fixed-point CDF of sampling/fixed_point_cdf.h: what multinomial and
-// generate share.
+// Draws by the fixed-point CDF (sampling/fixed_point_cdf.h) from a row in the hands of a block. Shared by
+// multinomial and generate.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,43 +15,43 @@
 
 namespace bigramx::cuda {
 
-// ------------------------------------------------------------------------------- how elements become weights
+// ------------------------------------------------------------------------------- from elements to weights
 
 template <typename scalar_t_>
 struct Probs {
     using scalar_t = scalar_t_;
-    using T = opmath_t<scalar_t>;
-    using Scale = ProbScale<T>;
-    static constexpr T kWeightless = 0;
+    using acc_t = opmath_t<scalar_t>;
+    using Scale = ProbScale<acc_t>;
+    static constexpr acc_t kWeightless = 0;
 
-    __device__ static bool is_allowed(T prob) { return prob >= 0 && prob < kInfinity<T>; }
-    __device__ T scaled(T prob) const { return prob; }
-    __device__ uint32_t weight(T prob, const Scale& scale) const { return weight_of_prob(prob, scale); }
+    __device__ static bool is_allowed(acc_t prob) { return prob >= 0 && prob < kInfinity<acc_t>; }
+    __device__ acc_t scaled(acc_t prob) const { return prob; }
+    __device__ uint32_t weight(acc_t prob, const Scale& scale) const { return weight_of_prob(prob, scale); }
 };
 
 template <typename scalar_t_>
 struct Logits {
     using scalar_t = scalar_t_;
-    using T = opmath_t<scalar_t>;
-    using Scale = T;  // the largest
-    static constexpr T kWeightless = -kInfinity<T>;
+    using acc_t = opmath_t<scalar_t>;
+    using Scale = acc_t;  // the largest
+    static constexpr acc_t kWeightless = -kInfinity<acc_t>;
 
-    T temperature;  // divides the logits
+    acc_t temperature;  // divides the logits
 
-    __device__ static bool is_allowed(T logit) { return logit < kInfinity<T>; }
-    // Grows with the logit. Rounded to the table's type, as ATen's division leaves it.
-    __device__ T scaled(T logit) const {
+    __device__ static bool is_allowed(acc_t logit) { return logit < kInfinity<acc_t>; }
+    // Monotonic. Rounded to the table's dtype, as ATen's division is.
+    __device__ acc_t scaled(acc_t logit) const {
         return temperature == 1 ? logit : widen(narrow<scalar_t>(logit / temperature));
     }
-    __device__ uint32_t weight(T logit, T largest) const {
+    __device__ uint32_t weight(acc_t logit, acc_t largest) const {
         return weight_of_logit(static_cast<float>(logit - largest));
     }
 };
 
-// *largest of some elements: infinity where one of them is not allowed in a distribution.
+// A running maximum, which becomes infinity at an element that no distribution may have.
 template <typename Elements>
-__device__ inline void include_element(typename Elements::T element, typename Elements::T* largest) {
-    if (!Elements::is_allowed(element)) element = kInfinity<typename Elements::T>;
+__device__ inline void include_element(typename Elements::acc_t element, typename Elements::acc_t* largest) {
+    if (!Elements::is_allowed(element)) element = kInfinity<typename Elements::acc_t>;
     *largest = element > *largest ? element : *largest;
 }
 
@@ -62,13 +62,13 @@ struct Larger {
     }
 };
 
-// ----------------------------------------------------------------------------------- a row, drawn by a block
+// --------------------------------------------------------------------------------------- a row in a block
 
-// What a block keeps in shared memory.
+// The shared memory of a block.
 template <typename scalar_t>
 struct RowMemory {
     struct Place {
-        int64_t begin, end;  // the tokens among which the sum is reached
+        int64_t begin, end;  // the tokens among which the target sum is reached
         uint64_t sum_before;
     };
 
@@ -76,7 +76,7 @@ struct RowMemory {
     uint64_t* sums;               // (kMaxWarps)
     uint64_t* target_sum;         // ()
     Place* place;                 // ()
-    scalar_t* row;  // (V, and a vector to begin where the row begins within a vector), or null: not kept
+    scalar_t* row;                // (V + a vector, for the alignment), or null: not kept
 
     __device__ RowMemory(int64_t vocab_size, bool keeps_row) {
         SharedMemory shared;
@@ -93,16 +93,16 @@ struct RowMemory {
                (keeps_row ? SharedMemory::bytes<scalar_t>(vocab_size + kVectorSize<scalar_t>) : 0);
     }
 
-    // Where a row of the table is kept: in vectors as it lies there. Null: nowhere.
+    // Where to keep a row of the table: aligned as it is there. Null: nowhere.
     __device__ scalar_t* place_of(const scalar_t* table_row) const {
         if (row == nullptr) return nullptr;
         return row + elements_into_vector(table_row);
     }
 };
 
-constexpr int kMaxRowThreads = 512;  // more would have too few registers
+constexpr int kMaxRowThreads = 512;  // more would not have enough registers
 
-// How a block takes a row: it is kept in shared memory where it fits.
+// How a block takes a row. The row is kept in shared memory where it fits, so that it is read once.
 struct RowPlan {
     bool keeps_row;
     int threads;
@@ -119,8 +119,8 @@ RowPlan plan_row(const char* op, int64_t vocab_size, bool may_keep_row = true) {
             static_cast<size_t>(RowMemory<scalar_t>::bytes(vocab_size, keeps_row))};
 }
 
-// The least sum that thread 0's r asks of weights with this total. One thread computes it for the block:
-// double precision is slow on many GPUs.
+// The target sum of r, which thread 0 has. One thread computes it for the block, as float64 is slow on many
+// GPUs.
 template <typename scalar_t>
 __device__ inline uint64_t block_target_sum(uint64_t total, uint32_t r, const RowMemory<scalar_t>& memory) {
     if (threadIdx.x == 0) *memory.target_sum = CdfScale(total).target_sum(r);
@@ -132,17 +132,17 @@ template <typename Elements>
 class WeightedRow {
   public:
     using scalar_t = typename Elements::scalar_t;
-    using T = opmath_t<scalar_t>;
+    using acc_t = opmath_t<scalar_t>;
     using Scale = typename Elements::Scale;
 
-    // Reads the row.
+    // Reads the row, for its largest element.
     __device__ WeightedRow(const Elements& elements, const scalar_t* row, int64_t vocab_size,
                            const RowMemory<scalar_t>& memory)
         : elements_(elements), vocab_size_(vocab_size), memory_(memory), row_(row) {
         constexpr int kInFlight = 4;
         scalar_t* const kept = memory.place_of(row);
-        if (kept != nullptr) __syncthreads();  // some may be reading the row before
-        T largest = Elements::kWeightless;
+        if (kept != nullptr) __syncthreads();  // other threads may still read the previous row
+        acc_t largest = Elements::kWeightless;
         for_each_aligned_vector<kInFlight>(
             row, vocab_size,
             [&](int64_t k, const AlignedVector<scalar_t>& vector) {
@@ -159,19 +159,19 @@ class WeightedRow {
         if (kept != nullptr) row_ = kept;
     }
 
-    // Infinity where an element is not allowed, kWeightless where all weigh nothing: then the row is no
+    // Infinity if an element is not allowed, kWeightless if no element has a weight: the row is then not a
     // distribution.
-    __device__ T largest() const { return largest_; }
+    __device__ acc_t largest() const { return largest_; }
     __device__ bool is_distribution() const {
-        return largest_ > Elements::kWeightless && largest_ < kInfinity<T>;
+        return largest_ > Elements::kWeightless && largest_ < kInfinity<acc_t>;
     }
 
     __device__ uint32_t weight(int64_t token, const Scale& scale) const {
         return elements_.weight(elements_.scaled(widen(row_[token])), scale);
     }
 
-    // The token that r draws. The warps sum a run of tokens each; the run in which the sum is reached is
-    // shared out anew, until the lanes of a warp have one token each.
+    // The token that r draws. Each warp sums a run of tokens; the run that reaches the target sum is divided
+    // among the warps again, until it has at most one token per lane.
     __device__ int64_t find(uint32_t r) const {
         const Scale scale(largest_);
         int64_t begin = 0, end = vocab_size_;
@@ -197,7 +197,7 @@ class WeightedRow {
         return begin + __ffs(static_cast<int>(__ballot_sync(kAllLanes, sum >= target_sum))) - 1;
     }
 
-    // cdf (V).
+    // cdf: (V).
     __device__ void write_cdf(uint32_t* cdf) const {
         const Scale scale(largest_);
         const Run run = run_of_warp(0, vocab_size_);
@@ -218,7 +218,7 @@ class WeightedRow {
         int64_t begin, end;
     };
 
-    // Whole warps of tokens, so that a run of one cannot be shared out again.
+    // Whole warps of tokens. With two warps or more a run is shorter than the range, so find() ends.
     __device__ static Run run_of_warp(int64_t begin, int64_t end) {
         const int64_t tokens_a_round = int64_t{warps_of_block()} * kWarp;
         const int64_t length = (end - begin + tokens_a_round - 1) / tokens_a_round * kWarp;
@@ -226,7 +226,7 @@ class WeightedRow {
         return {first < end ? first : end, first + length < end ? first + length : end};
     }
 
-    // What this lane sums of the run of its warp.
+    // This lane's share of the sum over the run of its warp.
     __device__ uint64_t sum_share(const Run& run, const Scale& scale) const {
         uint64_t sum = 0;
         for (int64_t token = run.begin + lane_of_thread(); token < run.end; token += kWarp) {
@@ -238,13 +238,14 @@ class WeightedRow {
     const Elements elements_;
     const int64_t vocab_size_;
     const RowMemory<scalar_t> memory_;
-    const scalar_t* row_;  // in the table, or kept
-    T largest_;
+    const scalar_t* row_;  // in the table, or kept in shared memory
+    acc_t largest_;
 };
 
-// -------------------------------------------------------------------------------------- draws by cdf
+// -------------------------------------------------------------------------------------- draws by a stored
+// CDF
 
-// The first of `size` cdf, which grow, that lies above r; the last one does.
+// Bisection: the first of `size` ascending entries that is above r; the last one always is.
 template <typename index_t>
 __device__ inline index_t search_row(const uint32_t* cdf, index_t size, uint32_t r) {
     const uint32_t* first = cdf;
@@ -257,7 +258,7 @@ __device__ inline index_t search_row(const uint32_t* cdf, index_t size, uint32_t
     return static_cast<index_t>(first - cdf);
 }
 
-// The tokens that one evaluation of Philox draws, or the first `count` of them.
+// Stores the first `count` of the tokens that one evaluation of Philox draws.
 __device__ inline void store_tokens(int64_t* to, const uint32_t (&tokens)[Philox::kWords], int count) {
     if (count == Philox::kWords && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
         store_vector(to, AlignedVector<int64_t>{{tokens[0], tokens[1]}});
