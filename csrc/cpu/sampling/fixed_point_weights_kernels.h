@@ -4,36 +4,6 @@
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// The largest of some elements, and whether all are allowed.
-template <typename T>
-class Largest {
-  public:
-    Largest() : largest_(broadcast(kLowest)), allowed_(largest_ == largest_) {}
-
-    // allowed(vector): a mask of lanes.
-    template <typename scalar_t, typename Allowed>
-    void include(const scalar_t* elements, int64_t size, T fill, const Allowed& allowed) {
-        for_each_vector<T>(size, [&](Lanes<T> lanes) {
-            const Vector<T> values = lanes.load(elements, fill);
-            largest_ = max(values, largest_);
-            allowed_ &= allowed(values);
-        });
-    }
-
-    T value() const { return horizontal_max<T>(largest_); }
-
-    bool all_allowed() const {
-        bool all = true;
-        for (int64_t lane = 0; lane < kLanes<T>; ++lane) all &= allowed_[lane] != 0;
-        return all;
-    }
-
-  private:
-    static constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    Vector<T> largest_;
-    decltype(largest_ == largest_) allowed_;
-};
-
 template <typename scalar_t>
 class LogitWeights {
   public:
@@ -47,15 +17,22 @@ class LogitWeights {
     static bool measure(LogitRow& row, int64_t vocab_size) {
         constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
         const LogitWeights weights(row);
-        Largest<acc_t> largest;
+        Vector<acc_t> largest = broadcast(-kInfinity);
+        auto allowed = largest == largest;  // by lane
         for (int64_t begin = 0; begin < vocab_size; begin += kWeightsAtOnce) {
             const int64_t count = std::min(kWeightsAtOnce, vocab_size - begin);
             acc_t buffer[kWeightsAtOnce];
-            largest.include(weights.load(begin, count, buffer), count, -kInfinity,
-                            [](Vector<acc_t> logits) { return logits < broadcast(kInfinity); });
+            const acc_t* part = weights.load(begin, count, buffer);
+            for_each_vector<acc_t>(count, [&](Lanes<acc_t> lanes) {
+                const Vector<acc_t> logits = lanes.load(part, -kInfinity);
+                largest = max(logits, largest);
+                allowed &= logits < broadcast(kInfinity);
+            });
         }
-        row.max = largest.value();
-        return largest.all_allowed() && row.max > -kInfinity;
+        row.max = horizontal_max<acc_t>(largest);
+        bool all_allowed = true;
+        for (int64_t lane = 0; lane < kLanes<acc_t>; ++lane) all_allowed &= allowed[lane] != 0;
+        return all_allowed && row.max > -kInfinity;
     }
 
     // The weights of the `count` <= kWeightsAtOnce tokens from `begin` on.
@@ -108,16 +85,23 @@ class ProbWeights {
     explicit ProbWeights(const ProbRow& row)
         : probs_(static_cast<const scalar_t*>(row.probs)), scale_(static_cast<acc_t>(row.max)) {}
 
-    // Sets row.max. Returns false if an element is negative, infinite or NaN, or all are zero.
+    // Sets row.max. Returns false if an element is negative, infinite or NaN, or all are zero. Read as
+    // integers, the bits of finite numbers that are not negative have their order, and those of all others
+    // lie above them.
     static bool measure(ProbRow& row, int64_t vocab_size) {
-        Largest<acc_t> largest;
-        largest.include(static_cast<const scalar_t*>(row.probs), vocab_size, acc_t(0),
-                        [](Vector<acc_t> probs) {
-                            return (probs >= broadcast(acc_t(0))) &
-                                   (probs < broadcast(std::numeric_limits<acc_t>::infinity()));
-                        });
-        row.max = largest.value();
-        return largest.all_allowed() && row.max > 0;
+        using Integer = std::conditional_t<sizeof(acc_t) == 4, uint32_t, uint64_t>;
+        const auto larger = [](Vector<Integer> a, Vector<Integer> b) { return a > b ? a : b; };
+        const auto* probs = static_cast<const scalar_t*>(row.probs);
+        Vector<Integer> largest{};
+        for_each_vector<acc_t>(vocab_size, [&](Lanes<acc_t> lanes) {
+            const Vector<acc_t> prob = lanes.load(probs, acc_t(0)) + acc_t(0);  // -0 is 0
+            largest = larger(largest, reinterpret_cast<Vector<Integer>>(prob));
+        });
+        const Integer bits = reduce<Integer>(largest, larger);
+        acc_t max;
+        std::memcpy(&max, &bits, sizeof(max));
+        row.max = max;
+        return max > 0 && max < std::numeric_limits<acc_t>::infinity();
     }
 
     void weigh(int64_t begin, int64_t count, uint32_t* weights) const {
