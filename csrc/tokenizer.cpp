@@ -41,12 +41,9 @@ template <typename Visit>
 auto visit_characters(py::handle text, const Visit& visit) {
     void* const characters = PyUnicode_DATA(text.ptr());
     switch (PyUnicode_KIND(text.ptr())) {
-        case PyUnicode_1BYTE_KIND:
-            return visit(static_cast<Py_UCS1*>(characters));
-        case PyUnicode_2BYTE_KIND:
-            return visit(static_cast<Py_UCS2*>(characters));
-        default:
-            return visit(static_cast<Py_UCS4*>(characters));
+        case PyUnicode_1BYTE_KIND: return visit(static_cast<Py_UCS1*>(characters));
+        case PyUnicode_2BYTE_KIND: return visit(static_cast<Py_UCS2*>(characters));
+        default: return visit(static_cast<Py_UCS4*>(characters));
     }
 }
 

@@ -136,12 +136,12 @@ def test_many_rows(dtype: torch.dtype) -> None:
 
 
 def probs_like_the_noise(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Probabilities whose ratios to the noise are all equal up to a few roundings."""
+    """Probabilities whose ratios to the exponential variates are all equal up to a few roundings."""
     state = generator.get_state()
-    noise = torch.empty(shape, dtype=dtype).exponential_(generator=generator)
+    variates = torch.empty(shape, dtype=dtype).exponential_(generator=generator)
     generator.set_state(state)
     roundings = torch.randint(-4, 5, shape) * torch.finfo(dtype).eps
-    return noise * (1 + roundings).to(dtype)
+    return variates * (1 + roundings).to(dtype)
 
 
 @pytest.mark.cpu_only
@@ -206,7 +206,7 @@ def test_rare_draws(row: list[tuple[int, float]], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("largest", [2.0**-22, 2.0**-18, 2.0**-14, 2.0**-10])
 def test_ratios_of_small_noise_that_are_nearly_equal(largest: float, dtype: torch.dtype) -> None:
-    """Down to noise that is subnormal in float16."""
+    """Down to exponential variates that are subnormal in float16."""
     for _ in range(50):
         draws = torch.randint(int(largest * 2**52), int(largest * 2**53), (67,))
         generator = generator_that_draws(draws.tolist())
@@ -298,11 +298,11 @@ def test_philox_follows_the_distribution(vocab_size: int) -> None:
     assert_follow(philox_samples(probs.expand(num_rows, -1), 1)[:, 0], probs)
     pairs = philox_samples(probs.expand(num_rows, -1), 2)
     assert_follow(pairs[:, 0], probs)
-    likeliest = int(probs.argmax())
-    after_likeliest = pairs[pairs[:, 0] == likeliest, 1]
-    assert (after_likeliest != likeliest).all()
+    argmax = int(probs.argmax())
+    after_argmax = pairs[pairs[:, 0] == argmax, 1]
+    assert (after_argmax != argmax).all()
     if vocab_size == 65:
-        assert_follow(after_likeliest, probs.index_fill(0, torch.tensor(likeliest), 0))
+        assert_follow(after_argmax, probs.index_fill(0, torch.tensor(argmax), 0))
 
 
 def test_philox_samples_depend_only_on_row_and_position() -> None:

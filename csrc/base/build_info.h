@@ -1,11 +1,37 @@
-// How this library was built.
+// How this library was built: included once, by bindings.cpp.
 #pragma once
+
+#include <ATen/Version.h>
+#include <torch/version.h>
 
 #include <map>
 #include <string>
 
+#if defined(__clang__)
+#define BIGRAMX_COMPILER "Clang " __clang_version__
+#else
+#define BIGRAMX_COMPILER "GCC " __VERSION__
+#endif
+
+#if defined(_OPENMP)
+#define BIGRAMX_PARALLEL "OpenMP"
+#else
+#define BIGRAMX_PARALLEL "none"
+#endif
+
+// The architectures for which setup.py has the kernels in cuda/ compiled.
+#if !defined(BIGRAMX_CUDA_ARCHITECTURES)
+#define BIGRAMX_CUDA_ARCHITECTURES ""
+#endif
+
 namespace bigramx {
 
-std::map<std::string, std::string> build_info();
+inline std::map<std::string, std::string> build_info() {
+    return {{"compiler", BIGRAMX_COMPILER},
+            {"parallel", BIGRAMX_PARALLEL},
+            {"cpu_capability", at::get_cpu_capability()},
+            {"cuda_architectures", BIGRAMX_CUDA_ARCHITECTURES},
+            {"torch_version", TORCH_VERSION}};
+}
 
 }  // namespace bigramx

@@ -415,15 +415,9 @@ T atomic(AtomicOp op, T* address, T operand, T expected) {
                 *address = before + operand;
             }
             break;
-        case AtomicOp::min:
-            *address = std::min(before, operand);
-            break;
-        case AtomicOp::max:
-            *address = std::max(before, operand);
-            break;
-        case AtomicOp::exchange:
-            *address = operand;
-            break;
+        case AtomicOp::min: *address = std::min(before, operand); break;
+        case AtomicOp::max: *address = std::max(before, operand); break;
+        case AtomicOp::exchange: *address = operand; break;
         case AtomicOp::compare_and_swap:
             if (before == expected) *address = operand;
             break;

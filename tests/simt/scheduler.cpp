@@ -233,14 +233,10 @@ int combine_predicates(BlockOp op) {
     const auto begin = machine.fibers.begin(), end = begin + machine.size.x;
     const auto holds = [](const Fiber& fiber) { return fiber.predicate != 0; };
     switch (op) {
-        case BlockOp::barrier:
-            return 0;
-        case BlockOp::count:
-            return static_cast<int>(std::count_if(begin, end, holds));
-        case BlockOp::all:
-            return std::all_of(begin, end, holds);
-        case BlockOp::any:
-            return std::any_of(begin, end, holds);
+        case BlockOp::barrier: return 0;
+        case BlockOp::count: return static_cast<int>(std::count_if(begin, end, holds));
+        case BlockOp::all: return std::all_of(begin, end, holds);
+        case BlockOp::any: return std::any_of(begin, end, holds);
     }
     return 0;
 }
@@ -249,16 +245,11 @@ int combine_predicates(BlockOp op) {
 int source_of(WarpOp op, int lane, int argument, int width) {
     const int segment = lane & -width;  // the first lane that it can read from
     switch (op) {
-        case WarpOp::shuffle:
-            return segment + (argument & (width - 1));
-        case WarpOp::shuffle_up:
-            return lane - argument >= segment ? lane - argument : lane;
-        case WarpOp::shuffle_down:
-            return lane + argument < segment + width ? lane + argument : lane;
-        case WarpOp::shuffle_xor:
-            return (lane ^ argument) < segment + width ? lane ^ argument : lane;
-        default:
-            return lane;
+        case WarpOp::shuffle: return segment + (argument & (width - 1));
+        case WarpOp::shuffle_up: return lane - argument >= segment ? lane - argument : lane;
+        case WarpOp::shuffle_down: return lane + argument < segment + width ? lane + argument : lane;
+        case WarpOp::shuffle_xor: return (lane ^ argument) < segment + width ? lane ^ argument : lane;
+        default: return lane;
     }
 }
 
@@ -277,18 +268,12 @@ uint64_t result_for(int lane, const Collective& collective, const Warp& warp) {
     const auto is_true = [&](int other) { return warp.values[other] != 0; };
     const auto is_equal = [&](int other) { return warp.values[other] == warp.values[lane]; };
     switch (collective.op) {
-        case WarpOp::barrier:
-            return 0;
-        case WarpOp::ballot:
-            return lanes_where(mask, is_true);
-        case WarpOp::any:
-            return lanes_where(mask, is_true) != 0;
-        case WarpOp::all:
-            return lanes_where(mask, is_true) == mask;
-        case WarpOp::match_any:
-            return lanes_where(mask, is_equal);
-        default:
-            return warp.values[source_of(collective.op, lane, warp.arguments[lane], warp.widths[lane])];
+        case WarpOp::barrier: return 0;
+        case WarpOp::ballot: return lanes_where(mask, is_true);
+        case WarpOp::any: return lanes_where(mask, is_true) != 0;
+        case WarpOp::all: return lanes_where(mask, is_true) == mask;
+        case WarpOp::match_any: return lanes_where(mask, is_equal);
+        default: return warp.values[source_of(collective.op, lane, warp.arguments[lane], warp.widths[lane])];
     }
 }
 
@@ -487,12 +472,9 @@ dim3 simt_grid_size() { return simt::machine.grid; }
 
 const char* cudaGetErrorString(cudaError_t status) {
     switch (status) {
-        case cudaSuccess:
-            return "no error";
-        case cudaErrorInvalidValue:
-            return "invalid argument";
-        case cudaErrorInvalidConfiguration:
-            return "invalid configuration argument";
+        case cudaSuccess: return "no error";
+        case cudaErrorInvalidValue: return "invalid argument";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     }
     return "unrecognized error code";
 }

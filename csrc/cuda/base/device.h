@@ -28,31 +28,21 @@ Seed draw_cuda_seed(const std::optional<at::Generator>& generator);
 
 inline FloatType float_type(const at::Tensor& tensor) {
     switch (tensor.scalar_type()) {
-        case at::kDouble:
-            return FloatType::float64;
-        case at::kFloat:
-            return FloatType::float32;
-        case at::kBFloat16:
-            return FloatType::bfloat16;
-        case at::kHalf:
-            return FloatType::float16;
-        default:
-            TORCH_CHECK(false, "no kernel for dtype ", tensor.scalar_type());
+        case at::kDouble: return FloatType::float64;
+        case at::kFloat: return FloatType::float32;
+        case at::kBFloat16: return FloatType::bfloat16;
+        case at::kHalf: return FloatType::float16;
+        default: TORCH_CHECK(false, "no kernel for dtype ", tensor.scalar_type());
     }
 }
 
 inline TokenType token_type(const at::Tensor& tensor) {
     switch (tensor.scalar_type()) {
-        case at::kByte:
-            return TokenType::uint8;
-        case at::kUInt16:
-            return TokenType::uint16;
-        case at::kInt:
-            return TokenType::int32;
-        case at::kLong:
-            return TokenType::int64;
-        default:
-            TORCH_CHECK(false, "no kernel for dtype ", tensor.scalar_type());
+        case at::kByte: return TokenType::uint8;
+        case at::kUInt16: return TokenType::uint16;
+        case at::kInt: return TokenType::int32;
+        case at::kLong: return TokenType::int64;
+        default: TORCH_CHECK(false, "no kernel for dtype ", tensor.scalar_type());
     }
 }
 

@@ -45,28 +45,20 @@ __device__ inline scalar_t narrow(opmath_t<scalar_t> value) {
 template <typename Visit>
 void with_type(FloatType type, const Visit& visit) {
     switch (type) {
-        case FloatType::float64:
-            return visit(double{});
-        case FloatType::float32:
-            return visit(float{});
-        case FloatType::bfloat16:
-            return visit(bfloat16{});
-        case FloatType::float16:
-            return visit(float16{});
+        case FloatType::float64: return visit(double{});
+        case FloatType::float32: return visit(float{});
+        case FloatType::bfloat16: return visit(bfloat16{});
+        case FloatType::float16: return visit(float16{});
     }
 }
 
 template <typename Visit>
 void with_type(TokenType type, const Visit& visit) {
     switch (type) {
-        case TokenType::uint8:
-            return visit(uint8_t{});
-        case TokenType::uint16:
-            return visit(uint16_t{});
-        case TokenType::int32:
-            return visit(int32_t{});
-        case TokenType::int64:
-            return visit(int64_t{});
+        case TokenType::uint8: return visit(uint8_t{});
+        case TokenType::uint16: return visit(uint16_t{});
+        case TokenType::int32: return visit(int32_t{});
+        case TokenType::int64: return visit(int64_t{});
     }
 }
 
