@@ -104,7 +104,7 @@ $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 $(STAMPS)/cuda-checked: $(STAMPS)/installed $(CSRC) tests/cuda_check.py
 	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda_check.py && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
 
-$(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in README.md
+$(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/*)
 	@$(MAKE) --no-print-directory simt
 	$(BIN)/python -m pytest
 	@touch $@

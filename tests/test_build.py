@@ -50,7 +50,7 @@ def test_sdist_needs_no_torch_and_contains_the_sources(checkout: Path) -> None:
         assert sources
         assert sources <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "bigramx/py.typed"} <= names
-    assert "tests/simt/Makefile" in names
+    assert {"tests/simt/Makefile", "docs/from-formula-to-kernel.md"} <= names
 
 
 def test_without_torch_the_build_says_what_to_type(checkout: Path) -> None:
