@@ -116,23 +116,25 @@ def embedding_cross_entropy_with_logits(
     """``embedding_cross_entropy``, and the logits ``weight[idx]``, from one kernel.
 
     Args:
-        idx: As in ``embedding_cross_entropy``, like the other arguments.
-        weight: (R, C).
-        targets: The shape of ``idx``.
-        class_weight: (C).
-        ignore_index: A target.
-        reduction: Of the loss.
+        idx: Row of each pair. int64 or int32, any shape, N elements.
+        weight: (R, C), float64, float32, bfloat16 or float16.
+        targets: Class of each pair. int64, int32 or uint8, the shape of ``idx``.
+        class_weight: (C), the dtype of ``weight``.
+        ignore_index: Pairs with this target count for nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: 0 to 1.
-        z_loss: >= 0.
-        padding_idx: A row.
-        sparse: The gradient.
+        z_loss: Adds ``z_loss * logsumexp**2`` to the loss of each pair.
+        padding_idx: This row gets no gradient.
+        sparse: The gradient is a sparse tensor with the rows that occur in ``idx``.
 
     Returns:
-        The loss, and the logits (N, C) in the dtype of ``weight``: both are differentiable.
+        The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``; and the logits, (N, C). Both
+        are differentiable, and the gradients that reach them add up.
 
     Raises:
-        IndexError, ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError: As in
-            ``embedding_cross_entropy``.
+        IndexError: An index or a target is out of range.
+        ValueError: As ``embedding_cross_entropy``, and so are RuntimeError, NotImplementedError, AssertionError and
+            TypeError.
     """
     loss: Tensor
     logits: Tensor
