@@ -108,20 +108,24 @@ def _step_param(param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[
     beta1, beta2 = group["betas"]
     step = state["step"]
     step.add_(_ONE)
-    ops.adamw_(
-        param,
-        grad,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        state["max_exp_avg_sq"] if group["amsgrad"] else None,
-        step,
-        group["lr"],
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        group["maximize"],
-    )
+    try:
+        ops.adamw_(
+            param,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            step,
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["maximize"],
+        )
+    except BaseException:
+        step.sub_(_ONE)  # a step that was not taken does not count
+        raise
 
 
 def _torch_step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:

@@ -85,13 +85,10 @@ BIGRAMX_HOST_DEVICE double loss_of_pair(const RowLossOptions& options, double sh
     return loss;
 }
 
-// What a pair of class weight 1 and gradient 1 subtracts at its target.
-BIGRAMX_HOST_DEVICE double target_gradient(const RowLossOptions& options, const LossScales& scales) {
-    return (1 - options.label_smoothing) * scales.loss;
-}
-
 struct RowGradient {
-    double mass, smoothing, target;
+    double mass;
+    double smoothing;
+    double target;  // what a pair of class weight 1 and gradient 1 takes from its target
 };
 
 BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, const LossScales& scales,
@@ -100,7 +97,8 @@ BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, c
     const double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss +
                         smoothing * scales.class_weight_sum +
                         2 * options.z_loss * lse * pairs.gradients * scales.z_loss;
-    return {mass, smoothing, target_gradient(options, scales)};
+    const double target = (1 - options.label_smoothing) * scales.loss;
+    return {mass, smoothing, target};
 }
 
 }  // namespace bigramx

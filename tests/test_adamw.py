@@ -230,3 +230,16 @@ def test_sparse_gradients_raise_as_in_torch() -> None:
     param.grad = torch.eye(3).to_sparse(1)
     with pytest.raises(RuntimeError, match="sparse"):
         optim.AdamW([param]).step()
+
+
+def test_a_step_that_raises_does_not_count() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = optim.AdamW([param])
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = torch.zeros(4)
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="exp_avg to have the shape of param"):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+    assert torch.equal(param, before)
