@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from bigramx import functional
+from bigramx import functional, fusion
 from bigramx.data import are_worth_counting, check_tokens
 from bigramx.functional import Sampler
 from bigramx.storage import read_tensors, write_tensors
@@ -55,6 +55,14 @@ class BigramLanguageModel(nn.Module):
     def device(self) -> torch.device:
         """The device of the table."""
         return self.token_embedding_table.weight.device
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the kernels do all that calling this model does; otherwise its parts are called, as in plain PyTorch.
+
+        They do for a plain nn.Embedding and this class's ``forward``, without hooks: see bigramx.fusion.
+        """
+        return fusion.runs_only(self, BigramLanguageModel.forward) and fusion.is_plain_table(self.token_embedding_table)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
