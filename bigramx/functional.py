@@ -53,11 +53,16 @@ def embedding_cross_entropy(
     each distinct row, so the work is O(min(N, R) C + N + R), not O(N C); a dense gradient adds the writes of R C
     elements.
 
+    PyTorch's own ops compute it, with (N, C) logits, where the kernels do not apply: for probabilities as targets, in
+    forward mode, inside the transforms of torch.func, and for the gradient under ``create_graph``, which can be
+    differentiated again.
+
     Args:
         idx: Row of each pair. int64 or int32, any shape, N elements.
         weight: (R, C), float64, float32, bfloat16 or float16 (accumulated in float32). The gradient is written in
-            the forward pass; it cannot be differentiated a second time.
-        targets: Class of each pair. int64, int32 or uint8, the shape of ``idx``.
+            the forward pass.
+        targets: Class of each pair, int64, int32 or uint8, the shape of ``idx``; or, as F.cross_entropy takes them,
+            probabilities of the classes, floating point, the shape of ``idx`` and (C).
         class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class.
         ignore_index: Pairs with this target do not count.
         reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``. With
@@ -71,7 +76,8 @@ def embedding_cross_entropy(
             number is not known to the host, it has min(N, R) entries, the excess ones zero, and is not coalesced.
 
     Returns:
-        The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``. The mean over no pairs is NaN.
+        The loss, in the dtype of ``weight``, or under autocast in float32 where that has 16 bits: (), or for ``"none"``
+        the shape of ``idx``. The mean over no pairs is NaN.
 
     Raises:
         IndexError: An index or a target is out of range. On a GPU that is an assertion on the device, as in PyTorch.
@@ -79,7 +85,7 @@ def embedding_cross_entropy(
             negative.
         RuntimeError: A dtype, a device, the shape of ``weight`` or ``class_weight``, or ``label_smoothing`` is off;
             ``class_weight`` requires a gradient; or no kernel is built for the device.
-        NotImplementedError: ``weight`` is not a floating-point tensor, or is differentiated in forward mode.
+        NotImplementedError: ``weight`` is not a floating-point tensor.
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
@@ -118,7 +124,7 @@ def embedding_cross_entropy_with_logits(
     Args:
         idx: Row of each pair. int64 or int32, any shape, N elements.
         weight: (R, C), float64, float32, bfloat16 or float16.
-        targets: Class of each pair. int64, int32 or uint8, the shape of ``idx``.
+        targets: Class of each pair, int64, int32 or uint8, the shape of ``idx``; or probabilities of the classes.
         class_weight: (C), the dtype of ``weight``.
         ignore_index: Pairs with this target count for nothing.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -128,8 +134,9 @@ def embedding_cross_entropy_with_logits(
         sparse: The gradient is a sparse tensor with the rows that occur in ``idx``.
 
     Returns:
-        The loss, in the dtype of ``weight``: (), or for ``"none"`` the shape of ``idx``; and the logits, (N, C). Both
-        are differentiable, and the gradients that reach them add up.
+        The loss, () or for ``"none"`` the shape of ``idx``; and the logits, (N, C), in the dtype of ``weight``. The
+        loss depends on the logits, as in PyTorch: ``logits.retain_grad()`` and hooks on them see its gradient, which
+        otherwise is not computed.
 
     Raises:
         IndexError: An index or a target is out of range.

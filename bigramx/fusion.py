@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as modules
@@ -37,12 +38,15 @@ def runs_only(module: nn.Module, forward: Callable[..., Any]) -> bool:
     )
 
 
-def is_plain_table(table: nn.Module) -> bool:
-    """Whether the rows of the table's weight are what calling the table gives, and their gradient is the weight's."""
+def is_plain(table: nn.Embedding) -> bool:
+    """Whether a call of ``table`` gives rows of its weight, and no more; and stands in no program to be exported.
+
+    That may run where this package is not installed.
+    """
     return (
-        isinstance(table, nn.Embedding)
-        and runs_only(table, _EMBEDDING_FORWARD)
+        runs_only(table, _EMBEDDING_FORWARD)
         and table.max_norm is None
         and not table.scale_grad_by_freq
-        and is_plain_tensor(table.weight)
+        and is_plain_tensor(table._parameters.get("weight"))
+        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from bigramx import functional, fusion
+from bigramx import functional, fusion, reference
 from bigramx.data import are_worth_counting, check_tokens
 from bigramx.functional import Sampler
 from bigramx.storage import read_tensors, write_tensors
@@ -26,24 +28,38 @@ class BigramLanguageModel(nn.Module):
     Args:
         vocab_size: V.
         sparse: The gradient of the table is sparse: only the rows that occur in the batch.
+        ignore_index: Targets of this value do not count in the loss.
+        class_weight: (V), a weight in the loss for each target; a buffer, outside the state_dict.
+        label_smoothing: The share, 0 to 1, of each target that the loss spreads evenly over all tokens.
         device: The device of the table.
         dtype: float64, float32, bfloat16 or float16.
 
     Attributes:
-        token_embedding_table: nn.Embedding(V, V), initialised as in the lecture: N(0, 1).
+        token_embedding_table: nn.Embedding(V, V), initialised as in the lecture: N(0, 1). Whatever a script does to
+            it, or to the model, is honoured: see ``is_fused``.
         tokenizer: Saved and loaded with the model; None without one.
     """
+
+    __jit_unused_properties__ = ("vocab_size", "device", "is_fused")
+    if TYPE_CHECKING:  # torch.jit.script reads the annotations of a class, and knows no strings
+        class_weight: Tensor | None
 
     def __init__(
         self,
         vocab_size: int,
         *,
         sparse: bool = False,
+        ignore_index: int = -100,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.token_embedding_table = nn.Embedding(vocab_size, vocab_size, sparse=sparse, device=device, dtype=dtype)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weight", class_weight, persistent=False)  # the state_dict is the lecture's
         self.tokenizer: CharTokenizer | None = None
 
     @property
@@ -58,42 +74,78 @@ class BigramLanguageModel(nn.Module):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the kernels do all that calling this model does; otherwise its parts are called, as in plain PyTorch.
+        """Whether the kernels do all that calling this model does.
 
-        They do for a plain nn.Embedding and this class's ``forward``, without hooks: see bigramx.fusion.
+        They do for a plain nn.Embedding and this class's ``forward``, without hooks (bigramx.fusion has the rule).
+        Otherwise forward, generate, evaluate and fit call the parts, as plain PyTorch does.
         """
-        return fusion.runs_only(self, BigramLanguageModel.forward) and fusion.is_plain_table(self.token_embedding_table)
+        return self._fusable_table() is not None and fusion.runs_only(self, BigramLanguageModel.forward)
+
+    def _fusable_table(self) -> nn.Embedding | None:
+        # Not self.token_embedding_table: nn.Module's __getattr__ takes as long as the rest of this.
+        table = self._modules.get("token_embedding_table")
+        return table if isinstance(table, nn.Embedding) and fusion.is_plain(table) else None
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         """The logits of the token after each of ``idx`` and, given targets, the loss.
 
         Args:
             idx: (B, T) tokens, int64 or int32; any shape is accepted.
-            targets: The token that follows each, of the shape of ``idx``.
-            return_logits: False, with targets: the logits are None, and no (N, V) tensor is materialised.
+            targets: The token that follows each, as many as ``idx`` has.
+            return_logits: False, with targets: the logits are None, and the kernels materialise no (N, V) tensor.
 
         Returns:
-            Without targets: logits (B, T, V) and None. With targets: logits (B*T, V), differentiable, and the mean
-            cross-entropy (), in nats.
+            Without targets: logits (B, T, V) and None. With targets: logits (B*T, V), and the mean cross-entropy (),
+            in nats. The loss depends on the logits: they have a gradient, and hooks, as in plain PyTorch.
 
         Raises:
             IndexError: A token is out of range.
-            ValueError: ``targets`` has another shape than ``idx``.
+            ValueError: ``targets`` has another number of tokens than ``idx``.
             RuntimeError: A dtype or device is off, or no kernel is built for the device.
         """
-        table = self.token_embedding_table
         if targets is None:
-            return table(idx), None
+            return self.token_embedding_table(idx), None
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            table = self._fusable_table()
+            if table is not None:
+                return self._fused_forward(idx, table, targets, return_logits)
+        return self._plain_forward(idx, targets, return_logits)
+
+    @torch.jit.unused
+    def _fused_forward(
+        self, idx: Tensor, table: nn.Embedding, targets: Tensor, return_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if targets.dim() < idx.dim():  # the lecture's targets.view(B * T)
+            targets = targets.view_as(idx)
+        weight: Any = table._parameters["weight"]
+        options: dict[str, Any] = {
+            "class_weight": self._buffers["class_weight"],
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "padding_idx": table.padding_idx,
+            "sparse": table.sparse,
+        }
         if not return_logits:
-            return None, functional.embedding_cross_entropy(
-                idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse
-            )
-        loss, logits = functional.embedding_cross_entropy_with_logits(
-            idx, table.weight, targets, padding_idx=table.padding_idx, sparse=table.sparse
-        )
+            return None, functional.embedding_cross_entropy(idx, weight, targets, **options)
+        loss, logits = functional.embedding_cross_entropy_with_logits(idx, weight, targets, **options)
         return logits, loss
+
+    def _plain_forward(self, idx: Tensor, targets: Tensor, return_logits: bool) -> tuple[Tensor | None, Tensor | None]:
+        logits = self.token_embedding_table(idx)
+        logits = logits.reshape(-1, logits.size(-1))
+        if isinstance(targets, Tensor) and targets.dtype == torch.int32:  # no Tensor under torch.fx
+            targets = targets.long()
+        targets = targets.reshape(logits.shape[:1] + targets.shape[idx.dim() :])  # (B*T), or (B*T, C) probabilities
+        loss = F.cross_entropy(
+            logits,
+            targets,
+            self.class_weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+        return None if return_logits is False else logits, loss  # torch.fx cannot branch on what it traces
 
     @torch.no_grad()
     def generate(
@@ -112,33 +164,41 @@ class BigramLanguageModel(nn.Module):
         """Continues each sequence of ``idx``, (B, T), by ``max_new_tokens``: (B, T + max_new_tokens) int64.
 
         The options are those of ``functional.generate``. With none of them, on the CPU, the tokens equal those of the
-        lecture's loop for the same seed.
+        lecture's loop for the same seed; that loop itself runs where the model is not fused.
         """
-        return functional.generate(
-            idx,
-            self.token_embedding_table.weight,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            stop=stop,
-            sampler=sampler,
-            generator=generator,
-        )
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "stop": stop,
+            "sampler": sampler,
+            "generator": generator,
+        }
+        if self.is_fused:
+            return functional.generate(idx, self.token_embedding_table.weight, max_new_tokens, **options)
+        # The errors of the fused path, from a table of this size in no memory and no sequences.
+        no_table = torch.zeros((), device=idx.device).expand(self.vocab_size, self.vocab_size)
+        functional.generate(idx[:0], no_table, max_new_tokens, **options)
+        return reference.continue_by(lambda idx: self(idx)[0][:, -1], idx, max_new_tokens, **options)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor) -> float:
-        """The exact mean cross-entropy of each token of ``tokens``, (N), given the one before it, in nats.
+        """The exact mean loss of each token of ``tokens``, (N), given the one before it, in nats.
 
         All pairs count, not sampled batches, at the cost of their distinct rows. Where the table is small compared with
         the tokens, the pairs are counted and the loss is computed in float64; otherwise a 16-bit table is read in
         float32. NaN for fewer than two tokens.
 
+        Where the model is not fused, or its loss has options, the loss is that of ``forward``, which is called for many
+        pairs at a time, each a sequence of one token.
+
         Raises:
             RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
             IndexError: A token is out of range.
         """
+        if not self._is_plain_cross_entropy():
+            return self._evaluate_by_calls(tokens)
         counts = self.count_pairs(tokens)
         if counts is not None:
             return self.evaluate_counts(counts)
@@ -147,15 +207,42 @@ class BigramLanguageModel(nn.Module):
         tokens = tokens.to(self.device, torch.int64)
         return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:], ignore_index=_NO_TOKEN).item()
 
+    def _is_plain_cross_entropy(self) -> bool:
+        """Whether the loss of a pair is the logsumexp of its row minus its logit."""
+        counts_all = not 0 <= self.ignore_index < self.vocab_size
+        return self.is_fused and counts_all and self.class_weight is None and self.label_smoothing == 0
+
+    def _evaluate_by_calls(self, tokens: Tensor) -> float:
+        most_logits = 2**22  # 16 MB of float32
+        check_tokens(tokens)
+        total, total_weight = 0.0, 0.0
+        for start in range(0, len(tokens) - 1, step := max(1, most_logits // self.vocab_size)):
+            chunk = tokens[start : start + step + 1].to(self.device, torch.int64)
+            targets = chunk[1:, None]
+            weight = self._weight_of_mean(targets)
+            if weight > 0:
+                total += weight * self(chunk[:-1, None], targets)[1].item()
+                total_weight += weight
+        return total / total_weight if total_weight > 0 else float("nan")
+
+    def _weight_of_mean(self, targets: Tensor) -> float:
+        """What the mean loss of these targets is divided by."""
+        counted = targets[targets != self.ignore_index]
+        if self.class_weight is None:
+            return counted.numel()
+        return self.class_weight.double()[counted].sum().item()
+
     def count_pairs(self, tokens: Tensor) -> Tensor | None:
-        """The pair counts of ``tokens``, (V, V), on the table's device; None if these are not small compared with them.
+        """The pair counts of ``tokens``, (V, V), on the table's device; None where ``evaluate`` does not use them.
+
+        It does where they are small compared with the tokens, and the loss is a plain cross-entropy.
 
         Raises:
             RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
             IndexError: A token is out of range.
         """
         check_tokens(tokens)
-        if not are_worth_counting(tokens, self.vocab_size):
+        if not self._is_plain_cross_entropy() or not are_worth_counting(tokens, self.vocab_size):
             return None
         return functional.count_bigrams(tokens.to(self.device), self.vocab_size)
 

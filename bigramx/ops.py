@@ -117,11 +117,12 @@ def _(
     z_loss: float = 0.0,
     padding_idx: int = NO_PADDING,
     sparse: bool = False,
+    loss_dtype: torch.dtype | None = None,
     return_logits: bool = False,
     compute_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_same_device("embedding_cross_entropy", idx=idx, weight=weight, targets=targets, class_weight=class_weight)
-    loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else ())
+    loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else (), dtype=loss_dtype)
     logits = weight.new_empty((idx.numel(), weight.shape[1]) if return_logits else 0)
     if not compute_grad:
         return loss, logits, weight.new_empty(0, dtype=torch.int64), weight.new_empty(0)

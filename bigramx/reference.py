@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -80,7 +81,8 @@ def embedding_cross_entropy_with_logits(
 ) -> tuple[Tensor, Tensor]:
     """See functional.embedding_cross_entropy_with_logits."""
     logits = F.embedding(idx.reshape(-1), weight, padding_idx=padding_idx, sparse=sparse)
-    flat_targets = targets.reshape(-1).long()
+    is_soft = targets.is_floating_point()
+    flat_targets = targets.reshape(logits.shape) if is_soft else targets.reshape(-1).long()
     loss = F.cross_entropy(
         logits,
         flat_targets,
@@ -90,14 +92,14 @@ def embedding_cross_entropy_with_logits(
         label_smoothing=label_smoothing,
     )
     if z_loss != 0:
-        counts = flat_targets != ignore_index
+        counts = torch.ones_like(idx.reshape(-1), dtype=torch.bool) if is_soft else flat_targets != ignore_index
         penalties = (z_loss * logits.logsumexp(-1) ** 2).masked_fill(~counts, 0)
         if reduction == "none":
             loss = loss + penalties
         else:
             loss = loss + penalties.sum() / (counts.sum() if reduction == "mean" else 1)
     if reduction == "none":
-        loss = loss.view(targets.shape)
+        loss = loss.view(idx.shape)
     return loss, logits
 
 
@@ -265,6 +267,35 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """See functional.generate."""
+    return continue_by(
+        lambda idx: F.embedding(idx[:, -1], weight),
+        idx,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=stop,
+        sampler=sampler,
+        generator=generator,
+    )
+
+
+def continue_by(
+    logits_after: Callable[[Tensor], Tensor],
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | None = None,
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The lecture's loop with the options of functional.generate; logits_after: (B, T) tokens -> (B, V) logits."""
+    idx = idx.long()
     seed = 0
     if sampler == "philox" and temperature > 0 and idx.size(0) > 0 and max_new_tokens > 0:
         seed = _draw_seed(generator)
@@ -272,9 +303,7 @@ def generate(
     for t in range(max_new_tokens):
         if stop is not None and bool(stopped.all()):
             break
-        logits = filter_logits(
-            F.embedding(idx[:, -1], weight), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
+        logits = filter_logits(logits_after(idx), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if temperature == 0:
             idx_next = logits.argmax(-1, keepdim=True)
         elif sampler == "philox":

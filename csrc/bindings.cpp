@@ -29,10 +29,11 @@ TORCH_LIBRARY(bigramx, m) {
     m.def("embedding_cross_entropy(Tensor idx, Tensor weight, Tensor targets, " LOSS_OPTIONS
           ", bool return_logits=False) -> (Tensor loss, Tensor logits)");
 
-    // Its two kernels. The gradient of weight is dense, (R, C), with grad_rows empty; or sparse, the rows
-    // that occur, (K, C), and their indices, (K); or empty where compute_grad is False.
+    // Its two kernels. loss_dtype: None for that of weight. The gradient of weight is dense, (R, C), with
+    // grad_rows empty; or sparse, the rows that occur, (K, C), and their indices, (K); or empty where
+    // compute_grad is False.
     m.def("embedding_cross_entropy_forward(Tensor idx, Tensor weight, Tensor targets, " LOSS_OPTIONS
-          ", bool return_logits=False, bool compute_grad=False) "
+          ", ScalarType? loss_dtype=None, bool return_logits=False, bool compute_grad=False) "
           "-> (Tensor loss, Tensor logits, Tensor grad_rows, Tensor grad_values)");
     m.def(
         "embedding_cross_entropy_backward(Tensor grad_loss, Tensor idx, Tensor weight, Tensor "

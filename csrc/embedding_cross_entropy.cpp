@@ -3,17 +3,22 @@
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_unsafe.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_backward.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/ops/ones_like.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <mutex>
 #include <utility>
-#include <vector>
 
+#include "base/autograd_node.h"
 #include "base/checks.h"
 #include "base/dispatch.h"
 #include "base/op_names.h"
@@ -21,10 +26,11 @@
 namespace bigramx {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Options = EmbeddingCrossEntropyOptions;
 using Params = EmbeddingCrossEntropyParams;
+using Result = EmbeddingCrossEntropyResult;
 
 constexpr const char* kName = kEmbeddingCrossEntropy;
 
@@ -53,8 +59,10 @@ void check_devices(const Params& params) {
     }
 }
 
-void check_class_weight(const at::Tensor& class_weight, const at::Tensor& weight) {
-    check_dtype(kName, "class_weight", class_weight, {weight.scalar_type()});
+// As F.cross_entropy: of the dtype of the logits, which under autocast are in the dtype of the loss.
+void check_class_weight(const at::Tensor& class_weight, const Params& params) {
+    const at::Tensor& weight = params.weight;
+    check_dtype(kName, "class_weight", class_weight, {params.loss_dtype});
     TORCH_CHECK(class_weight.dim() == 1 && class_weight.size(0) == weight.size(1), kName,
                 ": class_weight should be defined either for all ", weight.size(1),
                 " classes or no classes but got class_weight of shape: ", class_weight.sizes());
@@ -62,16 +70,26 @@ void check_class_weight(const at::Tensor& class_weight, const at::Tensor& weight
                 ": not differentiable with respect to class_weight; it cannot have requires_grad True");
 }
 
+// Classes, of the shape of idx; or probabilities of the classes, (..., C).
+void check_targets(const Params& params) {
+    c10::SymDimVector shape(params.idx.sym_sizes());
+    if (params.has_soft_targets()) {
+        shape.push_back(params.weight.sym_size(1));
+    } else {
+        check_dtype(kName, "targets", params.targets, {at::kLong, at::kInt, at::kByte});
+    }
+    TORCH_CHECK_VALUE(params.targets.sym_sizes() == c10::SymIntArrayRef(shape), kName,
+                      ": expected targets to have the shape of idx, ", c10::SymIntArrayRef(shape), ", got ",
+                      params.targets.sym_sizes());
+}
+
 void check_params(const Params& params) {
     check_matrix(kName, "weight", params.weight);
     check_floating(kName, "weight", params.weight);
     check_dtype(kName, "idx", params.idx, {at::kLong, at::kInt});
-    check_dtype(kName, "targets", params.targets, {at::kLong, at::kInt, at::kByte});
     check_devices(params);
-    TORCH_CHECK_VALUE(params.idx.sym_sizes() == params.targets.sym_sizes(), kName,
-                      ": expected targets to have the shape of idx, ", params.idx.sym_sizes(), ", got ",
-                      params.targets.sym_sizes());
-    if (params.class_weight.defined()) check_class_weight(params.class_weight, params.weight);
+    check_targets(params);
+    if (params.class_weight.defined()) check_class_weight(params.class_weight, params);
     check_options(params.options, params.weight.size(0));
 }
 
@@ -102,15 +120,17 @@ std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
     return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
 }
 
-auto call_forward(const Params& params) {
+Result call_forward(const Params& params) {
     static const auto op =
         find_op<decltype(EmbeddingCrossEntropy::forward)>("bigramx::embedding_cross_entropy_forward");
-    return std::apply(
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, logits, grad_rows, grad_values] = std::apply(
         [&](const auto&... option) {
             return op.call(params.idx, params.weight, params.targets, optional_of(params.class_weight),
-                           option..., params.return_logits, params.compute_grad);
+                           option..., params.loss_dtype, params.return_logits, params.compute_grad);
         },
         Options::fields(params.options));
+    return {std::move(loss), std::move(logits), {std::move(grad_rows), std::move(grad_values)}};
 }
 
 WeightGradient call_backward(const at::Tensor& grad_loss, const Params& params) {
@@ -123,6 +143,58 @@ WeightGradient call_backward(const at::Tensor& grad_loss, const Params& params) 
         },
         Options::fields(params.options));
     return {rows, values};
+}
+
+// ---------------------------------------------------------------------------------------------- plain path
+
+// What PyTorch's own ops make of it: differentiable any number of times, in any mode.
+
+// (N, C): the rows of idx.
+at::Tensor plain_logits(const Params& params) {
+    return at::embedding_symint(params.weight, params.idx.reshape(-1), params.options.padding_idx,
+                                /*scale_grad_by_freq=*/false, params.options.sparse);
+}
+
+// z_loss * logsumexp^2 of each pair that counts, reduced.
+at::Tensor plain_z_loss(const at::Tensor& logits, const at::Tensor& targets, const Options& options) {
+    at::Tensor penalties = options.z_loss * logits.logsumexp(-1).square();
+    at::Tensor counts =
+        targets.dim() == 1 ? targets != options.ignore_index : at::ones_like(penalties, at::kBool);
+    penalties = penalties.masked_fill(counts.logical_not(), 0);
+    if (options.reduction == at::Reduction::None) return penalties;
+    const at::Tensor sum = penalties.sum();
+    return options.reduction == at::Reduction::Mean ? sum / counts.sum() : sum;
+}
+
+at::Tensor plain_loss(at::Tensor logits, const Params& params) {
+    const Options& options = params.options;
+    logits = logits.to(params.loss_dtype);
+    const at::Tensor targets = params.has_soft_targets() ? params.targets.reshape_symint(logits.sym_sizes())
+                                                         : params.targets.reshape(-1).to(at::kLong);
+    at::Tensor loss =
+        at::cross_entropy_loss_symint(logits, targets, optional_of(params.class_weight), options.reduction,
+                                      options.ignore_index, options.label_smoothing);
+    if (options.z_loss > 0) loss = loss + plain_z_loss(logits, targets, options);
+    return params.is_reduced() ? loss : loss.reshape_symint(params.idx.sym_sizes());
+}
+
+// The gradient of the loss, through the logits, for `source`: the logits or what they are made of. It can be
+// differentiated where gradients are recorded (create_graph).
+at::Tensor plain_gradient(const at::Tensor& source, const at::Tensor& logits, const Params& params,
+                          const at::Tensor& grad_loss) {
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode record(true);
+    return torch::autograd::grad({plain_loss(logits, params)}, {source}, {grad_loss},
+                                 /*retain_graph=*/create_graph, create_graph)[0];
+}
+
+// Whether the kernels do not know these targets, or this kind of differentiation: forward mode, torch.func.
+bool takes_plain_path(const Params& params) {
+    if (params.has_soft_targets() || params.weight._fw_grad(/*level=*/0).defined()) return true;
+    for (const at::Tensor& tensor : {params.idx, params.weight, params.targets, params.class_weight}) {
+        if (tensor.defined() && tensor.key_set().has_any(c10::functorch_transforms_ks)) return true;
+    }
+    return false;
 }
 
 // ---------------------------------------------------------------------------------------------- autograd
@@ -140,108 +212,136 @@ at::Tensor assemble(const WeightGradient& gradient, const at::Tensor& weight, bo
 // Whether the tensor may be a tracer's (torch.compile, torch.export), whose values cannot be read.
 bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
 
-c10::IValue to_ivalue(const Options& options) {
-    return std::apply(
-        [](const auto&... option) { return c10::ivalue::Tuple::create(std::vector<c10::IValue>{option...}); },
-        Options::fields(options));
-}
+// weight -> logits, which the kernel has written: the lookup's place in the graph, before the loss.
+struct LogitsBackward final : torch::autograd::Node {
+    SavedVariable idx;
+    c10::SymInt num_rows;
+    int64_t padding_idx;
+    bool sparse;
 
-Options from_ivalue(const c10::IValue& value) {
-    const std::vector<c10::IValue> elements = value.toTupleRef().elements().vec();
-    Options options{};
-    size_t k = 0;
-    std::apply([&](auto&... option) { ((option = elements[k++].to<std::decay_t<decltype(option)>>()), ...); },
-               Options::fields(options));
-    return options;
-}
-
-// Gives a gradient under create_graph=True a history, so that only differentiating it raises.
-struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
-    static at::Tensor forward(AutogradContext*, const at::Tensor& gradient, const at::Tensor& /*grad_loss*/,
-                              const at::Tensor& /*weight*/) {
-        return gradient.detach();
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const at::Tensor& grad_logits = grads[0];
+        const at::Tensor indices = idx.unpack();  // raises on a second way through the graph
+        if (!grad_logits.defined()) return {at::Tensor()};
+        return {at::embedding_backward_symint(grad_logits, indices.reshape(-1), num_rows, padding_idx,
+                                              /*scale_grad_by_freq=*/false, sparse)};
     }
 
-    static variable_list backward(AutogradContext*, const variable_list&) {
-        TORCH_CHECK(false, kName, ": the gradient of weight cannot be differentiated a second time");
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        idx.reset_data();
     }
 };
 
-// (weight, params) -> (loss, logits). Autograd does not see the tensors inside params: only weight is
-// differentiable.
-struct LossFunction : torch::autograd::Function<LossFunction> {
-    static variable_list forward(AutogradContext* ctx, const at::Tensor& weight, Params params) {
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
-        TORCH_CHECK_NOT_IMPLEMENTED(
-            !params.options.sparse || !weight.key_set().has(c10::DispatchKey::Python), kName,
-            ": sparse gradients are not implemented under torch.compile and torch.export");
-        params.compute_grad = params.is_reduced() && (can_scale_gradient(weight) || !is_traced(weight));
-        const auto [loss, logits, grad_rows, grad_values] = call_forward(params);
-        if (params.compute_grad) {
-            ctx->saved_data["gradient"] = assemble({grad_rows, grad_values}, weight, params.options.sparse);
-        }
-        ctx->saved_data["options"] = to_ivalue(params.options);
-        ctx->save_for_backward({weight, params.idx, params.targets, params.class_weight});
-        ctx->set_materialize_grads(false);
-        if (!params.return_logits) ctx->mark_non_differentiable({logits});
-        return {loss, logits};
+// (weight, logits) -> loss. The logits, defined if they are returned, are where the loss comes from for those
+// who look at their gradient; the others are spared it: the gradient goes to weight directly.
+struct LossBackward final : torch::autograd::Node {
+    SavedVariable weight, logits, idx, targets, class_weight;
+    Options options;
+    at::Tensor gradient;  // of weight, for grad_loss = 1; undefined if not computed, or once it is taken
+
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const at::Tensor& grad_loss = grads[0];
+        // The first backward pass takes the gradient that the forward pass has computed, and thus may scale
+        // it in place; later ones compute it again.
+        at::Tensor taken = std::move(gradient);
+        if (!grad_loss.defined()) return {at::Tensor(), at::Tensor()};
+        if (at::GradMode::is_enabled() || are_logits_observed()) return differentiate_plain_loss(grad_loss);
+        return {grad_weight(grad_loss, std::move(taken)), at::Tensor()};
     }
 
-    static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-        const at::Tensor& grad_loss = grad_outputs[0];
-        const at::Tensor& grad_logits = grad_outputs[1];
-        at::Tensor gradient = take_gradient(ctx);
-        if (grad_loss.defined()) {
-            const at::NoGradGuard no_grad;
-            gradient = grad_weight(ctx, grad_loss, std::move(gradient));
-        } else {
-            gradient = at::Tensor();
-        }
-        if (gradient.defined() && at::GradMode::is_enabled()) {
-            gradient = OnceDifferentiable::apply(gradient, grad_loss, ctx->get_saved_variables()[0]);
-        }
-        if (grad_logits.defined()) {
-            const at::Tensor through_logits = embedding_gradient(ctx, grad_logits);
-            gradient = gradient.defined() ? gradient + through_logits : through_logits;
-        }
-        return {gradient, at::Tensor()};
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (SavedVariable* saved : {&weight, &logits, &idx, &targets, &class_weight}) saved->reset_data();
+        gradient.reset();
     }
 
   private:
-    // The forward pass has computed the gradient for grad_loss = 1. The first backward pass takes it, and
-    // thus may scale it in place; later ones compute it again.
-    static at::Tensor take_gradient(AutogradContext* ctx) {
-        const auto entry = ctx->saved_data.find("gradient");
-        if (entry == ctx->saved_data.end()) return {};
-        at::Tensor gradient = std::move(entry->second).toTensor();
-        ctx->saved_data.erase(entry);
-        return gradient;
+    bool are_logits_observed() {
+        const torch::autograd::Edge& edge = next_edge(1);
+        return edge.is_valid() && is_observed(*edge.function);
     }
 
-    static at::Tensor grad_weight(AutogradContext* ctx, const at::Tensor& grad_loss, at::Tensor gradient) {
-        if (gradient.defined() && is_traced(grad_loss)) return gradient.mul(grad_loss);
-        const auto saved = [&] { return prepare(saved_params(ctx)); };
-        if (gradient.defined()) {
-            gradient = BIGRAMX_DISPATCH_DEVICE(gradient, embedding_cross_entropy_scale_gradient, gradient,
-                                               grad_loss, saved);
+    at::Tensor grad_weight(const at::Tensor& grad_loss, at::Tensor taken) {
+        if (taken.defined() && is_traced(grad_loss)) return taken.mul(grad_loss);
+        const auto saved = [&] { return prepare(saved_params(grad_loss)); };
+        if (taken.defined()) {
+            taken = BIGRAMX_DISPATCH_DEVICE(taken, embedding_cross_entropy_scale_gradient, taken, grad_loss,
+                                            saved);
         }
-        if (gradient.defined()) return gradient;
-        const Params params = saved_params(ctx);
+        if (taken.defined()) return taken;
+        const Params params = saved_params(grad_loss);
         return assemble(call_backward(grad_loss, params), params.weight, params.options.sparse);
     }
 
-    static at::Tensor embedding_gradient(AutogradContext* ctx, const at::Tensor& grad_logits) {
-        const Params params = saved_params(ctx);
-        return at::embedding_backward_symint(grad_logits, params.idx.reshape(-1), params.weight.sym_size(0),
-                                             params.options.padding_idx, /*scale_grad_by_freq=*/false,
-                                             params.options.sparse);
+    // The gradient of the logits or, if there are none, of weight.
+    variable_list differentiate_plain_loss(const at::Tensor& grad_loss) {
+        const Params params = saved_params(grad_loss);
+        const at::Tensor own_logits = plain_logits(params);
+        if (!next_edge(1).is_valid()) {
+            return {plain_gradient(params.weight, own_logits, params, grad_loss), at::Tensor()};
+        }
+        // Without create_graph the returned logits are not needed, which may have been changed since.
+        const at::Tensor source =
+            at::GradMode::is_enabled() ? logits.unpack() : own_logits.detach().requires_grad_();
+        return {at::Tensor(), plain_gradient(source, source, params, grad_loss)};
     }
 
-    static Params saved_params(AutogradContext* ctx) {
-        const variable_list saved = ctx->get_saved_variables();
-        return {saved[1], saved[0], saved[2], saved[3], from_ivalue(ctx->saved_data["options"])};
+    Params saved_params(const at::Tensor& grad_loss) {
+        return {idx.unpack(),          weight.unpack(), targets.unpack(),
+                class_weight.unpack(), options,         grad_loss.scalar_type()};
     }
 };
+
+auto node_of_logits(const Params& params) {
+    auto node = make_node<LogitsBackward>(params.weight);
+    node->idx = SavedVariable(params.idx, /*is_output=*/false);
+    node->num_rows = params.weight.sym_size(0);
+    node->padding_idx = params.options.padding_idx;
+    node->sparse = params.options.sparse;
+    return node;
+}
+
+auto node_of_loss(const Params& params, const at::Tensor& logits, const WeightGradient& gradient) {
+    auto node = make_node<LossBackward>(params.weight, logits);
+    node->weight = SavedVariable(params.weight, /*is_output=*/false);
+    node->logits = SavedVariable(logits, /*is_output=*/false);
+    node->idx = SavedVariable(params.idx, /*is_output=*/false);
+    node->targets = SavedVariable(params.targets, /*is_output=*/false);
+    node->class_weight = SavedVariable(params.class_weight, /*is_output=*/false);
+    node->options = params.options;
+    if (params.compute_grad) node->gradient = assemble(gradient, params.weight, params.options.sparse);
+    return node;
+}
+
+// The results of the kernels, with their history.
+std::tuple<at::Tensor, at::Tensor> differentiable_results(Params params) {
+    const at::Tensor& weight = params.weight;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !params.options.sparse || !weight.key_set().has(c10::DispatchKey::Python), kName,
+        ": sparse gradients are not implemented under torch.compile and torch.export");
+    params.compute_grad = params.is_reduced() && (can_scale_gradient(weight) || !is_traced(weight));
+    const Result result = call_forward(params);
+    const at::Tensor logits = params.return_logits ? result.logits : at::Tensor();
+    if (logits.defined()) torch::autograd::set_history(logits, node_of_logits(params));
+    torch::autograd::set_history(result.loss, node_of_loss(params, logits, result.gradient));
+    return {result.loss, result.logits};
+}
+
+// The dtype of F.cross_entropy's result: that of the logits, or float32 under autocast, where it casts its
+// arguments but for float64.
+void apply_autocast(Params& params) {
+    params.loss_dtype = params.weight.scalar_type();
+    if (!at::autocast::is_autocast_enabled(params.weight.device().type())) return;
+    const auto widened = [](at::ScalarType dtype) {
+        return dtype == at::kHalf || dtype == at::kBFloat16 ? at::kFloat : dtype;
+    };
+    params.loss_dtype = widened(params.loss_dtype);
+    at::Tensor& class_weight = params.class_weight;
+    if (class_weight.defined()) class_weight = class_weight.to(widened(class_weight.scalar_type()));
+}
 
 }  // namespace
 
@@ -249,30 +349,35 @@ template <typename... Option>
 std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::differentiable(
     const Tensor& idx, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& class_weight,
     Option... option, bool return_logits) {
-    const Params params{idx, weight, targets, class_weight.value_or(Tensor()), {option...}, return_logits};
+    Params params{idx,         weight,     targets,      class_weight.value_or(Tensor()),
+                  {option...}, at::kFloat, return_logits};
     check_devices(params);  // before a tensor on another device picks the kernel
-    TORCH_CHECK_NOT_IMPLEMENTED(!weight._fw_grad(/*level=*/0).defined(), kName,
-                                ": forward-mode differentiation is not implemented");
-    if (!at::GradMode::is_enabled() || !weight.requires_grad()) {
-        const auto [loss, logits, grad_rows, grad_values] = call_forward(params);
-        return {loss, logits};
+    apply_autocast(params);
+    if (takes_plain_path(params)) {
+        check_params(params);
+        const Tensor logits = plain_logits(params);
+        return {plain_loss(logits, params), return_logits ? logits : at::empty({0}, weight.options())};
     }
-    variable_list outputs = LossFunction::apply(weight, params);
-    return {std::move(outputs[0]), std::move(outputs[1])};
+    if (at::GradMode::is_enabled() && weight.requires_grad()) return differentiable_results(params);
+    const Result result = call_forward(params);
+    return {result.loss, result.logits};
 }
 
 template <typename... Option>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::forward(
     const Tensor& idx, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& class_weight,
-    Option... option, bool return_logits, bool compute_grad) {
-    const Params params{idx,         weight,        targets,     class_weight.value_or(Tensor()),
-                        {option...}, return_logits, compute_grad};
+    Option... option, std::optional<at::ScalarType> loss_dtype, bool return_logits, bool compute_grad) {
+    const Params params{idx,           weight,
+                        targets,       class_weight.value_or(Tensor()),
+                        {option...},   loss_dtype.value_or(weight.scalar_type()),
+                        return_logits, compute_grad};
     check_params(params);
     auto [loss, logits, gradient] = BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy, prepare(params));
     if (!return_logits) logits = at::empty({0}, weight.options());
     if (!compute_grad) {
         gradient = {at::empty({0}, idx.options().dtype(at::kLong)), at::empty({0}, weight.options())};
     }
+    if (loss.scalar_type() != params.loss_dtype) loss = loss.to(params.loss_dtype);
     return {loss, logits, gradient.rows, gradient.values};
 }
 
@@ -280,7 +385,8 @@ template <typename... Option>
 std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::backward(
     const Tensor& grad_loss, const Tensor& idx, const Tensor& weight, const Tensor& targets,
     const std::optional<Tensor>& class_weight, Option... option) {
-    const Params params{idx, weight, targets, class_weight.value_or(Tensor()), {option...}};
+    const Params params{
+        idx, weight, targets, class_weight.value_or(Tensor()), {option...}, grad_loss.scalar_type()};
     check_params(params);
     const int64_t num_gradients = params.is_reduced() ? 1 : targets.numel();
     TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
@@ -291,6 +397,9 @@ std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::backward
 }
 
 TORCH_LIBRARY_IMPL(bigramx, CompositeImplicitAutograd, m) {
+    m.impl(kName, &EmbeddingCrossEntropy::differentiable);
+}
+TORCH_LIBRARY_IMPL(bigramx, FuncTorchBatchedDecomposition, m) {  // torch.vmap
     m.impl(kName, &EmbeddingCrossEntropy::differentiable);
 }
 BIGRAMX_REGISTER("embedding_cross_entropy_forward", &EmbeddingCrossEntropy::forward)

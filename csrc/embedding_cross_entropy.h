@@ -37,14 +37,18 @@ struct EmbeddingCrossEntropyParams {
     // As the op takes them; in parentheses: as the kernels take them.
     at::Tensor idx;           // N elements, integers (int64, contiguous)
     at::Tensor weight;        // (R, C) floating point (unit stride along a row)
-    at::Tensor targets;       // N elements, integers (int64, contiguous)
-    at::Tensor class_weight;  // (C) in weight's dtype (its accumulation dtype, contiguous); undefined: ones
+    at::Tensor targets;       // N elements, integers (int64, contiguous); on the plain path also (..., C)
+    at::Tensor class_weight;  // (C) in the loss's dtype (accumulation dtype, contiguous); undefined: ones
     EmbeddingCrossEntropyOptions options;
+    at::ScalarType loss_dtype = at::kFloat;  // of the op's result
     bool return_logits = false;
     bool compute_grad = false;
 
     bool is_reduced() const { return options.reduction != at::Reduction::None; }
     bool is_mean() const { return options.reduction == at::Reduction::Mean; }
+
+    // Probabilities of the classes in place of classes.
+    bool has_soft_targets() const { return targets.is_floating_point() && targets.dim() == idx.dim() + 1; }
 };
 
 // The gradient of `weight`: dense, values (R, C) and rows (0); or sparse, values (K, C) of the K rows that
@@ -56,7 +60,7 @@ struct WeightGradient {
 };
 
 struct EmbeddingCrossEntropyResult {
-    at::Tensor loss;          // () or, unreduced, the shape of targets; in weight's dtype
+    at::Tensor loss;          // () or, unreduced, the shape of targets; in weight's accumulation dtype
     at::Tensor logits;        // (N, C): weight[idx]; undefined without return_logits
     WeightGradient gradient;  // of the reduced loss; undefined without compute_grad
 };
@@ -98,8 +102,9 @@ struct EmbeddingCrossEntropyOps {
     static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& idx, const Tensor& weight,
                                                               const Tensor& targets,
                                                               const std::optional<Tensor>& class_weight,
-                                                              Option... option, bool return_logits,
-                                                              bool compute_grad);
+                                                              Option... option,
+                                                              std::optional<at::ScalarType> loss_dtype,
+                                                              bool return_logits, bool compute_grad);
 
     // The gradient's rows and values.
     static std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& idx,

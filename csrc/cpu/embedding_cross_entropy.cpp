@@ -30,7 +30,7 @@ struct EmbeddingCrossEntropyKernelParams {
     const int64_t* rows;  // (num_slots): the row of each slot; null: slot i is row i
     int64_t num_slots;
     bool want_loss;
-    void* losses;               // (N), or null: only their sum
+    void* losses;               // (N) of acc_t, or null: only their sum
     void* gradient;             // (num_slots, C), or null
     bool nontemporal_gradient;  // whether it is written by non-temporal stores
     const void* grad_losses;    // (N) of acc_t, or null: all ones
@@ -228,14 +228,15 @@ EmbeddingCrossEntropyResult embedding_cross_entropy_cpu(const EmbeddingCrossEntr
     KernelParams kernel = kernel_params(params, workspace.pairs);
     kernel.want_loss = true;
     EmbeddingCrossEntropyResult result;
+    const auto loss_options = params.weight.options().dtype(at::toOpMathType(params.weight.scalar_type()));
     if (!params.is_reduced()) {
-        result.loss = at::empty(params.targets.sizes(), params.weight.options());
+        result.loss = at::empty(params.targets.sizes(), loss_options);
         kernel.losses = result.loss.data_ptr();
     }
     if (params.return_logits) result.logits = gather_logits(params);
     const LossSums sums = run(kernel, params, params.compute_grad ? &result.gradient : nullptr, workspace);
     if (params.is_reduced()) {
-        result.loss = at::scalar_tensor(reduced_loss(sums, kernel.scales), params.weight.options());
+        result.loss = at::scalar_tensor(reduced_loss(sums, kernel.scales), loss_options);
     }
     return result;
 }

@@ -287,13 +287,13 @@ class RowKernel {
 
     // The loss of each pair. shared: what all pairs of the row have in common.
     void write_losses(const Row& row, double shared) const {
-        scalar_t* losses = static_cast<scalar_t*>(params_.losses);
+        acc_t* losses = static_cast<acc_t*>(params_.losses);
         const int64_t* pair_indices = params_.pairs->pair_indices.begin();
         for (int64_t k = row.begin; k < row.end; ++k) losses[pair_indices[k]] = 0;
         for_each_target(row, [&](int64_t k, int64_t target) {
             const acc_t logit = static_cast<acc_t>(row.weight[target]) - row.max;
             const double loss = loss_of_pair(params_.options, shared, weight_of(target), row.log_sum, logit);
-            losses[pair_indices[k]] = static_cast<scalar_t>(static_cast<acc_t>(loss));
+            losses[pair_indices[k]] = static_cast<acc_t>(loss);
         });
     }
 

@@ -1,6 +1,7 @@
 #include "embedding_cross_entropy.h"
 
 #include <ATen/Context.h>
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 
@@ -71,7 +72,7 @@ EmbeddingCrossEntropyResult embedding_cross_entropy_cuda(const EmbeddingCrossEnt
     KernelParams kernel = kernel_params(params);
     const at::IntArrayRef shape = params.is_reduced() ? at::IntArrayRef() : params.targets.sizes();
     EmbeddingCrossEntropyResult result;
-    result.loss = at::empty(shape, weight.options());
+    result.loss = at::empty(shape, weight.options().dtype(at::toOpMathType(weight.scalar_type())));
     kernel.loss = result.loss.data_ptr();
     if (params.compute_grad) result.gradient = make_gradient(kernel, weight, params.options.sparse);
     launch(kernel, guard, weight);
@@ -86,7 +87,7 @@ WeightGradient embedding_cross_entropy_backward_cuda(const at::Tensor& grad_loss
     if (!params.is_reduced()) {  // the pairs of a row are added up in no fixed order
         at::globalContext().alertNotDeterministic("embedding_cross_entropy_backward with reduction='none'");
     }
-    const at::Tensor grad_losses = grad_loss.to(params.weight.scalar_type()).contiguous();
+    const at::Tensor grad_losses = grad_loss.to(at::toOpMathType(params.weight.scalar_type())).contiguous();
     kernel.grad_loss = grad_losses.const_data_ptr();
     WeightGradient gradient = make_gradient(kernel, params.weight, params.options.sparse);
     launch(kernel, guard, params.weight);
@@ -100,14 +101,15 @@ at::Tensor embedding_cross_entropy_scale_gradient_cuda(const at::Tensor& gradien
     const cuda::StreamGuard guard(gradient);
     const bool sparse = gradient.is_sparse();
     const at::Tensor values = sparse ? gradient._values() : gradient;
+    const at::Tensor scale = grad_loss.to(at::toOpMathType(values.scalar_type()));
     if (values.scalar_type() != at::kHalf) {
         cuda::launch_scale_gradient(cuda::float_type(values), values.data_ptr(), values.numel(),
-                                    grad_loss.const_data_ptr(), guard.stream());
+                                    scale.const_data_ptr(), guard.stream());
         return gradient;
     }
     const EmbeddingCrossEntropyParams params = saved();
     KernelParams kernel = kernel_params(params);
-    kernel.grad_loss = grad_loss.const_data_ptr();
+    kernel.grad_loss = scale.const_data_ptr();
     kernel.unless_one = true;
     set_gradient(kernel, {sparse ? gradient._indices().select(0, 0) : at::Tensor(), values}, sparse);
     launch(kernel, guard, params.weight);

@@ -52,7 +52,7 @@ struct SumScales {
 
 template <typename scalar_t>
 __device__ void write_loss(const RowsParams<scalar_t>& rows, const LossSums& loss) {
-    *rows.loss = narrow<scalar_t>(static_cast<opmath_t<scalar_t>>(reduced_loss(loss, *rows.scales)));
+    *rows.loss = static_cast<opmath_t<scalar_t>>(reduced_loss(loss, *rows.scales));
 }
 
 // A last-block reduction, over the blocks in a fixed order. scratch: (kMaxWarps).
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 // losses: (N).
 template <typename scalar_t>
 __global__ void __launch_bounds__(kPairThreads, 1)
-    pair_losses_kernel(RowsParams<scalar_t> rows, IndexedPairs pairs, scalar_t* losses) {
+    pair_losses_kernel(RowsParams<scalar_t> rows, IndexedPairs pairs, opmath_t<scalar_t>* losses) {
     using acc_t = opmath_t<scalar_t>;
     const BlockRange range(pairs.num_pairs());
     pairs.for_each(range.begin, range.end, [&](const Pair& pair) {
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
             loss = loss_of_pair(rows.options, static_cast<double>(stats.shared), class_weight,
                                 static_cast<double>(stats.log_sum), static_cast<double>(logit));
         }
-        losses[pair.index] = narrow<scalar_t>(static_cast<acc_t>(loss));
+        losses[pair.index] = static_cast<acc_t>(loss);
     });
 }
 
@@ -271,8 +271,8 @@ constexpr int kScaleThreads = 512;
 
 template <typename scalar_t>
 __global__ void __launch_bounds__(kScaleThreads)
-    scale_kernel(scalar_t* gradient, int64_t size, const scalar_t* grad_loss) {
-    const opmath_t<scalar_t> scale = widen(*grad_loss);
+    scale_kernel(scalar_t* gradient, int64_t size, const opmath_t<scalar_t>* grad_loss) {
+    const opmath_t<scalar_t> scale = *grad_loss;
     if (scale == 1) return;
     const int64_t threads = int64_t{gridDim.x} * blockDim.x;
     for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < size; k += threads) {
@@ -403,12 +403,12 @@ class Launcher {
         rows.scales = scratch_.scales;
         rows.counts = scratch_.counts;
         rows.groups = scratch_.groups;
-        rows.grad_loss = static_cast<const scalar_t*>(params_.grad_loss);
+        rows.grad_loss = static_cast<const acc_t*>(params_.grad_loss);
         rows.has_grad_losses = has_grad_losses(params_);
         rows.unless_one = params_.unless_one;
         rows.max_slots = max_slots(params_, strategy_);
         rows.losses_of_blocks = scratch_.losses_of_blocks;
-        rows.loss = params_.is_reduced ? static_cast<scalar_t*>(params_.loss) : nullptr;
+        rows.loss = params_.is_reduced ? static_cast<acc_t*>(params_.loss) : nullptr;
         rows.ticket = scratch_.ticket;
         rows.stats = static_cast<RowStats<acc_t>*>(scratch_.stats);
         rows.gradient = static_cast<scalar_t*>(params_.gradient);
@@ -504,7 +504,7 @@ class Launcher {
         const int64_t blocks =
             blocks_for_pairs(kEmbeddingCrossEntropy, params_.num_pairs, /*blocks_a_multiprocessor=*/4);
         launch({kEmbeddingCrossEntropy, stream_, blocks, kPairThreads}, pair_losses_kernel<scalar_t>, rows_,
-               pairs_, static_cast<scalar_t*>(params_.loss));
+               pairs_, static_cast<acc_t*>(params_.loss));
     }
 
     void launch_stats() const {
@@ -577,7 +577,7 @@ void launch_scale_gradient(FloatType type, void* gradient, int64_t size, const v
     with_type(type, [&](auto zero) {
         using scalar_t = decltype(zero);
         launch({kEmbeddingCrossEntropy, stream, blocks, kScaleThreads}, scale_kernel<scalar_t>,
-               static_cast<scalar_t*>(gradient), size, static_cast<const scalar_t*>(grad_loss));
+               static_cast<scalar_t*>(gradient), size, static_cast<const opmath_t<scalar_t>*>(grad_loss));
     });
 }
 

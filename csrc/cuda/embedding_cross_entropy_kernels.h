@@ -23,7 +23,7 @@ struct EmbeddingCrossEntropyKernelParams {
     int64_t padding_idx;  // -1: none
 
     // Outputs, each null where it is not wanted.
-    void* loss;             // () of scalar_t, or (N) where it is not reduced
+    void* loss;             // () of acc_t, or (N) where it is not reduced
     const void* grad_loss;  // the shape of loss; null: ones
     void* gradient;         // (R, C) of scalar_t; sparse: (min(N, R), C)
     int64_t* grad_rows;     // (min(N, R)); not null: the gradient is sparse
@@ -36,7 +36,7 @@ int64_t embedding_cross_entropy_scratch_bytes(const EmbeddingCrossEntropyKernelP
 void launch_embedding_cross_entropy(const EmbeddingCrossEntropyKernelParams& params, void* scratch,
                                     cudaStream_t stream);
 
-// gradient (size) *= *grad_loss, both of `type`. Zeros stay zero, whatever the factor.
+// gradient (size), of `type`, *= *grad_loss, of its acc_t. Zeros stay zero, whatever the factor.
 void launch_scale_gradient(FloatType type, void* gradient, int64_t size, const void* grad_loss,
                            cudaStream_t stream);
 

@@ -42,7 +42,7 @@ struct RowsParams {
     PairGroups groups;
 
     // () or, unreduced, (N); null: ones.
-    const scalar_t* grad_loss;
+    const acc_t* grad_loss;
     bool has_grad_losses;  // (N)
     bool unless_one;       // there is nothing to do where *grad_loss is 1
 
@@ -52,7 +52,7 @@ struct RowsParams {
 
     // Outputs, each null where it is not wanted.
     LossSums* losses_of_blocks;  // (blocks), reduced by the last block
-    scalar_t* loss;              // ()
+    acc_t* loss;                 // ()
     unsigned* ticket;            // (), 0 before
     RowStats<acc_t>* stats;      // (R)
     scalar_t* gradient;          // (max_slots, C)
@@ -84,11 +84,11 @@ struct RowsParams {
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
             return 1;
         } else {
-            return grad_loss != nullptr ? widen(grad_loss[groups.pair_indices[k]]) : acc_t(1);
+            return grad_loss != nullptr ? grad_loss[groups.pair_indices[k]] : acc_t(1);
         }
     }
     __device__ double grad_of_all() const {
-        return grad_loss != nullptr && !has_grad_losses ? static_cast<double>(widen(*grad_loss)) : 1.0;
+        return grad_loss != nullptr && !has_grad_losses ? static_cast<double>(*grad_loss) : 1.0;
     }
     __device__ bool is_done() const { return unless_one && grad_of_all() == 1.0; }
 };
