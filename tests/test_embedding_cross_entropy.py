@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigramx import functional, reference
+from bigramx.functional import Reduction
 from tests.devices import on_device, raises_in_kernel, runs_on_gpu, skip_if_long
 from tests.tolerances import assert_as_close_as_eager
 
@@ -22,6 +24,18 @@ pytestmark = pytest.mark.usefixtures("device")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Less than a vector, whole vectors and one element, whole vectors less one element, more than one block of rows.
 SIZES = [(1, 1), (2, 3), (65, 256), (67, 1), (127, 333), (1000, 77), (65, 0)]
+
+
+class OpNames(TorchDispatchMode):
+    """The names of the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -193,6 +207,274 @@ class TestEdges:
         case.check()
 
 
+class TestLogits:
+    """The loss lies behind the logits in the graph, for those who look."""
+
+    Look = Callable[[Tensor, Tensor, Tensor], list[Tensor | None]]
+
+    @staticmethod
+    def retain_grad(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        logits.retain_grad()
+        (loss + logits.square().mean()).backward()
+        return [logits.grad, weight.grad]
+
+    @staticmethod
+    def hook(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        seen: list[Tensor | None] = []
+        logits.register_hook(lambda grad: seen.append(grad.clone()) or grad * 2 + 1)  # type: ignore[func-returns-value]
+        loss.backward()
+        return [*seen, weight.grad]
+
+    @staticmethod
+    def hook_on_the_node(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        seen: list[Tensor | None] = []
+        assert logits.grad_fn is not None
+        logits.grad_fn.register_prehook(lambda grads: seen.extend(grads))
+        logits.grad_fn.register_hook(lambda grads, _outputs: seen.extend(grads))
+        loss.backward()
+        return [*seen, weight.grad]
+
+    @staticmethod
+    def hook_on_several(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        seen: list[Tensor | None] = []
+        torch.autograd.graph.register_multi_grad_hook((logits, weight), lambda grads: seen.extend(grads))
+        loss.backward()
+        return [*seen, weight.grad]
+
+    @staticmethod
+    def gradient_of_logits(_weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        return list(torch.autograd.grad(loss * 3, logits))
+
+    @staticmethod
+    def gradient_of_both(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        first = torch.autograd.grad(loss, (weight, logits), retain_graph=True)
+        return [*first, *torch.autograd.grad(loss, (logits, weight))]
+
+    @staticmethod
+    def second_gradient_of_logits(_weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+        return [grad, *torch.autograd.grad(grad.square().sum(), logits)]
+
+    @staticmethod
+    def second_loss_of_logits(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        (loss + (logits.softmax(-1) * logits).sum()).backward()
+        return [weight.grad]
+
+    @staticmethod
+    def changed_afterwards(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        logits[:, 0] = -1e9
+        logits.mul_(2)
+        (loss + logits[:, 1:].mean()).backward()
+        return [weight.grad]
+
+    @staticmethod
+    def changed_after_a_hook(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        logits.register_hook(lambda grad: grad * 2)
+        logits[:, 0] = -1e9
+        loss.backward()
+        return [weight.grad]
+
+    @staticmethod
+    def detached_afterwards(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        logits.detach_()
+        loss.backward()
+        return [weight.grad]
+
+    LOOKS = (
+        retain_grad,
+        hook,
+        hook_on_the_node,
+        hook_on_several,
+        gradient_of_logits,
+        gradient_of_both,
+        second_gradient_of_logits,
+        second_loss_of_logits,
+        changed_afterwards,
+        changed_after_a_hook,
+        detached_afterwards,
+    )
+
+    @pytest.mark.parametrize("options", [{}, {"reduction": "sum", "label_smoothing": 0.1, "padding_idx": 3}])
+    @pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
+    def test_equals_reference(self, look: Look, options: dict[str, Any]) -> None:
+        case = make_case(65, 32, **options)
+        results = []
+        for module in (functional, reference):
+            weight = case.weight.clone().requires_grad_()
+            loss, logits = module.embedding_cross_entropy_with_logits(case.idx, weight, case.targets, **options)
+            results.append(look(weight, loss, logits))
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize("looks", [False, True])
+    def test_their_gradient_is_computed_only_for_those_who_look(self, looks: bool) -> None:
+        case = make_case(65, 32)
+        loss, logits = functional.embedding_cross_entropy_with_logits(
+            case.idx, case.weight.requires_grad_(), case.targets
+        )
+        if looks:
+            logits.retain_grad()
+        with OpNames() as ops:
+            loss.backward()
+        assert any("embedding" in name for name in ops.names) == looks
+
+
+class TestPlainPath:
+    """Where the kernels do not apply, PyTorch's own ops give what they give."""
+
+    TRANSFORMS: tuple[Callable[[Callable[[Tensor], Tensor], Tensor], Any], ...] = (
+        lambda loss, weight: torch.func.grad(loss)(weight),
+        lambda loss, weight: torch.func.grad_and_value(loss)(weight),
+        lambda loss, weight: torch.func.vjp(loss, weight)[1](torch.tensor(2.0)),
+        lambda loss, weight: torch.func.jvp(loss, (weight,), (weight.cos(),)),
+        lambda loss, weight: torch.func.linearize(loss, weight)[1](weight.cos()),
+        lambda loss, weight: torch.func.jacrev(loss)(weight),
+        lambda loss, weight: torch.func.jacfwd(loss)(weight),
+        lambda loss, weight: torch.func.hessian(loss)(weight),
+        lambda loss, weight: torch.func.vmap(loss)(torch.stack((weight, 2 * weight))),
+        lambda loss, weight: torch.func.vmap(torch.func.grad(loss))(torch.stack((weight, 2 * weight))),
+        lambda loss, weight: torch.func.grad(lambda weights: torch.func.vmap(loss)(weights).sum())(
+            weight.expand(2, 5, 5)
+        ),
+        lambda loss, weight: torch.func.functionalize(torch.func.grad(loss))(weight),
+        lambda loss, weight: torch.autograd.functional.hvp(loss, weight, weight.cos()),
+    )
+
+    @pytest.mark.filterwarnings("ignore")  # of torch about itself
+    @pytest.mark.parametrize("transform", range(len(TRANSFORMS)))
+    def test_transforms(self, transform: int) -> None:
+        case = make_case(5, 7)
+        results = [
+            self.TRANSFORMS[transform](
+                lambda weight: module.embedding_cross_entropy(case.idx, weight, case.targets),  # noqa: B023
+                case.weight,
+            )
+            for module in (functional, reference)
+        ]
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.filterwarnings("ignore")  # of torch about itself
+    def test_gradients_of_samples(self) -> None:
+        idx, targets, weight = torch.randint(5, (6, 3)), torch.randint(5, (6, 3)), torch.randn(5, 5)
+        results = [
+            torch.func.vmap(torch.func.grad(module.embedding_cross_entropy, argnums=1), in_dims=(0, None, 0))(
+                idx, weight, targets
+            )
+            for module in (functional, reference)
+        ]
+        torch.testing.assert_close(*results)
+
+    def test_forward_mode(self) -> None:
+        case, results = make_case(5, 7), []
+        for module in (functional, reference):
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(case.weight, case.weight.cos())
+                loss = module.embedding_cross_entropy(case.idx, dual, case.targets)
+                results.append(torch.autograd.forward_ad.unpack_dual(loss).tangent)
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"reduction": "none", "z_loss": 0.1},
+            {"reduction": "sum", "label_smoothing": 0.1, "class_weight": torch.tensor([1.0, 0.0, 2.0, 3.0, 0.5])},
+            {"z_loss": 0.1, "padding_idx": 2},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("shape", [(7,), (2, 3), (0,), ()], ids=str)
+    def test_soft_targets(self, dtype: torch.dtype, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+        options = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in options.items()}
+        options = {name: on_device(value) for name, value in options.items()}
+        idx, targets = torch.randint(5, shape), torch.randn(*shape, 5).softmax(-1).to(dtype)
+        results = []
+        for function in (functional.embedding_cross_entropy, self.cross_entropy_of_probabilities):
+            weight = torch.linspace(-2, 2, 25).view(5, 5).to(dtype).requires_grad_()
+            loss = function(idx, weight, targets, **options)
+            loss.sum().backward()
+            results.append((loss, weight.grad))
+        torch.testing.assert_close(*results, equal_nan=True)
+
+    @staticmethod
+    def cross_entropy_of_probabilities(
+        idx: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_loss: float = 0.0,
+        padding_idx: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        logits = F.embedding(idx.flatten(), weight, padding_idx)
+        losses = F.cross_entropy(logits, targets.view(logits.shape), options.pop("class_weight", None), **options)
+        penalties = z_loss * logits.logsumexp(-1) ** 2
+        if options.get("reduction") == "none":
+            return (losses + penalties).view(idx.shape)
+        return losses + penalties.mean() if z_loss > 0 else losses
+
+    def test_soft_targets_that_pytorch_refuses(self) -> None:
+        weight, idx = torch.randn(5, 5), torch.tensor([0, 1])
+        with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+            functional.embedding_cross_entropy(idx, weight, torch.rand(2, 5), ignore_index=1)
+        with pytest.raises(ValueError, match=r"targets to have the shape of idx, \[2, 5\], got \[2, 4\]"):
+            functional.embedding_cross_entropy(idx, weight, torch.rand(2, 4))
+
+
+class TestAutocast:
+    """F.cross_entropy's rule: float32, but for float64."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("class_weight_dtype", [None, torch.float32, torch.bfloat16])
+    def test_equals_eager(
+        self, dtype: torch.dtype, reduction: Reduction, class_weight_dtype: torch.dtype | None
+    ) -> None:
+        case = make_case(65, 100, dtype, reduction=reduction)
+        if class_weight_dtype is not None:
+            class_weight = torch.rand(65).to(torch.float64 if dtype == torch.float64 else class_weight_dtype)
+            case.options["class_weight"] = class_weight
+        results = []
+        for module in (functional, reference):
+            weight = case.weight.clone().requires_grad_()
+            with torch.autocast(weight.device.type, dtype=torch.bfloat16):
+                loss = module.embedding_cross_entropy(case.idx, weight, case.targets, **case.options)
+            loss.sum().backward()
+            assert weight.grad is not None
+            results.append((loss.detach(), weight.grad))
+        (loss, grad), (eager, eager_grad) = results
+        assert loss.dtype == eager.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(loss, eager)
+        assert grad.dtype == dtype
+        # Eager adds up the gradients of a row's pairs in 16 bits.
+        torch.testing.assert_close(
+            grad, eager_grad, atol=16 * torch.finfo(dtype).eps * float(eager_grad.abs().max()), rtol=0
+        )
+
+    def test_disabled_inside(self) -> None:
+        case = make_case(5, 4, torch.bfloat16)
+        device = case.weight.device.type
+        with torch.autocast(device, dtype=torch.bfloat16), torch.autocast(device, enabled=False):
+            assert functional.embedding_cross_entropy(case.idx, case.weight, case.targets).dtype == torch.bfloat16
+
+    def test_double_class_weight_raises_as_in_eager(self) -> None:
+        case = make_case(5, 4, class_weight=torch.rand(5).double())
+        for module in (functional, reference):
+            with torch.autocast(case.weight.device.type, dtype=torch.bfloat16), pytest.raises(RuntimeError):
+                module.embedding_cross_entropy(case.idx, case.weight, case.targets, **case.options)
+
+    def test_loss_scale_keeps_small_float16_gradients(self) -> None:
+        """A gradient of the loss that float16 cannot hold."""
+        case = make_case(5, 4, torch.float16)
+        grads = []
+        for module in (functional, reference):
+            weight = case.weight.clone().requires_grad_()
+            with torch.autocast(weight.device.type, dtype=torch.bfloat16):
+                loss = module.embedding_cross_entropy(case.idx, weight, case.targets)
+            (loss * 2.0**17 * 0.25).backward()
+            grads.append(weight.grad)
+        torch.testing.assert_close(*grads, rtol=1e-2, atol=64)
+
+
 def test_the_exponential_is_accurate_down_to_subnormals() -> None:
     """Two classes with the logits 0 and x: the second gets the gradient e^x / (1 + e^x)."""
     skip_if_long(100_000 * 32)
@@ -268,13 +550,6 @@ class TestAutograd:
         assert not grad[2:].any()
         assert not grad[:2].isfinite().any()
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func's, about its own decompositions
-    @pytest.mark.filterwarnings("ignore")  # of torch about itself
-    def test_forward_mode_raises(self) -> None:
-        weight, idx, targets = map(on_device, (WEIGHT, IDX, TARGETS))
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(lambda w: functional.embedding_cross_entropy(idx, w, targets), (weight,), (weight,))
-
     def test_backward_through_the_logits_frees_the_graph(self) -> None:
         case = make_case(5, 4)
         loss, logits = functional.embedding_cross_entropy_with_logits(
@@ -293,14 +568,19 @@ class TestAutograd:
             (loss + logits.square().mean()).backward()
         torch.testing.assert_close(weights[0].grad, weights[1].grad)
 
-    @pytest.mark.parametrize("grad_loss", [1.0, 2.0])
-    def test_create_graph_works_and_a_second_differentiation_raises(self, grad_loss: float) -> None:
-        case = make_case(5, 4)
-        weight = case.weight.requires_grad_()
-        loss = grad_loss * functional.embedding_cross_entropy(case.idx, weight, case.targets)
-        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
-            grad.sum().backward()
+    @pytest.mark.parametrize("with_logits", [False, True])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_second_derivatives(self, reduction: Reduction, with_logits: bool) -> None:
+        case = make_case(5, 4, reduction=reduction, label_smoothing=0.1, z_loss=0.1, class_weight=torch.rand(5))
+        results = []
+        for module in (functional, reference):
+            weight, scale = case.weight.clone().requires_grad_(), torch.tensor(3.0, requires_grad=True)
+            function = module.embedding_cross_entropy_with_logits if with_logits else module.embedding_cross_entropy
+            output = function(case.idx, weight, case.targets, **case.options)
+            loss = scale * (output[0] if with_logits else output)
+            (grad,) = torch.autograd.grad(loss.sum(), weight, create_graph=True)
+            results.append((grad, *torch.autograd.grad(grad.square().sum(), (weight, scale))))
+        torch.testing.assert_close(*results)
 
     def test_no_grad(self) -> None:
         case = make_case(5, 4)
