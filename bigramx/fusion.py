@@ -1,7 +1,8 @@
 """The rule of the fused path: it is taken only where it provably equals the plain one.
 
 A kernel reads a table's memory and computes what the plain modules would. Where something stands between them that
-PyTorch would run (a hook, an override, a wrapper, a tensor that is not what its memory says), the plain modules run.
+PyTorch would run (a hook, an override, a patch, a mode, a tensor that is not what its memory says), the plain modules
+run. The model asks at every step, so an answer takes less than a microsecond.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 # As they were at import: who replaces one of them later wants to see the calls.
 _MODULE_CALL = nn.Module.__call__
 _EMBEDDING_FORWARD = nn.Embedding.forward
+_EMBEDDING, _CROSS_ENTROPY = F.embedding, F.cross_entropy
+
+_num_function_modes = torch._C._len_torch_function_stack
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 def is_plain_tensor(value: object) -> bool:
@@ -38,15 +47,28 @@ def runs_only(module: nn.Module, forward: Callable[..., Any]) -> bool:
     )
 
 
-def is_plain(table: nn.Embedding) -> bool:
-    """Whether a call of ``table`` gives rows of its weight, and no more; and stands in no program to be exported.
+def is_observed() -> bool:
+    """Whether PyTorch's functions are patched, or recorded, or a mode sees, and may change, what they do.
 
-    That may run where this package is not installed.
+    A recorded program (torch.export, ONNX, TorchScript) may run where this package is not installed.
     """
+    if F.embedding is not _EMBEDDING or F.cross_entropy is not _CROSS_ENTROPY:
+        return True
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if _is_tracing() or _num_dispatch_modes() > 0:
+        return True
+    if _num_function_modes() == 0:
+        return False
+    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def is_plain(table: nn.Embedding) -> bool:
+    """Whether a call of ``table`` gives rows of its weight, and no more."""
     return (
         runs_only(table, _EMBEDDING_FORWARD)
         and table.max_norm is None
         and not table.scale_grad_by_freq
         and is_plain_tensor(table._parameters.get("weight"))
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+        and not is_observed()
     )

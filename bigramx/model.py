@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,18 @@ from bigramx.tokenizer import CharTokenizer
 _KIND = "model"
 _WEIGHT = "token_embedding_table.weight"
 _NO_TOKEN = torch.iinfo(torch.int64).min
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()``, and the mode that each module had afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class BigramLanguageModel(nn.Module):
@@ -56,6 +70,7 @@ class BigramLanguageModel(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._vocab_size = vocab_size
         self.token_embedding_table = nn.Embedding(vocab_size, vocab_size, sparse=sparse, device=device, dtype=dtype)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -64,22 +79,25 @@ class BigramLanguageModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
-        return self.token_embedding_table.num_embeddings
+        """V, or as many rows as a table that has taken the place of this model's has."""
+        num_embeddings: int = getattr(self.token_embedding_table, "num_embeddings", self._vocab_size)
+        return num_embeddings
 
     @property
     def device(self) -> torch.device:
         """The device of the table."""
-        return self.token_embedding_table.weight.device
+        return next(self.token_embedding_table.parameters()).device
 
     @property
     def is_fused(self) -> bool:
         """Whether the kernels do all that calling this model does.
 
-        They do for a plain nn.Embedding and this class's ``forward``, without hooks (bigramx.fusion has the rule).
-        Otherwise forward, generate, evaluate and fit call the parts, as plain PyTorch does.
+        They do for a plain nn.Embedding(V, V) and this class's ``forward``, without hooks (bigramx.fusion has the
+        rule). Otherwise forward, generate, evaluate and fit call the parts, as plain PyTorch does.
         """
-        return self._fusable_table() is not None and fusion.runs_only(self, BigramLanguageModel.forward)
+        table = self._fusable_table()
+        is_square = table is not None and table.num_embeddings == table.embedding_dim
+        return is_square and fusion.runs_only(self, BigramLanguageModel.forward)
 
     def _fusable_table(self) -> nn.Embedding | None:
         # Not self.token_embedding_table: nn.Module's __getattr__ takes as long as the rest of this.
@@ -135,9 +153,8 @@ class BigramLanguageModel(nn.Module):
     def _plain_forward(self, idx: Tensor, targets: Tensor, return_logits: bool) -> tuple[Tensor | None, Tensor | None]:
         logits = self.token_embedding_table(idx)
         logits = logits.reshape(-1, logits.size(-1))
-        if isinstance(targets, Tensor) and targets.dtype == torch.int32:  # no Tensor under torch.fx
-            targets = targets.long()
-        targets = targets.reshape(logits.shape[:1] + targets.shape[idx.dim() :])  # (B*T), or (B*T, C) probabilities
+        is_soft = isinstance(targets, Tensor) and targets.is_floating_point()  # no Tensor, but a proxy, in torch.fx
+        targets = targets.reshape(logits.shape) if is_soft else targets.reshape(-1).long()
         loss = F.cross_entropy(
             logits,
             targets,
@@ -198,7 +215,8 @@ class BigramLanguageModel(nn.Module):
             IndexError: A token is out of range.
         """
         if not self._is_plain_cross_entropy():
-            return self._evaluate_by_calls(tokens)
+            with _evaluation_mode(self):
+                return self._evaluate_by_calls(tokens)
         counts = self.count_pairs(tokens)
         if counts is not None:
             return self.evaluate_counts(counts)
@@ -215,9 +233,12 @@ class BigramLanguageModel(nn.Module):
     def _evaluate_by_calls(self, tokens: Tensor) -> float:
         most_logits = 2**22  # 16 MB of float32
         check_tokens(tokens)
+        device = (
+            tokens.device if self.device.type == "meta" else self.device
+        )  # meta: the weight is elsewhere, by a hook
         total, total_weight = 0.0, 0.0
         for start in range(0, len(tokens) - 1, step := max(1, most_logits // self.vocab_size)):
-            chunk = tokens[start : start + step + 1].to(self.device, torch.int64)
+            chunk = tokens[start : start + step + 1].to(device, torch.int64)
             targets = chunk[1:, None]
             weight = self._weight_of_mean(targets)
             if weight > 0:

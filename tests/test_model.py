@@ -6,13 +6,15 @@ import copy
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from bigramx import BigramLanguageModel, CharTokenizer, functional, reference
-from tests.devices import raises_in_kernel
+from tests.devices import on_device, raises_in_kernel
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -173,6 +175,173 @@ def test_evaluate_does_not_depend_on_threads(two_threads: None) -> None:
     loss = model.evaluate(tokens)
     torch.set_num_threads(1)
     assert model.evaluate(tokens) == loss
+
+
+class TestOptionsOfTheLoss:
+    """ignore_index, class_weight and label_smoothing are F.cross_entropy's, in forward and evaluate."""
+
+    OPTIONS: tuple[dict[str, Any], ...] = (
+        {"ignore_index": -1},
+        {"ignore_index": 3},
+        {"class_weight": torch.tensor([1.0, 0.0, 2.0, 3.0, 0.5])},
+        {"label_smoothing": 0.2},
+        {"ignore_index": 0, "class_weight": torch.tensor([1.0, 0.0, 2.0, 3.0, 0.5]), "label_smoothing": 0.2},
+    )
+
+    @staticmethod
+    def model(options: dict[str, Any]) -> BigramLanguageModel:
+        return BigramLanguageModel(5, **{name: on_device(value) for name, value in options.items()})
+
+    @staticmethod
+    def expected_loss(model: BigramLanguageModel, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = model.token_embedding_table(idx).view(-1, 5)
+        options: dict[str, Any] = {"ignore_index": model.ignore_index, "label_smoothing": model.label_smoothing}
+        return F.cross_entropy(logits, targets.reshape(-1), model.class_weight, **options)
+
+    @pytest.mark.parametrize("is_fused", [True, False])
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_forward_and_evaluate(self, options: dict[str, Any], is_fused: bool) -> None:
+        model = self.model(options)
+        if not is_fused:
+            model.token_embedding_table.register_forward_hook(lambda *_: None)
+        idx, targets = torch.randint(5, (4, 8)), torch.randint(5, (4, 8))
+        if options.get("ignore_index") == -1:
+            targets[:, ::3] = -1
+        torch.testing.assert_close(model(idx, targets)[1], self.expected_loss(model, idx, targets))
+        tokens = torch.randint(5, (3000,))
+        expected = self.expected_loss(model, tokens[:-1], tokens[1:]).item()
+        assert model.evaluate(tokens) == pytest.approx(expected, rel=1e-5)
+        assert (model.count_pairs(tokens) is None) == (not is_fused or options != {"ignore_index": -1})
+
+    def test_no_token_counts(self) -> None:
+        model = BigramLanguageModel(5, ignore_index=2)
+        assert math.isnan(model.evaluate(torch.full((10,), 2)))
+        idx = torch.full((2, 2), 2)
+        assert model(idx, idx)[1].isnan()
+
+    def test_class_weight_is_a_buffer_outside_the_state_dict(self) -> None:
+        model = BigramLanguageModel(5, class_weight=torch.ones(5))
+        assert list(model.state_dict()) == ["token_embedding_table.weight"]
+        assert model.double().class_weight is not None
+        assert model.class_weight is not None
+        assert model.class_weight.dtype == torch.float64
+        idx = torch.randint(5, (2, 3))
+        assert model(idx, idx)[1].dtype == torch.float64
+
+
+def test_targets_of_another_shape_as_the_lectures_view() -> None:
+    model = BigramLanguageModel(5)
+    idx, targets = torch.randint(5, (4, 8)), torch.randint(5, (4, 8))
+    expected = model(idx, targets)
+    for touched in (False, True):
+        if touched:
+            model.token_embedding_table.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(idx, targets.view(-1)), expected)
+        torch.testing.assert_close(model(idx.int(), targets.int()), expected)
+        with pytest.raises(ValueError, match=r"to have the shape of idx|match target batch_size"):
+            model(idx, targets[:3])
+
+
+def test_probabilities_as_targets() -> None:
+    model = BigramLanguageModel(5)
+    idx, targets = torch.randint(5, (4, 8)), torch.rand(4, 8, 5)
+    expected = F.cross_entropy(model.token_embedding_table(idx).view(-1, 5), targets.view(-1, 5))
+    torch.testing.assert_close(model(idx, targets)[1], expected)
+    model.token_embedding_table.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model(idx, targets)[1], expected)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 5},
+        {"top_p": 0.8, "min_p": 0.01},
+        {"temperature": 0.0},
+        {"sampler": "philox", "stop": 3},
+    ],
+    ids=str,
+)
+def test_a_touched_model_generates_the_same(options: dict[str, Any]) -> None:
+    model, idx = BigramLanguageModel(65), torch.randint(65, (3, 4))
+    torch.manual_seed(1)
+    expected, state = model.generate(idx, 50, **options), torch.get_rng_state()
+    lengths: list[int] = []
+    model.token_embedding_table.register_forward_hook(lambda _table, args, _output: lengths.append(args[0].size(1)))
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(idx, 50, **options), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert lengths[:3] == [4, 5, 6]  # all tokens so far, as in the lecture
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"temperature": -1.0}, ValueError, "temperature to be finite and >= 0, got -1"),
+        ({"top_k": 0}, ValueError, "top_k >= 1, got 0"),
+        ({"stop": 5}, ValueError, "0 <= stop < 5, got 5"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens >= 0, got -1"),
+        ({"sampler": "foo"}, ValueError, "foo"),
+        ({"idx": torch.zeros(2, dtype=torch.long)}, RuntimeError, "2-D"),
+    ],
+    ids=str,
+)
+def test_a_touched_model_raises_the_same(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    call: dict[str, Any] = {"idx": torch.zeros(1, 1, dtype=torch.long), "max_new_tokens": 3} | arguments
+    model = BigramLanguageModel(5)
+    for touched in (False, True):
+        if touched:
+            model.token_embedding_table.register_forward_hook(lambda *_: None)
+        with pytest.raises(error, match=message):
+            model.generate(**{name: on_device(value) for name, value in call.items()})
+
+
+class Masked(BigramLanguageModel):
+    """Forbids token 0, in the lecture's signature."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:  # type: ignore[override]
+        logits = self.token_embedding_table(idx)
+        logits = 4 * logits.masked_fill(torch.arange(self.vocab_size) == 0, -torch.inf)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, self.vocab_size), targets.view(-1))
+
+
+def test_a_forward_of_ones_own() -> None:
+    model, tokens = Masked(5), torch.randint(1, 5, (300,))
+    expected = model(tokens[None, :-1], tokens[None, 1:])[1].item()
+    assert model.evaluate(tokens) == pytest.approx(expected, rel=1e-5)
+    assert 0 not in model.generate(tokens[None, :1], 200)[0]
+
+
+def test_evaluation_leaves_the_mode_of_each_module() -> None:
+    model = BigramLanguageModel(5)
+    modes: list[bool] = []
+    model.token_embedding_table.eval()
+    model.token_embedding_table.register_forward_hook(lambda *_: modes.append(model.training))
+    model.evaluate(torch.randint(5, (9,)))
+    assert modes == [False]
+    assert model.training
+    assert not model.token_embedding_table.training
+
+
+@pytest.mark.filterwarnings("ignore")  # of TorchScript, about its end
+def test_torchscript(tmp_path: Path) -> None:
+    model = BigramLanguageModel(5)
+    idx, targets = torch.randint(5, (2, 3)), torch.randint(5, (2, 3))
+    expected = model(idx, targets)
+    for program in (torch.jit.script(model), torch.jit.trace(model, (idx, targets))):
+        torch.jit.save(program, tmp_path / "model.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(idx, targets), expected)
+        assert [node for node in program.inlined_graph.nodes() if "bigramx" in node.kind()] == []
+    assert torch.jit.script(model)(idx, targets, False)[0] is None
+
+
+def test_symbolic_trace() -> None:
+    model = BigramLanguageModel(5)
+    idx, targets = torch.randint(5, (2, 3)), torch.randint(5, (2, 3))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(idx, targets), model(idx, targets))
 
 
 def test_padding_idx_of_the_table() -> None:
