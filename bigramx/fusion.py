@@ -67,6 +67,7 @@ def is_plain(table: nn.Embedding) -> bool:
     """Whether a call of ``table`` gives rows of its weight, and no more."""
     return (
         runs_only(table, _EMBEDDING_FORWARD)
+        and table._compiled_call_impl is None
         and table.max_norm is None
         and not table.scale_grad_by_freq
         and is_plain_tensor(table._parameters.get("weight"))

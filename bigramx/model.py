@@ -85,8 +85,9 @@ class BigramLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the table."""
-        return next(self.token_embedding_table.parameters()).device
+        """The device of the table's parameters; the CPU where it has none."""
+        parameter = next(self.token_embedding_table.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     @property
     def is_fused(self) -> bool:

@@ -334,7 +334,8 @@ std::tuple<at::Tensor, at::Tensor> differentiable_results(Params params) {
 // arguments but for float64.
 void apply_autocast(Params& params) {
     params.loss_dtype = params.weight.scalar_type();
-    if (!at::autocast::is_autocast_enabled(params.weight.device().type())) return;
+    const c10::DeviceType device = params.weight.device().type();
+    if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return;
     const auto widened = [](at::ScalarType dtype) {
         return dtype == at::kHalf || dtype == at::kBFloat16 ? at::kFloat : dtype;
     };

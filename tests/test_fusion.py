@@ -59,6 +59,7 @@ TOUCHES: dict[str, Touch] = {
     "scale_grad_by_freq": in_table("scale_grad_by_freq", True),
     "forward of the instance": in_table("forward", lambda idx: idx),
     "forward of the model": lambda model: setattr(model, "forward", lambda idx: idx),
+    "compiled": lambda model: model.token_embedding_table.compile(),
     "a subclass": set_table(OwnForward(5, 5)),
     "another module": set_table(nn.Sequential(nn.Embedding(5, 5))),
     "more rows": set_table(nn.Embedding(6, 5)),

@@ -338,6 +338,16 @@ def test_torchscript(tmp_path: Path) -> None:
     assert torch.jit.script(model)(idx, targets, False)[0] is None
 
 
+@pytest.mark.cpu_only
+def test_on_the_meta_device() -> None:
+    model = BigramLanguageModel(5, device="meta")
+    idx = torch.zeros(2, 3, dtype=torch.long, device="meta")
+    logits, loss = model(idx, idx)
+    loss.backward()
+    assert (logits.shape, loss.shape, loss.device.type) == ((6, 5), (), "meta")
+    assert model.token_embedding_table.weight.grad is not None
+
+
 def test_symbolic_trace() -> None:
     model = BigramLanguageModel(5)
     idx, targets = torch.randint(5, (2, 3)), torch.randint(5, (2, 3))
