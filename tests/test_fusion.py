@@ -71,6 +71,7 @@ TOUCHES: dict[str, Touch] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about itself, when it is asked to compile
 @pytest.mark.parametrize("name", TOUCHES)
 def test_a_touched_model_is_not_fused(name: str) -> None:
     model = BigramLanguageModel(5)
