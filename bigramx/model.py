@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import FileLike
 
 from bigramx import functional, fusion, reference
 from bigramx.data import are_worth_counting, check_tokens
 from bigramx.functional import Sampler
-from bigramx.storage import read_tensors, write_tensors
+from bigramx.storage import name_of, read_tensors, write_tensors
 from bigramx.tokenizer import CharTokenizer
 
 _KIND = "model"
@@ -308,16 +308,27 @@ class BigramLanguageModel(nn.Module):
         model.token_embedding_table.weight.copy_((smoothed / smoothed.sum(dim=1, keepdim=True)).log())
         return model
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table, and the tokenizer where there is one, to one safetensors file, whole or not at all."""
+    def save(self, path: FileLike) -> None:
+        """Writes the table, and the tokenizer where there is one, to one safetensors file, whole or not at all.
+
+        Args:
+            path: A path, or a binary file object.
+
+        Raises:
+            OSError: The file cannot be written; an old one is unchanged.
+            TypeError: ``path`` is neither.
+        """
         metadata = {"sparse": json.dumps(self.token_embedding_table.sparse)}
         if self.tokenizer is not None:
             metadata["tokenizer"] = self.tokenizer.to_json()
         write_tensors(path, _KIND, {_WEIGHT: self.token_embedding_table.weight}, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BigramLanguageModel:
+    def load(cls, path: FileLike) -> BigramLanguageModel:
         """Reads what ``save`` wrote.
+
+        Args:
+            path: A path, or a binary file object, which is read to its end.
 
         Raises:
             ValueError: The file is damaged, cut short, or holds something else.
@@ -326,7 +337,7 @@ class BigramLanguageModel(nn.Module):
         tensors, metadata = read_tensors(path, _KIND)
         weight = tensors.get(_WEIGHT)
         if weight is None or weight.dim() != 2 or weight.size(0) != weight.size(1) or not weight.is_floating_point():
-            raise ValueError(f"{os.fspath(path)}: expected a square table named {_WEIGHT}")
+            raise ValueError(f"{name_of(path)}: expected a square table named {_WEIGHT}")
         sparse = metadata.get("sparse") == json.dumps(True)
         model = cls(weight.size(0), sparse=sparse, device="meta", dtype=weight.dtype)
         model.token_embedding_table.weight = nn.Parameter(weight)
@@ -334,7 +345,7 @@ class BigramLanguageModel(nn.Module):
             model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
             if model.tokenizer.vocab_size != model.vocab_size:
                 raise ValueError(
-                    f"{os.fspath(path)}: the tokenizer has {model.tokenizer.vocab_size} characters, the table "
+                    f"{name_of(path)}: the tokenizer has {model.tokenizer.vocab_size} characters, the table "
                     f"{model.vocab_size} rows"
                 )
         return model

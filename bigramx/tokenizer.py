@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
+from typing import IO
 
 import torch
 from torch import Tensor
+from torch.types import FileLike
 
 from bigramx.ops import Alphabet
-from bigramx.storage import write_text
+from bigramx.storage import name_of, read, write_text
 
 _FORMAT = "bigramx.CharTokenizer"
 
@@ -74,7 +75,7 @@ class CharTokenizer:
         return json.dumps({"format": _FORMAT, "code_points": [ord(character) for character in self.characters]})
 
     @classmethod
-    def from_json(cls, text: str) -> CharTokenizer:
+    def from_json(cls, text: str | bytes) -> CharTokenizer:
         """Reads what ``to_json`` writes.
 
         Raises:
@@ -82,7 +83,7 @@ class CharTokenizer:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not a tokenizer: no valid JSON ({error})") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"not a tokenizer: expected the format {_FORMAT!r}")
@@ -92,23 +93,33 @@ class CharTokenizer:
             raise ValueError("not a tokenizer: expected the code points of its characters") from None
         return cls(characters)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer to a JSON file, whole or not at all."""
+    def save(self, path: FileLike | IO[str]) -> None:
+        """Writes the tokenizer as JSON, in UTF-8, whole or not at all.
+
+        Args:
+            path: A path, or a file object, binary or for text.
+
+        Raises:
+            OSError: The file cannot be written; an old one is unchanged.
+            TypeError: ``path`` is neither.
+        """
         write_text(path, self.to_json() + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> CharTokenizer:
+    def load(cls, path: FileLike | IO[str]) -> CharTokenizer:
         """Reads what ``save`` writes.
+
+        Args:
+            path: A path, or a file object, binary or for text, which is read to its end.
 
         Raises:
             ValueError: The file holds something else.
             OSError: It cannot be read.
         """
-        with open(path, encoding="utf-8") as file:
-            try:
-                return cls.from_json(file.read())
-            except ValueError as error:
-                raise ValueError(f"{os.fspath(path)}: {error}") from None
+        try:
+            return cls.from_json(read(path))
+        except ValueError as error:
+            raise ValueError(f"{name_of(path)}: {error}") from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CharTokenizer) and self.characters == other.characters
