@@ -1,65 +1,85 @@
-"""Pictures of a run and of a table, as files. Needs matplotlib."""
+"""Pictures of a run and of a table, as figures and files. Needs matplotlib."""
 
 from __future__ import annotations
 
-import os
+import io
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ft2font import FT2Font
 from torch import Tensor
+from torch.types import FileLike
 
 from bigramx.model import BigramLanguageModel
-from bigramx.storage import write_with
+from bigramx.storage import name_of, write_with
 from bigramx.training import History
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MOST_CELLS = 1024  # along an axis
 _BLUE, _ORANGE, _GREY = "#2563a8", "#d9772b", "#9aa3ad"
+_LABEL_FONT = "DejaVu Sans Mono"  # comes with matplotlib
 
 
-def plot_losses(history: History, path: str | os.PathLike[str]) -> None:
+def plot_losses(history: History, path: FileLike | None = None) -> Figure:
     """Draws the losses over the steps, with the optimum as the line they approach.
 
     Args:
         history: Of ``fit``.
-        path: Where to write; the suffix gives the format, .png or .svg or another of matplotlib's.
+        path: Where to write, a path or a binary file object; the suffix of its name gives the format, .png or .svg or
+            another of matplotlib's; .png without one. None: nothing is written.
+
+    Returns:
+        The figure, which a notebook shows.
+
+    Raises:
+        ValueError: The format is none of matplotlib's.
+        OSError: The file cannot be written; an old one is unchanged.
     """
-    figure = _new_figure(8, 4.5)
+    figure = _InlineFigure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(range(len(history.losses)), history.losses, color=_GREY, linewidth=0.6, alpha=0.6, label="batch")
     axes.plot(history.steps, history.train_losses, color=_BLUE, marker="o", markersize=4, label="train")
     if history.val_losses:
         axes.plot(history.steps, history.val_losses, color=_ORANGE, marker="o", markersize=4, label="validation")
-    axes.axhline(history.optimum, color="black", linestyle="--", linewidth=1, label=f"optimum {history.optimum:.4f}")
+    if not math.isnan(history.optimum):
+        label = f"optimum {history.optimum:.4f}"
+        axes.axhline(history.optimum, color="black", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_title("The loss and the closed-form optimum")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, path)
+    return _saved(figure, path)
 
 
-def plot_table(model: BigramLanguageModel, path: str | os.PathLike[str]) -> None:
+def plot_table(model: BigramLanguageModel, path: FileLike | None = None) -> Figure:
     """Draws the table as a heat map: the probability of each token (across) after each token (down).
 
     Args:
         model: If it has a tokenizer, its characters label the axes.
-        path: Where to write; the suffix gives the format.
+        path: Where to write, as for ``plot_losses``.
+
+    Returns:
+        The figure, which a notebook shows.
+
+    Raises:
+        ValueError: The format is none of matplotlib's.
+        OSError: The file cannot be written; an old one is unchanged.
     """
     probs = _pooled_probs(model)
     size = min(max(4.0, model.vocab_size * 0.14), 24.0)
-    figure = _new_figure(size + 1.2, size)
+    figure = _InlineFigure(figsize=(size + 1.2, size), layout="constrained")
     axes = figure.add_subplot()
     # The square root makes rare pairs visible next to common ones.
     image = axes.imshow(probs.sqrt().numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     if model.tokenizer is not None and model.vocab_size <= 200:
-        labels = [_label(character) for character in model.tokenizer.characters]
-        axes.set_xticks(range(len(labels)), labels, fontsize=6, family="DejaVu Sans Mono")
-        axes.set_yticks(range(len(labels)), labels, fontsize=6, family="DejaVu Sans Mono")
+        font = get_font(findfont(_LABEL_FONT))
+        labels = [_label(character, font) for character in model.tokenizer.characters]
+        axes.set_xticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
+        axes.set_yticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
     axes.tick_params(length=0)
     axes.set_xlabel("next token")
     axes.set_ylabel("last token")
@@ -67,7 +87,7 @@ def plot_table(model: BigramLanguageModel, path: str | os.PathLike[str]) -> None
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     ticks = [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
     bar.set_ticks([tick**0.5 for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
-    _save(figure, path)
+    return _saved(figure, path)
 
 
 def _pooled_probs(model: BigramLanguageModel) -> Tensor:
@@ -79,19 +99,26 @@ def _pooled_probs(model: BigramLanguageModel) -> Tensor:
     return means[:, 0]
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    # The object, not pyplot: no window, no global state, any thread.
-    from matplotlib.figure import Figure
+class _InlineFigure(Figure):
+    """Made without pyplot: no window, no global state, any thread. Notebooks show it even so."""
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    file_format = Path(path).suffix.lstrip(".") or "png"
-    write_with(path, lambda temporary: figure.savefig(temporary, format=file_format, dpi=144))
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
 
 
-def _label(character: str) -> str:
-    """The character as an axis label."""
+def _saved(figure: Figure, path: FileLike | None) -> Figure:
+    if path is not None:
+        file_format = Path(name_of(path)).suffix.lstrip(".") or "png"
+        write_with(path, lambda file: figure.savefig(file, format=file_format, dpi=144))
+    return figure
+
+
+def _label(character: str, font: FT2Font) -> str:
+    """The character as an axis label; its code point if it cannot be seen, or the font lacks it."""
     named = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "\u2423", "$": r"\$"}
-    return named.get(character, character if character.isprintable() else f"U+{ord(character):04X}")
+    if character in named:
+        return named[character]
+    is_visible = character.isprintable() and font.get_char_index(ord(character)) != 0
+    return character if is_visible else f"U+{ord(character):04X}"
