@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import io
+import os
+import signal
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +17,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 import bigramx
@@ -28,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 _MODEL, _HISTORY, _LOSSES, _TABLE = "model.safetensors", "history.safetensors", "loss.png", "table.png"
 _STREAM_TOKENS = 256  # generated in one call before they are printed
@@ -125,36 +129,77 @@ def train(
     console.print(
         f"{len(tokens):,} tokens, a vocabulary of {model.vocab_size:,}; the first {len(train_tokens):,} to train on"
     )
-    out.mkdir(parents=True, exist_ok=True)
+    _check_writable(out)
     with _Progress(steps) as progress:
-        history = fit(
-            model,
-            train_tokens,
-            val_tokens,
-            batch_size=batch_size,
-            block_size=block_size,
-            max_steps=steps,
-            lr=lr,
-            eval_interval=eval_interval,
-            resume=history,
-            on_progress=progress.on_progress,
-            on_evaluation=progress.on_evaluation,
-        )
-    model.save(out / _MODEL)
-    history.save(out / _HISTORY)
+        try:
+            history = fit(
+                model,
+                train_tokens,
+                val_tokens,
+                batch_size=batch_size,
+                block_size=block_size,
+                max_steps=steps,
+                lr=lr,
+                eval_interval=eval_interval,
+                resume=history,
+                on_progress=progress.on_progress,
+                on_evaluation=progress.on_evaluation,
+            )
+        except BaseException:
+            if progress.history is not None:
+                _save(model, progress.history, out)
+            raise
+        _save(model, history, out)
     if history.interrupted:
         raise CommandError(f"interrupted after {history.step} steps; saved in {out}; go on with --resume")
-    if model.tokenizer is not None and sample > 0:
-        console.print("\nA sample", style="bold")
-        _stream(model, model.tokenizer, torch.zeros((1, 1), dtype=torch.long), sample, {})
-    for name in (_MODEL, _HISTORY, *_draw(model, history, out)):
+    try:
+        pictures = _draw(model, history, out)
+    finally:
+        if model.tokenizer is not None and sample > 0:
+            console.print("\nA sample", style="bold")
+            _stream(model, model.tokenizer, torch.zeros((1, 1), dtype=torch.long), sample, {})
+        _print_written(out, _MODEL, _HISTORY)
+    _print_written(out, *pictures)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises before the training what saving would raise after it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / _MODEL, out / _HISTORY):
+        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=out):
+            pass
+
+
+def _print_written(out: Path, *names: str) -> None:
+    for name in names:
         console.print(f"wrote {out / name}")
 
 
+def _save(model: BigramLanguageModel, history: History, out: Path) -> None:
+    with _ignored_interrupts():
+        model.save(out / _MODEL)
+        history.save(out / _HISTORY)
+
+
+@contextlib.contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Ctrl-C, pressed twice by one who ends a run, does not end the saving of it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 class _Progress:
-    """A progress bar over the steps, and a line for each evaluation above it."""
+    """A progress bar over the steps, and a line for each evaluation above it.
+
+    Attributes:
+        history: The one that ``fit`` records, once it has taken steps.
+    """
 
     def __init__(self, steps: int) -> None:
+        self.history: History | None = None
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("training", total=steps)
@@ -168,28 +213,35 @@ class _Progress:
         self._bar.stop()
 
     def on_progress(self, history: History) -> None:
+        self.history = history
         self._bar.update(self._task, completed=history.step)
 
     def on_evaluation(self, history: History) -> None:
-        console.print(
-            f"step {history.step:>{self._width}}: train loss {history.train_losses[-1]:.4f}, "
-            f"val loss {history.val_losses[-1]:.4f}; optimum {history.optimum:.4f}"
-        )
+        # Where nobody reads any more (rich then exits), the training goes on.
+        with contextlib.suppress(OSError, SystemExit):
+            console.print(
+                f"step {history.step:>{self._width}}: train loss {history.train_losses[-1]:.4f}, "
+                f"val loss {history.val_losses[-1]:.4f}; optimum {history.optimum:.4f}"
+            )
 
 
 def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> list[str]:
-    """Draws the pictures; returns the names of the files written."""
+    """Draws the pictures; returns the names of the files written, none where matplotlib is missing.
+
+    Raises:
+        CommandError: They cannot be drawn, or not be written.
+    """
     try:
         from bigramx import plots
 
         if history is not None:
             plots.plot_losses(history, out / _LOSSES)
         plots.plot_table(model, out / _TABLE)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        console.print("no pictures: matplotlib is not installed; type: pip install matplotlib")
-        return []
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("matplotlib"):
+            console.print("no pictures: matplotlib is not installed; type: pip install matplotlib")
+            return []
+        raise CommandError(f"no pictures: {error}") from error
     return [_TABLE] if history is None else [_LOSSES, _TABLE]
 
 
@@ -273,24 +325,49 @@ def plot(
     """Draws the pictures of a run again."""
     model = BigramLanguageModel.load(run / _MODEL)
     history = History.load(run / _HISTORY) if (run / _HISTORY).exists() else None
-    for name in _draw(model, history, run):
-        console.print(f"wrote {run / name}")
+    pictures = _draw(model, history, run)
+    _print_written(run, *pictures)
+    if not pictures:
+        raise typer.Exit(1)
 
 
 @app.command()
 def info() -> None:
     """Prints how bigramx was built, and what it runs on."""
-    table = Table(show_header=False, box=None)
     rows = {"bigramx": bigramx.__version__, **bigramx.build_info(), "threads": str(torch.get_num_threads())}
+    width = max(map(len, rows))
     for name, value in rows.items():
-        table.add_row(name, value or "none")
-    console.print(table)
+        console.print(f"{name:<{width}}  {value or 'none'}")
 
 
 def run() -> None:
     """Runs the command line; errors are printed as one line, without a traceback."""
+    _prepare_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush()
+    except BrokenPipeError:
+        sys.exit(1)  # as quietly as other tools
     except (CommandError, OSError, ValueError, IndexError, TypeError, OverflowError, RuntimeError) as error:
         # The first line of an error from C++ is its message; a stack trace may follow.
         sys.exit(f"bigramx: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def _prepare_streams() -> None:
+    """A closed stream takes what is written and drops it; characters that the console lacks are replaced."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open to the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python flushes once more when it ends, and would print a second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
