@@ -13,7 +13,7 @@ SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/simt/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint simt cuda-check sanitize bench bench-quick bench-cuda wheel clean tools peers peers-cuda
+.PHONY: help train test lint simt cuda-check sanitize bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -26,12 +26,13 @@ help:
 	@echo "make bench-quick         the same with few rounds, under three minutes"
 	@echo "make bench-cuda          time and memory on a GPU"
 	@echo "make wheel               an sdist and a wheel in dist/"
+	@echo "make distcheck           install the wheel of the sdist into an empty environment, and use it there"
 	@echo "make clean               remove what was built, the virtual environment included"
 
 train: $(STAMPS)/built
 	@$(BIN)/bigramx train $(TEXT)
 
-test: $(STAMPS)/linted $(STAMPS)/cuda-checked $(STAMPS)/tested
+test: $(STAMPS)/linted $(STAMPS)/cuda-checked $(STAMPS)/tested $(STAMPS)/dist-checked
 	@echo "make test: all passed (what has not changed since it last passed is not run again; make clean forgets)"
 
 lint: $(STAMPS)/linted
@@ -68,8 +69,12 @@ peers: $(STAMPS)/built
 peers-cuda: $(STAMPS)/built
 	@$(BIN)/python -c 'import liger_kernel, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench-cuda]" || echo "make bench-cuda: goes on without the peers that are missing"
 
+# The wheel, too, is built here, where the object files are.
 wheel: $(STAMPS)/built
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist .
+
+distcheck: $(STAMPS)/built
+	@$(BIN)/python -m tests.distcheck "$(TORCH)"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info bigramx/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -103,6 +108,10 @@ $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 
 $(STAMPS)/cuda-checked: $(STAMPS)/installed $(CSRC) tests/cuda_check.py
 	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda_check.py && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
+
+$(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/distcheck.py tests/readme_examples.py
+	@$(MAKE) --no-print-directory distcheck
+	@touch $@
 
 $(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/*)
 	@$(MAKE) --no-print-directory simt

@@ -1,4 +1,4 @@
-"""Builds bigramx._C. Metadata stands in pyproject.toml.
+"""Builds bigramx._C. Metadata stands in pyproject.toml, but for the dependencies, of which torch is that of the build.
 
 torch is needed only where the extension is built, so that an sdist can be made without it. The CUDA kernels are built
 where torch has CUDA and a fitting nvcc is found; BIGRAMX_CUDA=0 leaves them out, BIGRAMX_CUDA=1 insists on them.
@@ -39,11 +39,16 @@ OPTIONS: dict[str, Any] = {
     "extra_link_args": OPENMP,
 }
 
+OLDEST_TORCH = (2, 11)
+DEPENDENCIES = ["numpy>=1.24", "safetensors>=0.4", "tqdm>=4.60"]  # torch warns at its import where numpy is missing
+BUILDS = {"bdist_wheel", "dist_info", "editable_wheel"}  # the commands for what is compiled against the torch at hand
+
 NO_TORCH = """
 bigramx: torch is not importable here, and the extension is compiled against it. Type
     pip install torch "setuptools>=77" ninja pybind11
-    pip install --no-build-isolation .
-(without --no-build-isolation pip builds in an empty environment of its own, which has no torch).
+    pip install --no-build-isolation bigramx
+(in a checkout: a dot in place of the last word. Without --no-build-isolation pip builds in an empty environment of its
+own, which has no torch).
 """
 
 
@@ -135,10 +140,25 @@ def cpu_extension() -> Extension:
     return extension
 
 
+def torch_requirement() -> str:
+    """Any torch that is new enough; for what is compiled, the X.Y of the one that it is compiled against."""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    if importlib.util.find_spec("torch") is None or not BUILDS & set(sys.argv):
+        return f"torch>={oldest}"
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        sys.exit(f"bigramx: needs torch {oldest} or newer, but torch {torch.__version__} is installed")
+    return f"torch=={major}.{minor}.*"
+
+
 def extension_and_builder() -> tuple[Extension, type[build_ext]]:
     """bigramx._C, and torch's builder, which compiles with ninja only what has changed."""
     if importlib.util.find_spec("torch") is None:
         return Extension("bigramx._C", SOURCES), MissingTorch
+    import torch
+
     nvcc = nvcc_for_cuda()
     extension = cpu_extension() if nvcc is None else cuda_extension(nvcc)
     from torch.utils.cpp_extension import BuildExtension
@@ -151,10 +171,20 @@ def extension_and_builder() -> tuple[Extension, type[build_ext]]:
             super().initialize_options()
             self.build_temp = "build/objects"
 
+        def run(self) -> None:
+            """Compiles everything where the last torch was another, whose headers are no dependency for ninja."""
+            used = Path(self.build_temp, "torch-version")
+            if not used.exists() or used.read_text() != torch.__version__:
+                shutil.rmtree(self.build_temp, ignore_errors=True)
+                self.force = True
+            super().run()
+            used.write_text(torch.__version__)
+
     return extension, KeepObjects
 
 
 if __name__ == "__main__":
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     extension, builder = extension_and_builder()
-    setup(ext_modules=[extension], cmdclass={"build_ext": builder})
+    dependencies = [*DEPENDENCIES, torch_requirement()]
+    setup(install_requires=dependencies, ext_modules=[extension], cmdclass={"build_ext": builder})

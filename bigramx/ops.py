@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, library
 from torch.overrides import has_torch_function
 
+_HOW_TO_COMPILE = """Compile them for this one by
+    pip install "setuptools>=77" ninja pybind11
+    pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary bigramx bigramx
+(in a checkout: a dot in place of the last word)"""
+
+
+def _required_torch() -> str:
+    """The requirement that a built package states, torch==X.Y.*; kernels that do not load cannot be asked."""
+    try:
+        requirements = metadata.requires("bigramx") or []
+    except metadata.PackageNotFoundError:
+        requirements = []
+    return next((requirement for requirement in requirements if requirement.startswith("torch==")), "another torch")
+
+
 try:
     from bigramx import _C
 except ImportError as error:
     raise ImportError(
-        f"bigramx: the compiled kernels cannot be loaded ({error}). They are built for one version of Python and "
-        f"of torch (here: torch {torch.__version__}); in a checkout type: pip install --no-build-isolation ."
+        f"bigramx: the compiled kernels cannot be loaded ({error}). They are compiled for one version of Python and of "
+        f"torch, {_required_torch()}; here is torch {torch.__version__}. {_HOW_TO_COMPILE}"
     ) from error
+
+# PyTorch keeps its C++ interface within X.Y, whatever the patch release and the device that follow. Between these,
+# a library may load, find all symbols, and read structures that have changed.
+if torch.__version__.split(".")[:2] != _C.build_info()["torch_version"].split(".")[:2]:
+    raise ImportError(
+        f"bigramx: the kernels are compiled for torch {_C.build_info()['torch_version']}, "
+        f"here is torch {torch.__version__}. {_HOW_TO_COMPILE}"
+    )
 
 NO_PADDING = -1
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}

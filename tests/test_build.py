@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from setuptools import Distribution
+from setuptools.config.pyprojecttoml import read_configuration
 from torch.utils import cpp_extension
 
 from tests import cuda_check, processes
@@ -58,7 +61,129 @@ def test_without_torch_the_build_says_what_to_type(checkout: Path) -> None:
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "bigramx: torch is not importable here" in result.stderr
-    assert "pip install --no-build-isolation ." in result.stderr
+    assert "    pip install --no-build-isolation bigramx\n(in a checkout: a dot" in result.stderr
+
+
+def required_torch(metadata: Path) -> str:
+    """The torch that a PKG-INFO or a METADATA requires."""
+    (requirement,) = re.findall(r"^Requires-Dist: (torch\b.*)$", metadata.read_text("utf-8"), re.MULTILINE)
+    assert isinstance(requirement, str)
+    return requirement
+
+
+THIS_TORCH = ".".join(torch.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    ("command", "with_torch", "expected"),
+    [
+        ("dist_info", True, f"torch=={THIS_TORCH}.*"),  # as wheels and editable installs have it
+        ("dist_info", False, "torch>=2.11"),
+        ("egg_info", True, "torch>=2.11"),  # as an sdist has it
+    ],
+)
+def test_what_is_compiled_requires_the_torch_of_the_build(
+    checkout: Path, tmp_path: Path, command: str, with_torch: bool, expected: str
+) -> None:
+    place = "--egg-base" if command == "egg_info" else "--output-dir"
+    arguments = ["-q", command, place, str(tmp_path)]
+    if with_torch:
+        processes.run([sys.executable, "-W", "ignore", "setup.py", *arguments], cwd=checkout, check=True)
+    else:
+        assert setup_py(checkout, *arguments).returncode == 0
+    (metadata,) = [*tmp_path.rglob("METADATA"), *tmp_path.rglob("PKG-INFO")]
+    assert required_torch(metadata) == expected
+    assert {"numpy", "safetensors", "tqdm"} <= set(re.findall(r"^Requires-Dist: (\w+)", metadata.read_text(), re.M))
+
+
+def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    with pytest.raises(
+        SystemExit, match=r"^bigramx: needs torch 2\.11 or newer, but torch 2\.9\.1\+cu128 is installed$"
+    ):
+        setup_functions()["torch_requirement"]()
+
+
+def test_another_torch_compiles_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("BIGRAMX_CUDA", "0")
+    _extension, builder = setup_functions()["extension_and_builder"]()
+    monkeypatch.chdir(tmp_path)
+    objects = Path("build/objects")
+
+    def compile_one(_command: object) -> None:
+        objects.mkdir(parents=True, exist_ok=True)
+        (objects / "one.o").touch()
+
+    def keeps_objects() -> bool:
+        command = builder(Distribution())
+        command.finalize_options()
+        command.run()
+        kept = (objects / "old.o").exists()
+        assert kept or command.force
+        (objects / "old.o").touch()
+        return kept
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "run", compile_one)
+    assert [keeps_objects(), keeps_objects()] == [False, True]
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    assert [keeps_objects(), keeps_objects()] == [False, True]
+
+
+IMPORTS = """
+import sys, torch
+here = torch.__version__
+
+def error():
+    for name in [name for name in sys.modules if name.startswith("bigramx") and name != "bigramx._C"]:
+        del sys.modules[name]
+    try:
+        import bigramx
+    except ImportError as error:
+        return str(error)
+
+torch.__version__ = "2.99.1+cu130"
+print(error().splitlines()[0])
+sys.modules["bigramx._C"], kernels = None, sys.modules["bigramx._C"]
+print(error().splitlines()[0])
+sys.modules["bigramx._C"] = kernels
+torch.__version__ = ".".join(here.split(".")[:2]) + ".77+cu130"
+print(error())
+"""
+
+
+def test_kernels_for_another_torch_are_not_imported() -> None:
+    result = processes.run([sys.executable, "-c", IMPORTS], cwd=ROOT, check=True)
+    other, missing, patch_release = result.stdout.splitlines()
+    assert other.startswith(f"bigramx: the kernels are compiled for torch {THIS_TORCH}.")
+    assert other.endswith(", here is torch 2.99.1+cu130. Compile them for this one by")
+    assert missing.startswith("bigramx: the compiled kernels cannot be loaded (")
+    assert "; here is torch 2.99.1+cu130. Compile them for this one by" in missing
+    assert patch_release == "None"
+
+
+def imports_of(path: Path) -> set[str]:
+    """The packages of others that a module imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"bigramx"}
+
+
+def test_what_is_imported_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"\W", requirement)[0] for requirement in requirements}
+
+    monkeypatch.chdir(ROOT)
+    core = {"torch", *names(setup_functions()["DEPENDENCIES"])}
+    extras = read_configuration("pyproject.toml", expand=False)["project"]["optional-dependencies"]
+    assert names(extras["plot"]) <= names(extras["cli"])
+    allowed = {"plots.py": core | names(extras["plot"]), "cli.py": core | names(extras["cli"])}
+    for path in Path("bigramx").glob("*.py"):
+        typing_only = {"typing_extensions"}  # torch requires it; imported under TYPE_CHECKING
+        assert imports_of(path) - typing_only <= allowed.get(path.name, core), path
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="GNU make is not installed")
