@@ -20,7 +20,7 @@ from bigramx.storage import name_of, read_tensors, write_tensors
 from bigramx.tokenizer import CharTokenizer
 
 _KIND = "model"
-_WEIGHT = "token_embedding_table.weight"
+_WEIGHT, _CLASS_WEIGHT = "token_embedding_table.weight", "class_weight"
 _NO_TOKEN = torch.iinfo(torch.int64).min
 
 
@@ -309,7 +309,7 @@ class BigramLanguageModel(nn.Module):
         return model
 
     def save(self, path: FileLike) -> None:
-        """Writes the table, and the tokenizer where there is one, to one safetensors file, whole or not at all.
+        """Writes the table, the loss's options and the tokenizer to one safetensors file, whole or not at all.
 
         Args:
             path: A path, or a binary file object.
@@ -318,10 +318,17 @@ class BigramLanguageModel(nn.Module):
             OSError: The file cannot be written; an old one is unchanged.
             TypeError: ``path`` is neither.
         """
-        metadata = {"sparse": json.dumps(self.token_embedding_table.sparse)}
+        tensors = {_WEIGHT: self.token_embedding_table.weight}
+        if self.class_weight is not None:
+            tensors[_CLASS_WEIGHT] = self.class_weight
+        metadata = {
+            "sparse": json.dumps(bool(self.token_embedding_table.sparse)),
+            "ignore_index": json.dumps(int(self.ignore_index)),
+            "label_smoothing": json.dumps(float(self.label_smoothing)),
+        }
         if self.tokenizer is not None:
             metadata["tokenizer"] = self.tokenizer.to_json()
-        write_tensors(path, _KIND, {_WEIGHT: self.token_embedding_table.weight}, metadata)
+        write_tensors(path, _KIND, tensors, metadata)
 
     @classmethod
     def load(cls, path: FileLike) -> BigramLanguageModel:
@@ -341,6 +348,9 @@ class BigramLanguageModel(nn.Module):
         sparse = metadata.get("sparse") == json.dumps(True)
         model = cls(weight.size(0), sparse=sparse, device="meta", dtype=weight.dtype)
         model.token_embedding_table.weight = nn.Parameter(weight)
+        model.class_weight = tensors.get(_CLASS_WEIGHT)
+        model.ignore_index = json.loads(metadata.get("ignore_index", "-100"))
+        model.label_smoothing = json.loads(metadata.get("label_smoothing", "0.0"))
         if "tokenizer" in metadata:
             model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
             if model.tokenizer.vocab_size != model.vocab_size:

@@ -502,6 +502,23 @@ def test_file_objects(tmp_path: Path) -> None:
             assert torch.equal(weight, model.token_embedding_table.weight)
 
 
+def test_the_options_of_the_loss_are_saved(tmp_path: Path) -> None:
+    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    model = BigramLanguageModel(
+        3, sparse=True, ignore_index=-1, class_weight=weight, label_smoothing=0.25, dtype=torch.float64
+    )
+    model.save(tmp_path / "model")
+    loaded = BigramLanguageModel.load(tmp_path / "model")
+    assert (loaded.token_embedding_table.sparse, loaded.ignore_index, loaded.label_smoothing) == (True, -1, 0.25)
+    assert loaded.class_weight is not None
+    assert torch.equal(loaded.class_weight, weight)
+    idx, targets = torch.tensor([0, 1, 2]), torch.tensor([1, -1, 0])
+    assert torch.equal(loaded(idx, targets)[1], model(idx, targets)[1])
+    plain = BigramLanguageModel(3)
+    plain.save(tmp_path / "model")
+    assert BigramLanguageModel.load(tmp_path / "model").class_weight is None
+
+
 def test_history_in_a_file_object() -> None:
     buffer: Any = io.BytesIO()
     History(losses=[3.0, 2.0], steps=[0, 2]).save(buffer)
