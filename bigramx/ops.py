@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,8 @@ _HOW_TO_COMPILE = """Compile them for this one by
 
 def _required_torch() -> str:
     """The requirement that a built package states, torch==X.Y.*; kernels that do not load cannot be asked."""
+    from importlib import metadata  # takes longer to import than this package
+
     try:
         requirements = metadata.requires("bigramx") or []
     except metadata.PackageNotFoundError:
