@@ -8,6 +8,10 @@ class Alphabet:
     def decode(self, tokens: Tensor) -> str: ...
     def decode_sequence(self, tokens: list[int] | tuple[int, ...]) -> str | None: ...
 
+# Of the tensors of one parameter, by position: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step.
+adamw_fits: Callable[..., bool]
+adamw_step: Callable[..., None]
+
 def build_info() -> dict[str, str]: ...
 
 # The ops, with the arguments of their schemas (csrc/bindings.cpp), by position.

@@ -88,6 +88,10 @@ get_batch = _op("get_batch")
 multinomial = _op("multinomial")
 Alphabet = _C.Alphabet
 
+# Not ops: what optim.AdamW asks and does for each parameter, at a fraction of an op's cost.
+adamw_fits = _C.adamw_fits
+adamw_step = _C.adamw_step
+
 
 def build_info() -> dict[str, str]:
     """How the kernels were built, and which CPU target they use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, overload
@@ -10,19 +11,28 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from bigramx import ops
+from bigramx.fusion import is_plain_tensor
 
 _DTYPES = (torch.float32, torch.float64)
-_ONE = torch.ones((), device="cpu")  # adding a tensor takes half as long as adding a number
+_NUMBER = (float, int)
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
+_Options = tuple[float, float, float, float, float, bool]
 
 
 class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW``: the same arguments and state_dict, and the same results up to rounding.
 
     Each dense float32 or float64 parameter on the CPU, or on a GPU if this build has CUDA kernels, is updated by one
-    fused kernel. For other parameters, or where an option asks for another implementation
-    (``foreach``, ``differentiable``, ``fused``, a tensor as ``lr``), torch's own step runs.
+    fused kernel, where that provably gives what torch's own step gives. That step runs for the other parameters (a
+    DTensor or another subclass, another dtype, a state or a gradient that is not like its parameter), and for all of a
+    group whose options ask for another implementation (``foreach``, ``differentiable``, ``fused``, a tensor as
+    ``lr``). A step that raises leaves no parameter and no state
+    half updated.
 
     With ``capturable=True`` the GPU counts the steps, so that a CUDA graph of a step can be replayed.
     """
@@ -39,7 +49,10 @@ class AdamW(torch.optim.AdamW):
         Returns:
             What ``closure`` returned.
         """
-        return (_observed_step if _is_observed(self) else _step)(self, closure)
+        # The wrapper around the step of a subclass runs the hooks already.
+        if not _is_observed(self) or type(self).step is not AdamW.step:
+            return _step(self, closure)
+        return _observed_step(self) if closure is None else _observed_step(self, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or with ``set_to_none=False`` sets them to zero."""
@@ -63,25 +76,43 @@ def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def state_of(optimizer: torch.optim.Optimizer, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, created on first use."""
+    state: dict[str, Any] = optimizer.state[param]
+    if not state:
+        counts_on = param.device if group["capturable"] else "cpu"
+        names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+        step = torch.zeros((), dtype=_step_dtype(), device=counts_on)
+        moments = {name: torch.zeros_like(param, memory_format=torch.contiguous_format) for name in names}
+        state.update(step=step, **moments)
+    return state
+
+
+def _step_dtype() -> torch.dtype:
+    """Wide enough to count: float32, or float64 where that is the default."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def _is_observed(optimizer: torch.optim.Optimizer) -> bool:
     return has_hooks(optimizer) or profiler._is_profiler_enabled
 
 
-def _step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:
-    for group in optimizer.param_groups:
-        if not _has_kernel(group):
-            return _torch_step(optimizer, closure)
+def _step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None = None) -> float | None:
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
+    if _is_intercepted():
+        _torch_step(optimizer)
+        return loss
     grad_mode = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # torch.no_grad() takes as long as half a step
     try:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if (grad := param.grad) is not None:
-                    _step_param(param, grad, group, state_of(optimizer, param, group))
+        updates, others, doubtful = _divide(optimizer)
+        if others:  # first, because it may raise
+            _torch_step_of(optimizer, others, doubtful)
+        for tensors, options in updates:
+            ops.adamw_step(*tensors, *options)
     finally:
         torch._C._set_grad_enabled(grad_mode)
     return loss
@@ -91,68 +122,89 @@ def _step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> 
 _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
 
-def state_of(optimizer: torch.optim.Optimizer, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of a parameter, created on first use."""
-    state: dict[str, Tensor] = optimizer.state[param]
+def _is_intercepted() -> bool:
+    """Whether torch.compile or a mode, other than that of a default device, wants to see what a step does."""
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._is_torch_function_mode_enabled() and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
+
+
+def _divide(
+    optimizer: torch.optim.AdamW,
+) -> tuple[list[tuple[_Tensors, _Options]], list[dict[str, Any]], list[Tensor]]:
+    """What the kernel updates; groups of the other parameters; and those of them whose options leave it to us."""
+    updates, others, doubtful = [], [], []
+    for group in optimizer.param_groups:
+        is_torchs = _names_implementation(optimizer, group)
+        options = None if is_torchs else _kernel_options(group)
+        rest = []
+        for param in group["params"]:
+            if (grad := param.grad) is None:
+                continue
+            if options is not None and (tensors := _kernel_tensors(optimizer, group, param, grad)) is not None:
+                updates.append((tensors, options))
+            else:
+                rest.append(param)
+        if rest:
+            others.append({**group, "params": rest})
+            if not (is_torchs or _holds_tensors(group)):
+                doubtful += rest
+    return updates, others, doubtful
+
+
+def _names_implementation(optimizer: torch.optim.AdamW, group: dict[str, Any]) -> bool:
+    """Whether the options name one of torch's implementations, or what only these know."""
+    return (
+        group["foreach"]
+        or group["differentiable"]
+        or group["fused"]
+        or not group.get("decoupled_weight_decay", True)
+        or getattr(optimizer, "grad_scale", None) is not None
+        or getattr(optimizer, "found_inf", None) is not None
+    )
+
+
+def _kernel_options(group: dict[str, Any]) -> _Options | None:
+    """The options that are numbers, if all are, and if torch's step would not raise because of them."""
+    lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    are_numbers = (
+        isinstance(lr, _NUMBER)
+        and isinstance(beta1, _NUMBER)
+        and isinstance(beta2, _NUMBER)
+        and isinstance(eps, _NUMBER)
+        and isinstance(weight_decay, _NUMBER)
+    )
+    if not are_numbers or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        return None
+    return lr, beta1, beta2, eps, weight_decay, bool(group["maximize"])
+
+
+def _holds_tensors(group: dict[str, Any]) -> bool:
+    """Whether a number among the options is a tensor, which torch's step accepts."""
+    return any(isinstance(option, Tensor) for option in (group["lr"], *group["betas"]))
+
+
+def _kernel_tensors(
+    optimizer: torch.optim.AdamW, group: dict[str, Any], param: Tensor, grad: Tensor
+) -> _Tensors | None:
+    """A parameter and its state, if the kernel's step of them is torch's."""
+    if not (is_plain_tensor(param) and type(grad) is Tensor and _may_step(param, group["capturable"])):
+        return None
+    state = optimizer.state.get(param)
     if not state:
-        counts_on = param.device if group["capturable"] else "cpu"
-        state["step"] = torch.zeros((), dtype=_step_dtype(), device=counts_on)
-        state["exp_avg"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-        if group["amsgrad"]:
-            state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.contiguous_format)
-    return state
-
-
-def _step_param(param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-    beta1, beta2 = group["betas"]
-    step = state["step"]
-    step.add_(_ONE)
-    try:
-        ops.adamw_(
-            param,
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if group["amsgrad"] else None,
-            step,
-            group["lr"],
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["maximize"],
-        )
-    except BaseException:
-        step.sub_(_ONE)  # a step that was not taken does not count
-        raise
-
-
-def _torch_step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None) -> float | None:
-    step = torch.optim.AdamW.step
-    if getattr(step, "hooked", False):
-        step = inspect.unwrap(
-            step, stop=lambda function: not getattr(function, "hooked", False)
-        )  # the hooks run around our own step already
-    loss: float | None = step(optimizer, closure)
-    return loss
-
-
-def _step_dtype() -> torch.dtype:
-    """Wide enough to count: float32, or float64 where that is the default."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def _has_kernel(group: dict[str, Any]) -> bool:
-    special = group["foreach"] or group["differentiable"] or group["fused"]
-    if special or isinstance(group["lr"], Tensor) or not group.get("decoupled_weight_decay", True):
-        return False
-    for param in group["params"]:
-        if not (_may_step(param, group["capturable"]) and param.dtype in _DTYPES and param.is_contiguous()):
-            return False
-        if (grad := param.grad) is not None and grad.layout is not torch.strided:
-            return False
-    return True
+        if not ops.adamw_fits(param, grad, None, None, None, None):
+            return None
+        state = state_of(optimizer, param, group)
+    exp_avg, exp_avg_sq, step = state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step")
+    if not (type(exp_avg) is Tensor and type(exp_avg_sq) is Tensor and type(step) is Tensor):
+        return None
+    largest = None
+    if group["amsgrad"] and type(largest := state.get("max_exp_avg_sq")) is not Tensor:
+        return None
+    fits = ops.adamw_fits(param, grad, exp_avg, exp_avg_sq, largest, step)
+    return (param, grad, exp_avg, exp_avg_sq, largest, step) if fits else None
 
 
 def _may_step(param: Tensor, capturable: bool) -> bool:
@@ -160,3 +212,44 @@ def _may_step(param: Tensor, capturable: bool) -> bool:
     if param.is_cpu:
         return not capturable
     return ops.HAS_CUDA_KERNELS and param.is_cuda and (capturable or not torch.cuda.is_current_stream_capturing())
+
+
+def _torch_step(optimizer: torch.optim.AdamW) -> None:
+    step = torch.optim.AdamW.step
+    if getattr(step, "hooked", False):
+        step = inspect.unwrap(
+            step, stop=lambda function: not getattr(function, "hooked", False)
+        )  # the hooks run around our own step already
+    step(optimizer)
+
+
+def _torch_step_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]], doubtful: list[Tensor]) -> None:
+    """Torch's step of ``groups``. If it raises, the ``doubtful`` parameters and their states are put back."""
+    copies = [(tensor, tensor.clone()) for param in doubtful for tensor in _at_risk(param, optimizer.state.get(param))]
+    all_groups = optimizer.param_groups
+    optimizer.param_groups = groups
+    try:
+        _torch_step(optimizer)
+    except BaseException:
+        with torch.inference_mode():  # which may change every tensor
+            for tensor, copy in copies:
+                with contextlib.suppress(RuntimeError):  # one that cannot be written to has not changed
+                    tensor.copy_(copy)
+        raise
+    finally:
+        optimizer.param_groups = all_groups
+
+
+def _at_risk(param: Tensor, state: dict[str, Any] | None) -> list[Tensor]:
+    """The tensors that torch's step changes in part if these do not go together, which it finds out on the way.
+
+    None where the parameter, not its state, kept the kernel from it: in the training of a large model, say, whose
+    tensors are shards or of 16 bits.
+    """
+    held = {name: value for name, value in (state or {}).items() if isinstance(value, Tensor)}
+    moments = [param, *(value for name, value in held.items() if name != "step")]
+    kinds = {(tensor.shape, tensor.dtype, tensor.device) for tensor in (*moments, param.grad) if tensor is not None}
+    may_be_kernels = is_plain_tensor(param) and param.dtype in _DTYPES and param.is_contiguous()
+    if len(kinds) == 1 and not may_be_kernels and 0 not in param.stride():
+        return []
+    return [param, *held.values()]

@@ -29,8 +29,26 @@ void check_adamw(const char* op, const AdamWParams& params);
 // them.
 void bump_versions(const AdamWParams& params);
 
+// The count in a step on the CPU, and another one in its place.
+double adamw_count_cpu(const at::Tensor& step);
+void adamw_set_count_cpu(const at::Tensor& step, double count);
+
 void adamw_cpu(const AdamWParams& params);
 void adamw_cuda(const AdamWParams& params);
+
+// For Python's optimizer. A tensor that the state does not hold yet is absent.
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Whether a kernel's step is torch.optim.AdamW's: of plain tensors, alike and apart in memory, under no mode
+// that would see or change what is done to them.
+bool adamw_fits(const at::Tensor& param, const at::Tensor& grad, const OptionalTensor& exp_avg,
+                const OptionalTensor& exp_avg_sq, const OptionalTensor& max_exp_avg_sq,
+                const OptionalTensor& step);
+
+// The next step of tensors that fit. step: the count of the steps before it, to which one is added.
+void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
+                const OptionalTensor& max_exp_avg_sq, at::Tensor step, double lr, double beta1, double beta2,
+                double eps, double weight_decay, bool maximize);
 
 // The op.
 void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,

@@ -84,6 +84,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using namespace bigramx;
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
     m.def("build_info", &build_info);
+    m.def("adamw_fits", &adamw_fits);
+    m.def("adamw_step", &adamw_step, py::call_guard<py::gil_scoped_release>());
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);
     DirectOp<decltype(count_bigrams)>::define(m, "bigramx", kCountBigrams);
     DirectOp<decltype(EmbeddingCrossEntropy::differentiable)>::define(m, "bigramx", kEmbeddingCrossEntropy);

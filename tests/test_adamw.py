@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigramx import functional, optim, reference
+from bigramx import functional, ops, optim, reference
 from tests.devices import on_device, skip_if_long
 from tests.tolerances import assert_as_close_as_eager
 
@@ -25,11 +31,19 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "ep
     offsets=st.lists(st.sampled_from([0, 0, 1, 2, 3, 4]), min_size=5, max_size=5),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     step=st.sampled_from([1, 2, 1000]),
+    beta1=st.sampled_from([0.9, 0.9, 0.4, 0.0]),
     amsgrad=st.booleans(),
     maximize=st.booleans(),
 )
 def test_equals_reference(
-    seed: int, size: int, offsets: list[int], dtype: torch.dtype, step: int, amsgrad: bool, maximize: bool
+    seed: int,
+    size: int,
+    offsets: list[int],
+    dtype: torch.dtype,
+    step: int,
+    beta1: float,
+    amsgrad: bool,
+    maximize: bool,
 ) -> None:
     """For any alignment of each tensor."""
     torch.manual_seed(seed)
@@ -49,7 +63,7 @@ def test_equals_reference(
             largest_or_none,
             step=torch.tensor(float(step)),
             maximize=maximize,
-            **HYPERPARAMETERS,
+            **{**HYPERPARAMETERS, "beta1": beta1},
         )
         return [param, exp_avg, exp_avg_sq, largest]
 
@@ -232,14 +246,399 @@ def test_sparse_gradients_raise_as_in_torch() -> None:
         optim.AdamW([param]).step()
 
 
-def test_a_step_that_raises_does_not_count() -> None:
+# ------------------------------------------------------------------------------ where the kernel may not be taken
+
+Change = Callable[[torch.optim.AdamW], object]
+
+
+def param_of(optimizer: torch.optim.Optimizer) -> Tensor:
+    param: Tensor = optimizer.param_groups[0]["params"][0]
+    return param
+
+
+def state(**changed: Callable[[dict[str, Any]], object]) -> Change:
+    """Changes entries of the parameter's state."""
+
+    def change(optimizer: torch.optim.AdamW) -> None:
+        entries = optimizer.state[param_of(optimizer)]
+        entries.update({name: make(entries) for name, make in changed.items()})
+
+    return change
+
+
+def options(**changed: object) -> Change:
+    return lambda optimizer: optimizer.param_groups[0].update(changed)
+
+
+def attributes(**changed: object) -> Change:
+    return lambda optimizer: vars(optimizer).update(changed)
+
+
+def grad(make: Callable[[Tensor], Tensor]) -> Change:
+    """Sets another gradient, made from the parameter."""
+
+    def change(optimizer: torch.optim.AdamW) -> None:
+        param = param_of(optimizer)
+        param.grad_dtype = None  # any
+        param.grad = make(param.detach())
+
+    return change
+
+
+def data(make: Callable[[Tensor], Tensor]) -> Change:
+    """Puts other values into the parameter, and into its gradient."""
+
+    def change(optimizer: torch.optim.AdamW) -> None:
+        param = param_of(optimizer)
+        assert param.grad is not None
+        param.data, param.grad.data = make(param.data), make(param.grad.data)
+
+    return change
+
+
+def both(first: Change, second: Change) -> Change:
+    return lambda optimizer: (first(optimizer), second(optimizer))
+
+
+def inferred(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+def without(name: str) -> Change:
+    return lambda optimizer: optimizer.state[param_of(optimizer)].pop(name)
+
+
+def swap(optimizer: torch.optim.AdamW) -> None:
+    """The parameter becomes a subclass; its identity stays."""
+    param = param_of(optimizer)
+    grad, param.grad = param.grad, None
+    assert grad is not None
+    torch.utils.swap_tensors(param, torch.nn.Parameter(TwoTensor(param.detach().clone(), param.detach().clone())))
+    param.grad = TwoTensor(grad, grad)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, dim=0)[::2]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+CHANGES: dict[str, Change] = {
+    "exp_avg transposed": state(exp_avg=lambda held: transposed(held["exp_avg"])),
+    "exp_avg_sq strided": state(exp_avg_sq=lambda held: strided(held["exp_avg_sq"])),
+    "exp_avg in float64": state(exp_avg=lambda held: held["exp_avg"].double()),
+    "exp_avg_sq in float64": state(exp_avg_sq=lambda held: held["exp_avg_sq"].double()),
+    "exp_avg_sq in bfloat16": state(exp_avg_sq=lambda held: held["exp_avg_sq"].bfloat16()),
+    "exp_avg of another shape": state(exp_avg=lambda _: torch.zeros(4, 4)),
+    "exp_avg a scalar": state(exp_avg=lambda _: torch.zeros(())),
+    "exp_avg_sq of fewer elements": state(exp_avg_sq=lambda _: torch.zeros(5, 1)),
+    "exp_avg expanded": state(exp_avg=lambda _: torch.zeros(4).expand(5, 4)),
+    "exp_avg on meta": state(exp_avg=lambda _: torch.zeros(5, 4, device="meta")),
+    "exp_avg a number": state(exp_avg=lambda _: 0.0),
+    "exp_avg missing": without("exp_avg"),
+    "exp_avg a Parameter": state(exp_avg=lambda held: torch.nn.Parameter(held["exp_avg"])),
+    "exp_avg an inference tensor": state(exp_avg=lambda held: inferred(held["exp_avg"])),
+    "exp_avg a subclass": state(exp_avg=lambda held: TwoTensor(held["exp_avg"], held["exp_avg"].clone())),
+    "exp_avg in use elsewhere": state(exp_avg_sq=lambda held: held["exp_avg"].abs_()),
+    "exp_avg a lazy copy": state(exp_avg_sq=lambda held: torch._lazy_clone(held["exp_avg"].abs_())),
+    "state of another optimizer": lambda optimizer: optimizer.state.update(
+        {param_of(optimizer): {"step": torch.tensor(1.0), "square_avg": torch.zeros(5, 4)}}
+    ),
+    "step an integer tensor": state(step=lambda _: torch.tensor(3)),
+    "step a number": state(step=lambda _: 3),
+    "step of shape (1)": state(step=lambda _: torch.ones(1)),
+    "step of shape (2)": state(step=lambda _: torch.ones(2)),
+    "step in float16": state(step=lambda _: torch.tensor(2047.0).half()),
+    "step in float64": state(step=lambda _: torch.tensor(3.0).double()),
+    "step on meta": state(step=lambda _: torch.ones((), device="meta")),
+    "step missing": without("step"),
+    "step -1": state(step=lambda _: torch.tensor(-1.0)),
+    "step -0.5": state(step=lambda _: torch.tensor(-0.5)),
+    "step NaN": state(step=lambda _: torch.tensor(float("nan"))),
+    "step infinite": state(step=lambda _: torch.tensor(float("inf"))),
+    "amsgrad from now on": options(amsgrad=True),
+    "betas zero, large exp_avg": both(options(betas=(0.0, 0.0)), state(exp_avg=lambda held: held["exp_avg"].mul_(1e9))),
+    "betas small": options(betas=(0.1, 0.3)),
+    "betas a list": options(betas=[0.8, 0.9]),
+    "beta1 one": options(betas=(1.0, 0.9)),
+    "beta2 above one": options(betas=(0.9, 1.1)),
+    "betas tensors": options(betas=(torch.tensor(0.9), torch.tensor(0.99))),
+    "lr an int": options(lr=1),
+    "lr a NumPy number": options(lr=numpy.float32(0.1)),
+    "lr a tensor": options(lr=torch.tensor(0.1)),
+    "lr None": options(lr=None),
+    "lr text": options(lr="0.1"),
+    "lr infinite": options(lr=float("inf"), weight_decay=0.0),
+    "weight_decay None": options(weight_decay=None),
+    "maximize text": options(maximize="yes"),
+    "decay coupled": options(decoupled_weight_decay=False),
+    "foreach from now on": options(foreach=True),
+    "fused from now on": options(fused=True),
+    "found_inf": attributes(found_inf=torch.tensor(0.0)),
+    "grad_scale": attributes(grad_scale=torch.tensor(2.0)),
+    "found_inf and fused": both(options(fused=True), attributes(found_inf=torch.tensor(1.0))),
+    "grad transposed": grad(lambda _: transposed(torch.randn(5, 4))),
+    "grad expanded": grad(lambda _: torch.randn(4).expand(5, 4)),
+    "grad the parameter": grad(lambda param: param),
+    "grad the parameter's memory": grad(lambda param: param.view(4, 5).t()),
+    "grad the state": lambda optimizer: setattr(
+        param_of(optimizer), "grad", optimizer.state[param_of(optimizer)]["exp_avg"]
+    ),
+    "grad with a history": grad(lambda _: torch.randn(5, 4).requires_grad_() * 2),
+    "grad negated lazily": grad(lambda _: torch.randn(5, 4, dtype=torch.cfloat).conj().imag),
+    "grad zero lazily": grad(lambda _: torch._efficientzerotensor(5, 4)),
+    "grad sparse": grad(lambda _: torch.eye(5, 4).to_sparse()),
+    "grad a subclass": grad(lambda _: TwoTensor(torch.randn(5, 4), torch.randn(5, 4))),
+    "grad an inference tensor": grad(inferred),
+    "grad in bfloat16": grad(Tensor.bfloat16),
+    "grad in float64": grad(Tensor.double),
+    "grad huge": grad(lambda param: param * 3e19),
+    "grad NaN": grad(lambda param: param.clone().fill_diagonal_(float("nan"))),
+    "param transposed": data(transposed),
+    "param strided": data(strided),
+    "param expanded": data(lambda param: param[:1].expand(5, 4)),
+    "param in float64": data(Tensor.double),
+    "param in bfloat16": data(Tensor.bfloat16),
+    "param of fewer elements": data(lambda param: param[:1].clone()),
+    "param swapped for a subclass": swap,
+}
+
+
+def outcome(optimizer_class: type[torch.optim.AdamW], change: Change) -> tuple[Any, Any, tuple[object, str]]:
+    """The parameters and their states before and after a step that follows a change, and the error of that step."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(5, 4)), torch.nn.Parameter(torch.randn(3))]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = optimizer_class([{"params": [param]} for param in params], lr=0.1, weight_decay=0.1)
+    optimizer.step()
+    change(optimizer)
+
+    def tensors() -> Any:
+        return [
+            value.clone() if isinstance(value, Tensor) else value
+            for param in params
+            for value in (param.detach(), *optimizer.state[param].values())
+        ]
+
+    before = tensors()
+    try:
+        optimizer.step()
+    except Exception as error:
+        return before, tensors(), (type(error), str(error))
+    return before, tensors(), (None, "")
+
+
+def assert_close(actual: list[Any], expected: list[Any], rtol: float | None = None, atol: float | None = None) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        if not isinstance(one, Tensor):
+            assert one == other
+        elif not one.is_meta:
+            torch.testing.assert_close(one, other, equal_nan=True, rtol=rtol, atol=atol)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_torch_accepts_gives_its_result_and_what_it_refuses_its_error(change: Change) -> None:
+    """And a step that raises leaves nothing half changed."""
+    before, actual, error = outcome(optim.AdamW, change)
+    _before, expected, torchs_error = outcome(torch.optim.AdamW, change)
+    assert error == torchs_error
+    if error[0] is None:
+        assert_close(actual, expected)
+    else:
+        assert_close(actual, before, rtol=0, atol=0)
+
+
+@pytest.fixture
+def kernel_steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The parameters that the kernel has updated."""
+    params: list[Tensor] = []
+    kernel = ops.adamw_step
+
+    def recorded(param: Tensor, *others: Any) -> None:
+        params.append(param)
+        kernel(param, *others)
+
+    monkeypatch.setattr(ops, "adamw_step", recorded)
+    return params
+
+
+def test_a_special_parameter_does_not_take_the_kernel_from_others(kernel_steps: list[Tensor]) -> None:
+    plain = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float64))]
+    special = [
+        torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)),
+        torch.nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3))),
+        torch.nn.Parameter(transposed(torch.ones(3, 4))),
+    ]
+    params = [plain[0], *special, plain[1]]
+    optimizer = optim.AdamW(params)
+    torchs_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    torchs = torch.optim.AdamW(torchs_params)
+    for param in (*params, *torchs_params):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    torchs.step()
+    assert [id(param) for param in kernel_steps] == [id(param) for param in plain]
+    for param, torchs_param in zip(params, torchs_params, strict=True):
+        torch.testing.assert_close(param, torchs_param)
+        assert optimizer.state[param]["step"] == 1
+
+
+def test_a_parameter_that_raises_leaves_the_others_alone() -> None:
+    """Whichever of them comes first."""
+    for order in (1, -1):
+        plain, sparse = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 3))
+        plain.grad, sparse.grad = torch.ones(3), torch.eye(3).to_sparse()
+        optimizer = optim.AdamW([plain, sparse][::order])
+        with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+            optimizer.step()
+        assert torch.equal(plain, torch.ones(3))
+        assert optimizer.state[plain].get("step", 0) == 0
+
+
+class DispatchedOps(TorchDispatchMode):
+    """Records the names of the ops that are called under it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(op._opname)
+        return op(*args, **(kwargs or {}))
+
+
+class CalledFunctions(TorchFunctionMode):
+    """Records the names of the functions that are called under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode_class", [DispatchedOps, CalledFunctions])
+def test_a_mode_sees_torchs_step(mode_class: type[DispatchedOps | CalledFunctions], kernel_steps: list[Tensor]) -> None:
+    seen = []
+    for optimizer_class in (optim.AdamW, torch.optim.AdamW):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = optimizer_class([param])
+        with mode_class() as mode:
+            optimizer.step()
+        seen.append([name for name in mode.names if "record_function" not in name])
+    assert seen[0] == seen[1]
+    assert "lerp_" in seen[0]
+    assert kernel_steps == []
+
+
+@pytest.mark.parametrize("context", [lambda: torch.device("cpu"), torch.inference_mode, torch.enable_grad], ids=str)
+def test_other_contexts_leave_the_kernel(context: Callable[[], Any], kernel_steps: list[Tensor]) -> None:
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     optimizer = optim.AdamW([param])
-    optimizer.step()
-    optimizer.state[param]["exp_avg"] = torch.zeros(4)
-    before = param.detach().clone()
-    with pytest.raises(RuntimeError, match="exp_avg to have the shape of param"):
+    with context():
         optimizer.step()
-    assert optimizer.state[param]["step"] == 1
-    assert torch.equal(param, before)
+    assert len(kernel_steps) == 1
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = optim.AdamW([param])
+        optimizer.step()
+        optimizer.step()
+    assert isinstance(optimizer.state[param]["exp_avg"], FakeTensor)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
+def test_a_compiled_step_is_torchs(kernel_steps: list[Tensor]) -> None:
+    params = []
+    for optimizer_class in (optim.AdamW, torch.optim.AdamW):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = optimizer_class([param])
+        step = torch.compile(lambda step=optimizer.step: step(), backend="eager")
+        for _ in range(3):
+            param.grad = torch.ones(3)
+            step()
+        params.append(param)
+    assert torch.equal(*params)
+    assert kernel_steps == []
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.functionalize], ids=str)
+def test_transforms_see_torchs_step(transform: Any, kernel_steps: list[Tensor]) -> None:
+    outcomes = []
+    for optimizer_class in (optim.AdamW, torch.optim.AdamW):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = optimizer_class([param])
+
+        def loss(factor: Tensor, optimizer: torch.optim.Optimizer = optimizer, param: Tensor = param) -> Tensor:
+            optimizer.step()
+            return (factor * param).sum()
+
+        try:
+            outcomes.append(str(transform(loss)(torch.ones(2) if transform is torch.vmap else torch.ones(()))))
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert kernel_steps == []
+
+
+@pytest.mark.parametrize("fused", [None, True], ids=["ours", "fused"])
+def test_grad_scaler(fused: bool | None) -> None:
+    """Steps at an infinite gradient are skipped, and do not count."""
+    ended = []
+    for optimizer_class in (optim.AdamW, torch.optim.AdamW):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = optimizer_class([param], lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler(param.device.type, init_scale=8.0)
+        for factor in (1.0, float("inf"), 2.0):
+            optimizer.zero_grad()
+            scaler.scale((param * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert optimizer.state[param]["step"] == 2
+        ended.append(param)
+    torch.testing.assert_close(*ended)
+
+
+def test_schedulers_and_hooks_of_subclasses() -> None:
+    """A scheduler replaces the method ``step``; torch wraps that of a subclass, so that hooks run once."""
+
+    class Subclass(optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    for optimizer_class in (optim.AdamW, Subclass):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = optimizer_class([param], lr=0.1, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
+        calls: list[int] = []
+        optimizer.register_step_pre_hook(lambda *given, calls=calls: calls.append(len(given[1])))
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+        torch.testing.assert_close(param.detach(), torch.full((3,), 1 - lr))
+        assert calls == [1]
+
+
+def test_freed_memory_does_not_fit() -> None:
+    """Memory that has been given back, as that of FSDP's flat parameters between their uses."""
+    tensors = [torch.ones(3) for _ in range(4)]
+    step = torch.ones(())
+    assert ops.adamw_fits(*tensors, None, step)
+    tensors[2].untyped_storage().resize_(4)
+    assert not ops.adamw_fits(*tensors, None, step)

@@ -28,10 +28,6 @@ using namespace cpu;
 
 namespace {
 
-double value_of(const at::Tensor& step) {
-    return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
-}
-
 template <typename scalar_t>
 AdamWKernelParams<scalar_t> kernel_params(const AdamWParams& params, double step) {
     return {adamw_constants<scalar_t>(params.options, step),
@@ -44,9 +40,21 @@ AdamWKernelParams<scalar_t> kernel_params(const AdamWParams& params, double step
 
 }  // namespace
 
+double adamw_count_cpu(const at::Tensor& step) {
+    return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
+}
+
+void adamw_set_count_cpu(const at::Tensor& step, double count) {
+    if (step.scalar_type() == at::kFloat) {
+        *step.data_ptr<float>() = static_cast<float>(count);
+    } else {
+        *step.data_ptr<double>() = count;
+    }
+}
+
 void adamw_cpu(const AdamWParams& params) {
     constexpr int64_t kGrainSize = 1 << 15;
-    const double step = value_of(params.step);
+    const double step = adamw_count_cpu(params.step);
     TORCH_CHECK_VALUE(step >= 1, kAdamW, ": expected step >= 1, got ", step);
     AT_DISPATCH_FLOATING_TYPES(params.param.scalar_type(), kAdamW, [&] {
         const auto kernel_args = kernel_params<scalar_t>(params, step);

@@ -13,9 +13,11 @@ void adamw_kernel(const AdamWKernelParams<scalar_t>& params, int64_t begin, int6
     for_each_vector<scalar_t>(end - begin, [&](Lanes<scalar_t> lanes) {
         const Vector<scalar_t> grad = params.grad_sign * lanes.load(params.grad + begin, none);
         Vector<scalar_t> exp_avg = lanes.load(exp_avg_row, none);
-        exp_avg += (grad - exp_avg) * params.one_minus_beta1;
+        const Vector<scalar_t> difference = grad - exp_avg;
+        exp_avg = params.from_exp_avg ? exp_avg + difference * params.one_minus_beta1
+                                      : grad - difference * params.beta1;
         const Vector<scalar_t> exp_avg_sq =
-            lanes.load(exp_avg_sq_row, none) * params.beta2 + grad * grad * params.one_minus_beta2;
+            lanes.load(exp_avg_sq_row, none) * params.beta2 + params.one_minus_beta2 * grad * grad;
         Vector<scalar_t> largest = exp_avg_sq;
         if (largest_row != nullptr) {
             largest = max(lanes.load(largest_row, none), exp_avg_sq);

@@ -88,8 +88,10 @@ __device__ void step_elements(const Arrays<scalar_t>& arrays, const AdamWConstan
         scalar_t& mean = exp_avg.elements[k];
         scalar_t& mean_sq = exp_avg_sq.elements[k];
         scalar_t& largest_sq = largest.elements[k];
-        mean += (grad - mean) * constants.one_minus_beta1;
-        mean_sq = mean_sq * constants.beta2 + grad * grad * constants.one_minus_beta2;
+        const scalar_t difference = grad - mean;
+        mean = constants.from_exp_avg ? mean + difference * constants.one_minus_beta1
+                                      : grad - difference * constants.beta1;
+        mean_sq = mean_sq * constants.beta2 + constants.one_minus_beta2 * grad * grad;
         if (!amsgrad || !(largest_sq > mean_sq)) largest_sq = mean_sq;
         const scalar_t denominator =
             std::sqrt(largest_sq) * constants.inverse_root_correction2 + constants.eps;
