@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from bigramx import ops
 
 _INTEGERS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
+_CHUNK = 2**18  # tokens that are read at once
+_MAX_COUNTS = 2**27  # entries, of 8 bytes: 1 GB
 
 
 def check_tokens(tokens: Tensor) -> None:
@@ -21,8 +24,31 @@ def check_tokens(tokens: Tensor) -> None:
 
 
 def are_worth_counting(tokens: Tensor, vocab_size: int) -> bool:
-    """Whether a table of pair counts, (V, V), is small compared with ``tokens``, (N)."""
-    return 4 * vocab_size**2 <= len(tokens)
+    """Whether a table of pair counts, (V, V), is small compared with ``tokens``, (N), and takes 1 GB at most."""
+    return 4 * vocab_size**2 <= len(tokens) and vocab_size**2 <= _MAX_COUNTS
+
+
+def chunks(tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The tokens, a part at a time, and the position of its first: so few that a copy in int64 takes 2 MB."""
+    for begin in range(0, len(tokens), _CHUNK):
+        yield begin, tokens[begin : begin + _CHUNK].long()
+
+
+def check_range(tokens: Tensor, vocab_size: int) -> None:
+    """Raises an IndexError where a token is out of range: it names the first such and its position."""
+    for begin, chunk in chunks(tokens):
+        smallest, largest = chunk.aminmax()
+        if smallest < 0 or largest >= vocab_size:
+            n = int(((chunk < 0) | (chunk >= vocab_size)).nonzero()[0])
+            raise IndexError(
+                f"tokens holds {int(chunk[n])} at position {begin + n}, expected 0 <= token < {vocab_size}"
+            )
+
+
+def token_range(tokens: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of the tokens, (N), N > 0, which are read chunk by chunk."""
+    extremes = [[int(token) for token in chunk.aminmax()] for _begin, chunk in chunks(tokens)]
+    return min(smallest for smallest, _largest in extremes), max(largest for _smallest, largest in extremes)
 
 
 def default_text() -> str:
@@ -62,7 +88,7 @@ def read_bin(path: str | os.PathLike[str]) -> Tensor:
         num_bytes = os.fstat(file.fileno()).st_size
     if num_bytes == 0 or num_bytes % 2:
         raise ValueError(f"{os.fspath(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
-    return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16)
+    return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16, device="cpu")
 
 
 def split(tokens: Tensor, train_fraction: float = 0.9) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,42 @@ def test_bin_is_mapped_and_never_written(tmp_path: Path) -> None:
     assert path.read_bytes() == struct.pack("<2H", 1, 2)
 
 
+def test_counts_are_small_compared_with_the_tokens_and_the_memory() -> None:
+    tokens = torch.zeros((), dtype=torch.uint8)
+    assert data.are_worth_counting(tokens.expand(4 * 65**2), 65)
+    assert not data.are_worth_counting(tokens.expand(4 * 65**2 - 1), 65)
+    assert data.are_worth_counting(tokens.expand(10**12), 11_585)  # of 1 GB
+    assert not data.are_worth_counting(tokens.expand(10**12), 11_586)
+
+
+def test_bin_is_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    path.write_bytes(struct.pack("<2H", 1, 2))
+    with torch.device("meta"):
+        assert data.read_bin(path).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("num_tokens", [1, 2**18, 2**19 + 1])
+def test_range_of_tokens(dtype: torch.dtype, num_tokens: int) -> None:
+    tokens = torch.full((2 * num_tokens,), 7).to(dtype)[::2]
+    assert data.token_range(tokens) == (7, 7)
+    largest = torch.iinfo(dtype).max
+    tokens[-1] = largest
+    assert data.token_range(tokens) == ((largest if num_tokens == 1 else 7), largest)
+    data.check_range(tokens[:-1], 8)
+    with pytest.raises(
+        IndexError, match=f"tokens holds {largest} at position {num_tokens - 1}, expected 0 <= token < 8"
+    ):
+        data.check_range(tokens, 8)
+    if dtype.is_signed:
+        smallest = torch.iinfo(dtype).min
+        tokens[0] = smallest
+        assert data.token_range(tokens)[0] == smallest
+        with pytest.raises(IndexError, match=f"tokens holds {smallest} at position 0, "):
+            data.check_range(tokens, 8)
+
+
 @pytest.mark.parametrize("content", [b"", b"abc"])
 def test_bad_bin(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.bin").write_bytes(content)
