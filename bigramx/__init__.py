@@ -1,10 +1,11 @@
 """The bigram language model for PyTorch, as fused C++ kernels."""
 
 from bigramx import data, functional, optim, reference
+from bigramx.evaluation import optimal_loss
 from bigramx.model import BigramLanguageModel
 from bigramx.ops import build_info
 from bigramx.tokenizer import CharTokenizer
-from bigramx.training import History, fit, optimal_loss
+from bigramx.training import History, fit
 
 __version__ = "0.1.0"
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import bigramx
 from bigramx import data
+from bigramx.evaluation import optimal_loss
 from bigramx.model import BigramLanguageModel
 from bigramx.tokenizer import CharTokenizer
-from bigramx.training import History, fit, optimal_loss
+from bigramx.training import History, fit
 
 app = typer.Typer(
     help="The bigram language model: train it on a text, let it write, measure it exactly.",
@@ -84,7 +85,7 @@ def _read_tokens(path: Path, model: BigramLanguageModel, model_path: Path) -> Te
 def _new_model(text: Path | None, vocab_size: int | None) -> tuple[BigramLanguageModel, Tensor]:
     if text is not None and text.suffix == ".bin":
         tokens = data.read_bin(text)
-        return BigramLanguageModel(vocab_size or int(tokens.int().max()) + 1), tokens
+        return BigramLanguageModel(vocab_size or data.token_range(tokens)[1] + 1), tokens
     if vocab_size is not None:
         raise CommandError("--vocab-size is for .bin tokens: a text has the characters that it has")
     content = data.default_text() if text is None else data.read_text(text)

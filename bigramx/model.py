@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.types import FileLike
 
-from bigramx import functional, fusion, reference
+from bigramx import evaluation, functional, fusion, reference
 from bigramx.data import are_worth_counting, check_tokens
 from bigramx.functional import Sampler
 from bigramx.storage import name_of, read_tensors, write_tensors
@@ -21,7 +21,6 @@ from bigramx.tokenizer import CharTokenizer
 
 _KIND = "model"
 _WEIGHT, _CLASS_WEIGHT = "token_embedding_table.weight", "class_weight"
-_NO_TOKEN = torch.iinfo(torch.int64).min
 
 
 @contextlib.contextmanager
@@ -205,8 +204,11 @@ class BigramLanguageModel(nn.Module):
         """The exact mean loss of each token of ``tokens``, (N), given the one before it, in nats.
 
         All pairs count, not sampled batches, at the cost of their distinct rows. Where the table is small compared with
-        the tokens, the pairs are counted and the loss is computed in float64; otherwise a 16-bit table is read in
-        float32. NaN for fewer than two tokens.
+        the tokens, the pairs are counted and the loss is computed in float64; otherwise the rows that occur are read,
+        those of 16 bits in float32. NaN for fewer than two tokens.
+
+        The tokens may be memory-mapped, or lie on another device than the table: they are read in chunks, in 64 MB of
+        memory at most beyond the table and the counts.
 
         Where the model is not fused, or its loss has options, the loss is that of ``forward``, which is called for many
         pairs at a time, each a sequence of one token.
@@ -221,10 +223,7 @@ class BigramLanguageModel(nn.Module):
         counts = self.count_pairs(tokens)
         if counts is not None:
             return self.evaluate_counts(counts)
-        weight = self.token_embedding_table.weight
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        tokens = tokens.to(self.device, torch.int64)
-        return functional.embedding_cross_entropy(tokens[:-1], weight, tokens[1:], ignore_index=_NO_TOKEN).item()
+        return evaluation.loss_of_tokens(self.token_embedding_table.weight, tokens)
 
     def _is_plain_cross_entropy(self) -> bool:
         """Whether the loss of a pair is the logsumexp of its row minus its logit."""
@@ -266,7 +265,7 @@ class BigramLanguageModel(nn.Module):
         check_tokens(tokens)
         if not self._is_plain_cross_entropy() or not are_worth_counting(tokens, self.vocab_size):
             return None
-        return functional.count_bigrams(tokens.to(self.device), self.vocab_size)
+        return evaluation.count_pairs(tokens, self.vocab_size, self.device)
 
     @torch.no_grad()
     def evaluate_counts(self, counts: Tensor) -> float:
@@ -277,9 +276,7 @@ class BigramLanguageModel(nn.Module):
         """
         if counts.shape != (self.vocab_size, self.vocab_size):
             raise RuntimeError(f"expected counts to be (V, V) with V = {self.vocab_size}, got {tuple(counts.shape)}")
-        losses = -self.token_embedding_table.weight.double().log_softmax(dim=1)
-        losses = losses.mul_(counts).masked_fill_(counts == 0, 0)  # pairs that never occur may have probability 0
-        return (losses.sum(dim=1).sum() / counts.sum()).item()  # row by row, so that threads do not change the sum
+        return evaluation.loss_of_counts(self.token_embedding_table.weight, counts)
 
     @classmethod
     @torch.no_grad()
@@ -299,13 +296,15 @@ class BigramLanguageModel(nn.Module):
             raise RuntimeError(f"expected counts to be square, (V, V), got shape {tuple(counts.shape)}")
         if not 0 <= smoothing < float("inf"):
             raise ValueError(f"expected smoothing to be finite and >= 0, got {smoothing}")
-        smoothed = counts.double() + smoothing
-        valid = (counts >= 0) & smoothed.isfinite()
-        if not valid.all():
-            raise ValueError(f"expected counts to be finite and >= 0, got {counts[~valid][0].item()}")
-        smoothed[smoothed.sum(dim=1) == 0] = 1
         model = cls(counts.size(0), device=counts.device)
-        model.token_embedding_table.weight.copy_((smoothed / smoothed.sum(dim=1, keepdim=True)).log())
+        weight = model.token_embedding_table.weight
+        for logits, pair_counts in zip(evaluation.row_blocks(weight), evaluation.row_blocks(counts), strict=True):
+            smoothed = pair_counts.double() + smoothing
+            valid = (pair_counts >= 0) & smoothed.isfinite()
+            if not valid.all():
+                raise ValueError(f"expected counts to be finite and >= 0, got {pair_counts[~valid][0].item()}")
+            smoothed[smoothed.sum(dim=1) == 0] = 1
+            logits.copy_((smoothed / smoothed.sum(dim=1, keepdim=True)).log())
         return model
 
     def save(self, path: FileLike) -> None:

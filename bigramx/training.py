@@ -1,4 +1,4 @@
-"""The training loop, its history, and the optimum that the loss approaches."""
+"""The training loop and its history."""
 
 from __future__ import annotations
 
@@ -14,54 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigramx import functional, ops
-from bigramx.data import are_worth_counting, check_tokens, get_batch
+from bigramx import ops
+from bigramx.data import get_batch
+from bigramx.evaluation import optimal_loss, optimal_loss_of_counts
 from bigramx.model import BigramLanguageModel
 from bigramx.optim import AdamW, has_hooks, state_of
 from bigramx.storage import checksum, read_tensors, write_tensors
 
 _KIND = "history"
-
-
-def optimal_loss(tokens: Tensor) -> float:
-    """The lowest mean cross-entropy, in nats, that a bigram table can have on ``tokens``, (N), which are any integers.
-
-    It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN for fewer
-    than two tokens.
-
-    Raises:
-        RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
-    """
-    check_tokens(tokens)
-    if len(tokens) < 2:
-        return float("nan")
-    smallest, largest = (int(token) for token in tokens.long().aminmax())
-    if smallest >= 0 and are_worth_counting(tokens, largest + 1):
-        return _optimal_loss_of_counts(functional.count_bigrams(tokens, largest + 1))
-    values, ranks = torch.unique(tokens.long(), return_inverse=True)  # consecutive from 0, whatever the tokens are
-    last, following = ranks[:-1], ranks[1:]
-    return _conditional_entropy(_occurrences(last * len(values) + following), _occurrences(last))
-
-
-def _optimal_loss_of_counts(counts: Tensor) -> float:
-    """The same from pair counts, (V, V)."""
-    return _conditional_entropy(counts, counts.sum(dim=1))
-
-
-def _conditional_entropy(pair_counts: Tensor, last_counts: Tensor) -> float:
-    """The conditional entropy from the counts of the pairs and of their first tokens."""
-    return float((_sum_n_log_n(last_counts) - _sum_n_log_n(pair_counts)) / last_counts.sum())
-
-
-def _occurrences(values: Tensor) -> Tensor:
-    """How often each distinct value occurs."""
-    counts: Tensor = torch.unique(values, return_counts=True)[1]
-    return counts
-
-
-def _sum_n_log_n(counts: Tensor) -> Tensor:
-    total: Tensor = torch.special.xlogy(counts, counts.double()).sum()
-    return total
 
 
 @dataclass(eq=False)  # it holds tensors
@@ -348,7 +308,7 @@ class _Corpus:
         return self._model.evaluate_counts(self._counts)
 
     def optimal_loss(self) -> float:
-        return optimal_loss(self._tokens) if self._counts is None else _optimal_loss_of_counts(self._counts)
+        return optimal_loss(self._tokens) if self._counts is None else optimal_loss_of_counts(self._counts)
 
 
 def _evaluate(

@@ -1,0 +1,303 @@
+"""Exact losses of tokens and of counts, whatever is read in chunks, and in how much memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from bigramx import BigramLanguageModel, CharTokenizer, data, evaluation, functional, optimal_loss, reference
+from tests import processes
+from tests.devices import on_device, raises_in_kernel
+
+pytestmark = pytest.mark.usefixtures("device")
+
+CHUNK = 16
+LIMITS = (0, 1, 64, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of so few tokens that a test has many of them."""
+    monkeypatch.setattr(data, "_CHUNK", CHUNK)
+    monkeypatch.setattr(evaluation, "_CHUNK", CHUNK)
+    monkeypatch.setattr(evaluation, "_COUNTED_AT_ONCE", 8 * CHUNK)
+    monkeypatch.setattr(evaluation, "_SAMPLE_STEP", 4)
+
+
+def conditional_entropy(values: list[int]) -> float:
+    """H(next | last) of the pairs."""
+    pairs, last = Counter(itertools.pairwise(values)), Counter(values[:-1])
+    return -sum(count * math.log(count / last[pair[0]]) for pair, count in pairs.items()) / (len(values) - 1)
+
+
+def mean_loss(weight: Tensor, tokens: Tensor) -> float:
+    """Plain PyTorch, in float64."""
+    tokens = tokens.to(weight.device).long()
+    exact = reference.embedding_cross_entropy(tokens[:-1], weight.double(), tokens[1:])
+    assert isinstance(exact, Tensor)
+    return exact.item()
+
+
+class TestOptimalLoss:
+    def test_is_that_of_the_closed_form(self) -> None:
+        text = data.default_text()
+        tokenizer = CharTokenizer.from_text(text)
+        tokens = on_device(tokenizer.encode(text))
+        model = BigramLanguageModel.from_counts(functional.count_bigrams(tokens, tokenizer.vocab_size), smoothing=0)
+        assert optimal_loss(tokens) == pytest.approx(model.evaluate(tokens), rel=1e-6)
+        for same in (tokens * 2**40, tokens - 1, tokens.int(), tokens.to(torch.uint16), tokens.to(torch.uint8)):
+            assert optimal_loss(same) == pytest.approx(optimal_loss(tokens), rel=1e-12)
+
+    def test_too_few_tokens(self) -> None:
+        for num_tokens in (0, 1):
+            assert math.isnan(optimal_loss(torch.zeros(num_tokens, dtype=torch.int64)))
+        assert optimal_loss(torch.tensor([-7, 2**60])) == 0
+
+    def test_bad_tokens(self) -> None:
+        for wrong in (torch.zeros(2, 50, dtype=torch.int64), torch.zeros(50), torch.zeros(50, dtype=torch.int8)):
+            with pytest.raises(RuntimeError, match="expected tokens to be"):
+                optimal_loss(wrong)
+
+    def test_tokens_of_which_each_is_followed_by_one(self) -> None:
+        assert optimal_loss(torch.arange(10).repeat(5)) == pytest.approx(0, abs=1e-12)
+        assert optimal_loss(torch.arange(10**5)) == pytest.approx(0, abs=1e-12)
+
+    @pytest.mark.usefixtures("small_chunks")
+    @given(
+        seed=st.integers(0, 2**32),
+        num_tokens=st.sampled_from([2, 3, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK, 300, 1500]),
+        num_distinct=st.sampled_from([1, 2, 5, 40, 1000]),
+        smallest=st.sampled_from([0, 1, -1, -40, 1000, *(-limit - 1 for limit in LIMITS)]),
+        span=st.sampled_from(LIMITS),
+        step=st.sampled_from([1, 2]),
+    )
+    def test_equals_a_counter(
+        self, seed: int, num_tokens: int, num_distinct: int, smallest: int, span: int, step: int
+    ) -> None:
+        torch.manual_seed(seed)
+        largest = min(smallest + span, 2**63 - 1)
+        ends = torch.tensor([smallest, largest])
+        values = torch.cat([ends, torch.randint(smallest, max(largest, smallest + 1), (num_distinct,))])
+        tokens = values[torch.randint(len(values), (num_tokens * step,))][::step]
+        assert optimal_loss(tokens) == pytest.approx(conditional_entropy(tokens.tolist()), rel=1e-9, abs=1e-12)
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64])
+    def test_sorted_and_skewed_tokens(self, dtype: torch.dtype) -> None:
+        """Runs whose values lie apart, nested in each other, or in one value."""
+        for tokens in (
+            torch.arange(2000) // 3,
+            2000 - torch.arange(2000) // 3,
+            torch.cat([torch.arange(500), torch.full((500,), 7), torch.arange(500)]),
+            (torch.arange(2000) % 50) * (torch.arange(2000) // 50),
+        ):
+            expected = conditional_entropy(tokens.tolist())
+            assert optimal_loss(tokens.to(dtype)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    @pytest.mark.usefixtures("two_threads")
+    def test_does_not_depend_on_threads(self) -> None:
+        tokens = torch.randint(50_000, (300_000,)) * torch.randint(2, (300_000,))
+        loss = optimal_loss(tokens)
+        torch.set_num_threads(1)
+        assert optimal_loss(tokens) == loss
+
+    def test_from_counts(self) -> None:
+        tokens = torch.randint(7, (500,))
+        counts = functional.count_bigrams(tokens, 7)
+        assert evaluation.optimal_loss_of_counts(counts) == pytest.approx(optimal_loss(tokens), rel=1e-12)
+        assert math.isnan(evaluation.optimal_loss_of_counts(torch.zeros_like(counts)))
+
+
+@pytest.mark.usefixtures("small_chunks")
+class TestCountPairs:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
+    @pytest.mark.parametrize("extra", [0, 1, 2, 100])
+    def test_across_the_edge_of_a_chunk(self, dtype: torch.dtype, extra: int) -> None:
+        num_tokens = 8 * CHUNK // dtype.itemsize + extra
+        for tokens in (torch.randint(5, (num_tokens,)).to(dtype), torch.randint(5, (2 * num_tokens,)).to(dtype)[::2]):
+            counts = evaluation.count_pairs(tokens, 5, tokens.device)
+            assert torch.equal(counts, functional.count_bigrams(tokens, 5))
+
+    @pytest.mark.parametrize("dtype", [torch.uint16, torch.int64])
+    def test_large_vocabulary(self, dtype: torch.dtype) -> None:
+        tokens = torch.randint(1900, (4000,)).to(dtype)[::2]
+        counts = evaluation.count_pairs(tokens, 1900, tokens.device)
+        assert torch.equal(counts, functional.count_bigrams(tokens, 1900))
+        tokens[1234] = 1900
+        with pytest.raises(IndexError, match="tokens holds 1900 at position 1234, expected 0 <= token < 1900"):
+            evaluation.count_pairs(tokens, 1900, tokens.device)
+
+    def test_too_few_tokens(self) -> None:
+        for vocab_size, num_tokens in itertools.product((3, 1900), (0, 1)):
+            tokens = torch.zeros(num_tokens, dtype=torch.int64)
+            assert not evaluation.count_pairs(tokens, vocab_size, tokens.device).any()
+
+    @pytest.mark.device_assertion
+    @pytest.mark.parametrize("position", [0, CHUNK, CHUNK + 1, 499])
+    def test_position_in_all_tokens(self, position: int) -> None:
+        tokens = torch.zeros(500, dtype=torch.int64)
+        tokens[position] = 9
+        with raises_in_kernel("count_bigrams", IndexError, f"tokens holds 9 at position {position}, "):
+            BigramLanguageModel(3).evaluate(tokens)
+
+
+class TestLossOfTokens:
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("num_tokens", [2, CHUNK, CHUNK + 1, CHUNK + 2, 500])
+    def test_chunks(self, num_tokens: int) -> None:
+        weight = torch.randn(65, 65)
+        for tokens in (torch.randint(65, (num_tokens,)), torch.randint(65, (2 * num_tokens,))[::2].int()):
+            expected = pytest.approx(mean_loss(weight, tokens), rel=1e-6)
+            assert evaluation.loss_of_tokens(weight, tokens) == expected
+            assert evaluation.loss_of_tokens(weight.t().contiguous().t(), tokens) == expected
+
+    def test_tokens_on_the_cpu(self) -> None:
+        tokens = torch.randint(65, (500,))
+        weight = torch.randn(65, 65)
+        assert evaluation.loss_of_tokens(weight, tokens.cpu()) == evaluation.loss_of_tokens(weight, tokens)
+
+    @pytest.mark.usefixtures("small_chunks")
+    def test_position_in_all_tokens(self) -> None:
+        for position, value in itertools.product((0, CHUNK - 1, CHUNK, 499), (-(2**63), -1, 65, 2**63 - 1)):
+            tokens = torch.randint(65, (500,))
+            tokens[position] = value
+            with pytest.raises(IndexError, match=f"tokens holds {value} at position {position}, expected 0 <= token"):
+                evaluation.loss_of_tokens(torch.zeros(65, 65), tokens)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_large_logits(self, dtype: torch.dtype) -> None:
+        """A constant added to a row changes nothing but what rounding leaves of the row."""
+        weight = torch.randn(65, 65, dtype=torch.float64).to(dtype) + torch.randint(8, (65, 1)) * 2**14
+        tokens = torch.randint(65, (500,))
+        assert evaluation.loss_of_tokens(weight, tokens) == pytest.approx(mean_loss(weight, tokens), rel=1e-6)
+
+    def test_values_that_are_not_finite_are_as_in_plain_pytorch(self) -> None:
+        tokens = torch.arange(5)
+        for value, position in itertools.product((torch.inf, -torch.inf, torch.nan), ((1, 2), (1, 3), (4, 0))):
+            weight = torch.randn(5, 5)
+            weight[position] = value
+            expected = mean_loss(weight, tokens)
+            assert evaluation.loss_of_tokens(weight, tokens) == pytest.approx(expected, rel=1e-6, nan_ok=True)
+            counts = functional.count_bigrams(tokens, 5)
+            assert evaluation.loss_of_counts(weight, counts) == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        weight[1] = -torch.inf
+        assert math.isnan(evaluation.loss_of_tokens(weight, tokens))
+
+    # Rows longer than what PyTorch reduces by one thread, and more tokens than that.
+    @pytest.mark.usefixtures("two_threads")
+    @pytest.mark.parametrize(("vocab_size", "num_tokens"), [(40_000, 50), (3000, 300_000)])
+    def test_does_not_depend_on_threads(self, vocab_size: int, num_tokens: int) -> None:
+        weight = torch.randn(1, vocab_size).expand(vocab_size, vocab_size)
+        tokens = torch.randint(vocab_size, (num_tokens,))
+        loss = evaluation.loss_of_tokens(weight, tokens)
+        torch.set_num_threads(1)
+        assert evaluation.loss_of_tokens(weight, tokens) == loss
+
+
+class TestBlocksOfRows:
+    @pytest.mark.usefixtures("small_chunks")
+    def test_equal_the_whole(self) -> None:
+        for vocab_size in (1, 3, 20):
+            weight, counts = torch.randn(vocab_size, vocab_size), torch.randint(5, (vocab_size, vocab_size))
+            losses = -weight.double().log_softmax(dim=1) * counts
+            exact = (losses.sum() / counts.sum()).item()
+            assert evaluation.loss_of_counts(weight, counts) == pytest.approx(exact, rel=1e-12, nan_ok=True)
+            expected = (counts.double() + 0.5).log().log_softmax(dim=1).float()
+            model = BigramLanguageModel.from_counts(counts, smoothing=0.5)
+            torch.testing.assert_close(model.token_embedding_table.weight.detach(), expected)
+
+    @pytest.mark.usefixtures("small_chunks")
+    def test_names_the_first_bad_count(self) -> None:
+        counts = torch.zeros(20, 20, dtype=torch.int64)
+        counts[15, 3], counts[15, 4], counts[17, 0] = -3, -4, -5
+        with pytest.raises(ValueError, match="counts to be finite and >= 0, got -3"):
+            BigramLanguageModel.from_counts(counts)
+
+
+@pytest.mark.cpu_only
+def test_ambient_default_device() -> None:
+    """In a notebook the default device is often the GPU, where tokens of the CPU have no business."""
+    tokens, wide = torch.randint(65, (20_000,)), torch.randint(2**40, (500,))
+    model = BigramLanguageModel(65)
+    counts = functional.count_bigrams(tokens, 65)
+
+    def results() -> list[float]:
+        optimum = BigramLanguageModel.from_counts(counts)
+        losses = [optimum.evaluate(tokens), model.evaluate(tokens), model.evaluate(tokens[:500])]
+        large = evaluation.count_pairs(tokens[:500], 1900, tokens.device)
+        return [*losses, optimal_loss(tokens), optimal_loss(wide), evaluation.optimal_loss_of_counts(large)]
+
+    expected = results()
+    with torch.device("meta"):
+        assert results() == expected
+
+
+# Each case may take 64 MB beyond the tables and the counts that its name has.
+MEMORY_CASES = """
+import resource, sys
+import torch
+from bigramx import BigramLanguageModel, data, evaluation, fit, optimal_loss
+
+CPU = torch.device("cpu")
+tokens, wide_tokens = (data.read_bin(path) for path in sys.argv[1:3])
+model, large_model = BigramLanguageModel(65), BigramLanguageModel(6000, dtype=torch.bfloat16)
+counts = torch.ones((), dtype=torch.int64).expand(6000, 6000)
+
+cases = {
+    "range": (0, lambda: data.token_range(wide_tokens)),
+    "range of tokens apart": (0, lambda: data.token_range(wide_tokens[::2])),
+    "counts, 23 MB": (23, lambda: evaluation.count_pairs(tokens, 1700, CPU)),
+    "counts, 27 MB": (27, lambda: evaluation.count_pairs(tokens, 1850, CPU)),
+    "optimum by a table of counts": (0, lambda: optimal_loss(tokens)),
+    "optimum by a table of counts, of tokens apart": (0, lambda: optimal_loss(tokens[::2])),
+    "optimum by 4 MB of distinct pairs": (4, lambda: optimal_loss(wide_tokens)),
+    "optimum by 4 MB of distinct pairs, of tokens apart": (4, lambda: optimal_loss(wide_tokens[::2])),
+    "evaluation by a table of counts": (0, lambda: model.evaluate(tokens)),
+    "evaluation by rows": (0, lambda: large_model.evaluate(tokens)),
+    "evaluation by rows, of tokens apart": (0, lambda: large_model.evaluate(tokens[::2])),
+    "evaluation by rows, of few tokens": (0, lambda: large_model.evaluate(wide_tokens[:5000].int() % 6000)),
+    "evaluation of counts": (0, lambda: large_model.evaluate_counts(counts)),
+    "model from counts, 34 MB": (34, lambda: BigramLanguageModel.from_counts(counts[:3000, :3000])),
+    "fit": (0, lambda: fit(model, tokens, tokens, max_steps=0)),
+}
+
+
+def data_in_memory():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmData:"))
+    return 2**10 * int(line.split()[1])
+
+
+model.evaluate(tokens[:10**6])  # allocates what is allocated once
+for name in sys.argv[3:] or cases:
+    counts_mb, call = cases[name]
+    print(name, flush=True)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_in_memory() + (counts_mb + 64) * 2**20, resource.RLIM_INFINITY))
+    call()
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("all")
+"""
+
+
+@pytest.mark.cpu_only
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
+def test_memory_whatever_the_number_of_tokens(tmp_path: Path) -> None:
+    """A corpus of 64 MB, where a copy in int64 takes 256 MB."""
+    paths = [tmp_path / "zeros.bin", tmp_path / "wide.bin"]
+    paths[0].touch()
+    os.truncate(paths[0], 2**26)
+    pattern = torch.randint(2**16, (2**19,), dtype=torch.int32).to(torch.uint16).numpy().tobytes()
+    paths[1].write_bytes(pattern * 64)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # with more they spin where the machine is busy
+    assert processes.run([sys.executable, "-c", MEMORY_CASES, *paths], env=environment, check=True).stdout.endswith(
+        "all\n"
+    )
