@@ -21,10 +21,11 @@ FOLDER = ROOT / "build" / "distcheck"
 PYTHON = FOLDER / "venv" / "bin" / "python"
 
 CORE = """
-import importlib, io, torch
-for name in ("data", "functional", "model", "ops", "optim", "reference", "storage", "tokenizer", "training"):
-    importlib.import_module(f"bigramx.{name}")
+import importlib, pkgutil, torch
 import bigramx
+for module in pkgutil.iter_modules(bigramx.__path__):
+    if module.name not in {"cli", "plots"}:
+        importlib.import_module(f"bigramx.{module.name}")
 text = bigramx.data.default_text()
 tokenizer = bigramx.CharTokenizer.from_text(text)
 tokens = tokenizer.encode(text)
@@ -122,8 +123,7 @@ def main(torch_requirement: str) -> None:
     run(PYTHON, "-c", PLOTS, strict=True)
     install(f"{wheel}[cli]")
     run(PYTHON.with_name("bigramx"), "train", "--steps", "20", strict=True)
-    for command in (["generate"], ["evaluate", "runs/model.safetensors"], ["plot"], ["info"], ["--help"]):
-        run(PYTHON, "-m", "bigramx", *command, strict=True)
+    run(PYTHON, "-m", "bigramx", "generate", strict=True)
     run(PYTHON, ROOT / "tests" / "readme_examples.py", strict=True)
     run(PYTHON, "-m", "pip", "check")
     shutil.rmtree(FOLDER)
