@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -77,8 +78,7 @@ def wheel_of(sdist: Path) -> Path:
             sys.exit(f"make distcheck: {here} is missing in {sdist}, or another there")
     run(sys.executable, "setup.py", "--quiet", "build_py", cwd=sources)
     (library,) = sources.glob("build/lib*/bigramx")
-    (compiled,) = (ROOT / "bigramx").glob("_C*.so")
-    shutil.copy(compiled, library)
+    shutil.copy(ROOT / "bigramx" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", library)
     return build("wheel", sources, "-C--build-option=--skip-build")
 
 
