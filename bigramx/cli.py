@@ -66,7 +66,7 @@ class SamplerName(enum.Enum):
     philox = "philox"
 
 
-class CommandError(Exception):
+class CommandError(RuntimeError):
     """An error for the user, printed as one line."""
 
 
@@ -351,7 +351,7 @@ def run() -> None:
             _flush()
     except BrokenPipeError:
         sys.exit(1)  # as quietly as other tools
-    except (CommandError, OSError, ValueError, IndexError, TypeError, OverflowError, RuntimeError) as error:
+    except (OSError, ValueError, IndexError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
         # The first line of an error from C++ is its message; a stack trace may follow.
         sys.exit(f"bigramx: {(str(error) or type(error).__name__).splitlines()[0]}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -21,10 +22,11 @@ FOLDER = ROOT / "build" / "distcheck"
 PYTHON = FOLDER / "venv" / "bin" / "python"
 
 CORE = """
-import importlib, io, torch
-for name in ("data", "functional", "model", "ops", "optim", "reference", "storage", "tokenizer", "training"):
-    importlib.import_module(f"bigramx.{name}")
+import importlib, pkgutil, torch
 import bigramx
+for module in pkgutil.iter_modules(bigramx.__path__):
+    if module.name not in {"cli", "plots"}:
+        importlib.import_module(f"bigramx.{module.name}")
 text = bigramx.data.default_text()
 tokenizer = bigramx.CharTokenizer.from_text(text)
 tokens = tokenizer.encode(text)
@@ -76,8 +78,7 @@ def wheel_of(sdist: Path) -> Path:
             sys.exit(f"make distcheck: {here} is missing in {sdist}, or another there")
     run(sys.executable, "setup.py", "--quiet", "build_py", cwd=sources)
     (library,) = sources.glob("build/lib*/bigramx")
-    (compiled,) = (ROOT / "bigramx").glob("_C*.so")
-    shutil.copy(compiled, library)
+    shutil.copy(ROOT / "bigramx" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", library)
     return build("wheel", sources, "-C--build-option=--skip-build")
 
 
@@ -122,8 +123,7 @@ def main(torch_requirement: str) -> None:
     run(PYTHON, "-c", PLOTS, strict=True)
     install(f"{wheel}[cli]")
     run(PYTHON.with_name("bigramx"), "train", "--steps", "20", strict=True)
-    for command in (["generate"], ["evaluate", "runs/model.safetensors"], ["plot"], ["info"], ["--help"]):
-        run(PYTHON, "-m", "bigramx", *command, strict=True)
+    run(PYTHON, "-m", "bigramx", "generate", strict=True)
     run(PYTHON, ROOT / "tests" / "readme_examples.py", strict=True)
     run(PYTHON, "-m", "pip", "check")
     shutil.rmtree(FOLDER)
