@@ -231,7 +231,7 @@ class BigramLanguageModel(nn.Module):
         return self.is_fused and counts_all and self.class_weight is None and self.label_smoothing == 0
 
     def _evaluate_by_calls(self, tokens: Tensor) -> float:
-        most_logits = 2**22  # 16 MB of float32
+        most_logits = 2**21  # 8 MB of float32
         check_tokens(tokens)
         device = (
             tokens.device if self.device.type == "meta" else self.device

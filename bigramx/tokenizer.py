@@ -63,7 +63,7 @@ class CharTokenizer:
             text = self._alphabet.decode_sequence(tokens)
             if text is not None:
                 return text
-        tokens = torch.as_tensor(tokens).cpu()
+        tokens = tokens.cpu() if isinstance(tokens, Tensor) else torch.tensor(tokens, device="cpu")
         if tokens.numel() == 0:
             return ""
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
