@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bigramx import BigramLanguageModel, CharTokenizer, functional, reference
+from bigramx import BigramLanguageModel, CharTokenizer, data, functional, optimal_loss, reference
 from tests.devices import on_device, raises_in_kernel
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -468,3 +468,33 @@ class TestSaving:
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other.token_embedding_table.weight, model.token_embedding_table.weight)
             assert other.tokenizer == model.tokenizer
+
+
+@pytest.mark.cpu_only
+def test_nothing_follows_an_ambient_device(tmp_path: Path) -> None:
+    """As after torch.set_default_device("cuda") in a notebook."""
+    model, tokens = BigramLanguageModel(4), torch.randint(4, (40,))
+    model.tokenizer = CharTokenizer.from_text("abcd")
+    (tmp_path / "tokens.bin").write_bytes(bytes(range(4)) * 4)
+    with torch.device("meta"):
+        model.save(tmp_path / "model.safetensors")
+        loaded = BigramLanguageModel.load(tmp_path / "model.safetensors")
+        assert torch.equal(loaded.token_embedding_table.weight, model.token_embedding_table.weight)
+        assert model.tokenizer.decode(model.tokenizer.encode("dab")) == "dab"
+        assert model.tokenizer.decode(range(4)) == "abcd"
+        assert data.read_bin(tmp_path / "tokens.bin").is_cpu
+        assert data.get_batch(tokens, 2, 3)[0].is_cpu
+        assert functional.count_bigrams(tokens, 4).is_cpu
+        assert functional.multinomial(torch.ones(4, device="cpu"), 2).is_cpu
+        assert math.isfinite(model.evaluate(tokens))
+        assert math.isfinite(optimal_loss(tokens))
+        counts = functional.count_bigrams(tokens, 4)
+        assert BigramLanguageModel.from_counts(counts).device.type == "cpu"
+        for touched in (False, True):
+            if touched:
+                model.token_embedding_table.register_forward_hook(lambda *_: None)
+            for sampler in ("torch", "philox"):
+                assert model.generate(tokens[None, :1], 3, sampler=sampler).is_cpu
+            _logits, loss = model(tokens, tokens)
+            loss.backward()
+            assert math.isfinite(model.evaluate(tokens))
