@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 import torch.nn as nn
@@ -19,8 +19,27 @@ from bigramx.functional import Sampler
 from bigramx.storage import name_of, read_tensors, write_tensors
 from bigramx.tokenizer import CharTokenizer
 
+_Value = TypeVar("_Value")
+
 _KIND = "model"
 _WEIGHT, _CLASS_WEIGHT = "token_embedding_table.weight", "class_weight"
+
+
+class _Derived(Generic[_Value]):
+    """A property that gives way to an attribute of the same name, which scripts assign to their models."""
+
+    def __init__(self, get: Callable[[Any], _Value]) -> None:
+        self._get = get
+        self.__doc__ = get.__doc__
+
+    @overload
+    def __get__(self, model: None, owner: type) -> _Derived[_Value]: ...
+
+    @overload
+    def __get__(self, model: nn.Module, owner: type) -> _Value: ...
+
+    def __get__(self, model: nn.Module | None, owner: type) -> _Derived[_Value] | _Value:
+        return self if model is None else self._get(model)
 
 
 @contextlib.contextmanager
@@ -53,9 +72,15 @@ class BigramLanguageModel(nn.Module):
         tokenizer: Saved and loaded with the model; None without one.
     """
 
-    __jit_unused_properties__ = ("vocab_size", "device", "is_fused")
+    __jit_unused_properties__ = ("is_fused",)
     if TYPE_CHECKING:  # torch.jit.script reads the annotations of a class, and knows no strings
         class_weight: Tensor | None
+        tokenizer: CharTokenizer | None
+
+    # For subclasses with a constructor of their own that does not call this one.
+    ignore_index = -100
+    label_smoothing = 0.0
+    tokenizer = None
 
     def __init__(
         self,
@@ -74,15 +99,15 @@ class BigramLanguageModel(nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weight", class_weight, persistent=False)  # the state_dict is the lecture's
-        self.tokenizer: CharTokenizer | None = None
+        self.tokenizer = None
 
-    @property
+    @_Derived
     def vocab_size(self) -> int:
         """V, or as many rows as a table that has taken the place of this model's has."""
-        num_embeddings: int = getattr(self.token_embedding_table, "num_embeddings", self._vocab_size)
-        return num_embeddings
+        table = self.token_embedding_table
+        return table.num_embeddings if hasattr(table, "num_embeddings") else self._vocab_size
 
-    @property
+    @_Derived
     def device(self) -> torch.device:
         """The device of the table's parameters; the CPU where it has none."""
         parameter = next(self.token_embedding_table.parameters(), None)
@@ -139,7 +164,7 @@ class BigramLanguageModel(nn.Module):
             targets = targets.view_as(idx)
         weight: Any = table._parameters["weight"]
         options: dict[str, Any] = {
-            "class_weight": self._buffers["class_weight"],
+            "class_weight": self._buffers.get("class_weight"),
             "ignore_index": self.ignore_index,
             "label_smoothing": self.label_smoothing,
             "padding_idx": table.padding_idx,
@@ -155,10 +180,14 @@ class BigramLanguageModel(nn.Module):
         logits = logits.reshape(-1, logits.size(-1))
         is_soft = isinstance(targets, Tensor) and targets.is_floating_point()  # no Tensor, but a proxy, in torch.fx
         targets = targets.reshape(logits.shape) if is_soft else targets.reshape(-1).long()
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            class_weight = self.class_weight
+        else:
+            class_weight = self._buffers.get("class_weight")
         loss = F.cross_entropy(
             logits,
             targets,
-            self.class_weight,
+            class_weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
@@ -228,7 +257,7 @@ class BigramLanguageModel(nn.Module):
     def _is_plain_cross_entropy(self) -> bool:
         """Whether the loss of a pair is the logsumexp of its row minus its logit."""
         counts_all = not 0 <= self.ignore_index < self.vocab_size
-        return self.is_fused and counts_all and self.class_weight is None and self.label_smoothing == 0
+        return self.is_fused and counts_all and self._buffers.get("class_weight") is None and self.label_smoothing == 0
 
     def _evaluate_by_calls(self, tokens: Tensor) -> float:
         most_logits = 2**21  # 8 MB of float32
@@ -249,9 +278,8 @@ class BigramLanguageModel(nn.Module):
     def _weight_of_mean(self, targets: Tensor) -> float:
         """What the mean loss of these targets is divided by."""
         counted = targets[targets != self.ignore_index]
-        if self.class_weight is None:
-            return counted.numel()
-        return self.class_weight.double()[counted].sum().item()
+        class_weight = self._buffers.get("class_weight")
+        return counted.numel() if class_weight is None else class_weight.double()[counted].sum().item()
 
     def count_pairs(self, tokens: Tensor) -> Tensor | None:
         """The pair counts of ``tokens``, (V, V), on the table's device; None where ``evaluate`` does not use them.
@@ -318,8 +346,8 @@ class BigramLanguageModel(nn.Module):
             TypeError: ``path`` is neither.
         """
         tensors = {_WEIGHT: self.token_embedding_table.weight}
-        if self.class_weight is not None:
-            tensors[_CLASS_WEIGHT] = self.class_weight
+        if (class_weight := self._buffers.get("class_weight")) is not None:
+            tensors[_CLASS_WEIGHT] = class_weight
         metadata = {
             "sparse": json.dumps(bool(self.token_embedding_table.sparse)),
             "ignore_index": json.dumps(int(self.ignore_index)),

@@ -178,19 +178,28 @@ at::Tensor plain_loss(at::Tensor logits, const Params& params) {
     return params.is_reduced() ? loss : loss.reshape_symint(params.idx.sym_sizes());
 }
 
-// The gradient of the loss, through the logits, for `source`: the logits or what they are made of. It can be
-// differentiated where gradients are recorded (create_graph).
-at::Tensor plain_gradient(const at::Tensor& source, const at::Tensor& logits, const Params& params,
-                          const at::Tensor& grad_loss) {
+// The gradient of the loss for the logits. It can be differentiated where gradients are recorded
+// (create_graph). Hooks on the logits do not see it here.
+at::Tensor plain_gradient(const at::Tensor& logits, const Params& params, const at::Tensor& grad_loss) {
     const bool create_graph = at::GradMode::is_enabled();
     const at::AutoGradMode record(true);
-    return torch::autograd::grad({plain_loss(logits, params)}, {source}, {grad_loss},
+    const at::Tensor own = create_graph ? logits.view_as(logits) : logits.detach().requires_grad_();
+    return torch::autograd::grad({plain_loss(own, params)}, {own}, {grad_loss},
                                  /*retain_graph=*/create_graph, create_graph)[0];
 }
 
-// Whether the kernels do not know these targets, or this kind of differentiation: forward mode, torch.func.
+// The gradient of weight, (R, C), from that of its rows idx.
+at::Tensor plain_embedding_backward(const at::Tensor& grad_logits, const at::Tensor& idx,
+                                    const c10::SymInt& num_rows, const Options& options) {
+    return at::embedding_backward_symint(grad_logits, idx.reshape(-1), num_rows, options.padding_idx,
+                                         /*scale_grad_by_freq=*/false, options.sparse);
+}
+
+// Whether the kernels do not know these targets, or this kind of differentiation: forward mode, torch.func;
+// or the graph cannot keep weight, one of inference mode, which the plain path does not.
 bool takes_plain_path(const Params& params) {
     if (params.has_soft_targets() || params.weight._fw_grad(/*level=*/0).defined()) return true;
+    if (params.weight.is_inference() && params.weight.requires_grad()) return true;
     for (const at::Tensor& tensor : {params.idx, params.weight, params.targets, params.class_weight}) {
         if (tensor.defined() && tensor.key_set().has_any(c10::functorch_transforms_ks)) return true;
     }
@@ -216,16 +225,13 @@ bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tenso
 struct LogitsBackward final : torch::autograd::Node {
     SavedVariable idx;
     c10::SymInt num_rows;
-    int64_t padding_idx;
-    bool sparse;
+    Options options;
 
     variable_list apply(variable_list&& grads) override {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const at::Tensor& grad_logits = grads[0];
         const at::Tensor indices = idx.unpack();  // raises on a second way through the graph
-        if (!grad_logits.defined()) return {at::Tensor()};
-        return {at::embedding_backward_symint(grad_logits, indices.reshape(-1), num_rows, padding_idx,
-                                              /*scale_grad_by_freq=*/false, sparse)};
+        if (!grads[0].defined()) return {at::Tensor()};
+        return {plain_embedding_backward(grads[0], indices, num_rows, options)};
     }
 
     void release_variables() override {
@@ -239,17 +245,15 @@ struct LogitsBackward final : torch::autograd::Node {
 struct LossBackward final : torch::autograd::Node {
     SavedVariable weight, logits, idx, targets, class_weight;
     Options options;
-    at::Tensor gradient;  // of weight, for grad_loss = 1; undefined if not computed, or once it is taken
+    at::Tensor gradient;  // of weight, for grad_loss = 1; undefined if not computed, or once taken
 
     variable_list apply(variable_list&& grads) override {
         const std::lock_guard<std::mutex> lock(mutex_);
         const at::Tensor& grad_loss = grads[0];
-        // The first backward pass takes the gradient that the forward pass has computed, and thus may scale
-        // it in place; later ones compute it again.
-        at::Tensor taken = std::move(gradient);
         if (!grad_loss.defined()) return {at::Tensor(), at::Tensor()};
-        if (at::GradMode::is_enabled() || are_logits_observed()) return differentiate_plain_loss(grad_loss);
-        return {grad_weight(grad_loss, std::move(taken)), at::Tensor()};
+        const bool is_observed = are_logits_observed();
+        if (is_observed || at::GradMode::is_enabled()) return plain_gradients(grad_loss, is_observed);
+        return {grad_weight(grad_loss), at::Tensor()};
     }
 
     void release_variables() override {
@@ -264,33 +268,54 @@ struct LossBackward final : torch::autograd::Node {
         return edge.is_valid() && is_observed(*edge.function);
     }
 
-    at::Tensor grad_weight(const at::Tensor& grad_loss, at::Tensor taken) {
-        if (taken.defined() && is_traced(grad_loss)) return taken.mul(grad_loss);
-        const auto saved = [&] { return prepare(saved_params(grad_loss)); };
+    // The last backward pass takes the gradient that the forward pass has computed, and thus may scale it in
+    // place; those that keep the graph take a copy.
+    at::Tensor take_gradient() {
+        if (!gradient.defined() || !torch::autograd::get_current_graph_task_keep_graph()) {
+            return std::move(gradient);
+        }
+        return gradient.clone();
+    }
+
+    at::Tensor grad_weight(const at::Tensor& grad_loss) {
+        if (gradient.defined() && is_traced(grad_loss)) return gradient.mul(grad_loss);
+        const auto saved = [&] { return prepare(saved_params(grad_loss, weight.unpack())); };
+        at::Tensor taken = take_gradient();
         if (taken.defined()) {
             taken = BIGRAMX_DISPATCH_DEVICE(taken, embedding_cross_entropy_scale_gradient, taken, grad_loss,
                                             saved);
         }
         if (taken.defined()) return taken;
-        const Params params = saved_params(grad_loss);
+        const Params params = saved_params(grad_loss, weight.unpack());
         return assemble(call_backward(grad_loss, params), params.weight, params.options.sparse);
     }
 
-    // The gradient of the logits or, if there are none, of weight.
-    variable_list differentiate_plain_loss(const at::Tensor& grad_loss) {
-        const Params params = saved_params(grad_loss);
-        const at::Tensor own_logits = plain_logits(params);
-        if (!next_edge(1).is_valid()) {
-            return {plain_gradient(params.weight, own_logits, params, grad_loss), at::Tensor()};
+    // The gradient of the logits, for those who look at it, or else that of weight.
+    variable_list plain_gradients(const at::Tensor& grad_loss, bool is_observed) {
+        if (const at::Tensor unchanged = unchanged_logits(); unchanged.defined()) {
+            const Params params = saved_params(grad_loss, /*weight=*/{});
+            return {at::Tensor(), plain_gradient(unchanged, params, grad_loss)};
         }
-        // Without create_graph the returned logits are not needed, which may have been changed since.
-        const at::Tensor source =
-            at::GradMode::is_enabled() ? logits.unpack() : own_logits.detach().requires_grad_();
-        return {at::Tensor(), plain_gradient(source, source, params, grad_loss)};
+        // Logits that their owner has changed have no second derivative any more: unpack() raises.
+        if (is_observed && at::GradMode::is_enabled()) logits.unpack();
+        const Params params = saved_params(grad_loss, weight.unpack());
+        const at::Tensor grad_logits = plain_gradient(plain_logits(params), params, grad_loss);
+        if (is_observed) return {at::Tensor(), grad_logits};
+        return {plain_embedding_backward(grad_logits, params.idx, params.weight.sym_size(0), options),
+                at::Tensor()};
     }
 
-    Params saved_params(const at::Tensor& grad_loss) {
-        return {idx.unpack(),          weight.unpack(), targets.unpack(),
+    // Undefined if they were not returned, or have been changed by their owner.
+    at::Tensor unchanged_logits() {
+        try {
+            return logits.unpack();
+        } catch (const c10::Error&) {
+            return {};
+        }
+    }
+
+    Params saved_params(const at::Tensor& grad_loss, const at::Tensor& unpacked_weight) {
+        return {idx.unpack(),          unpacked_weight, targets.unpack(),
                 class_weight.unpack(), options,         grad_loss.scalar_type()};
     }
 };
@@ -299,8 +324,7 @@ auto node_of_logits(const Params& params) {
     auto node = make_node<LogitsBackward>(params.weight);
     node->idx = SavedVariable(params.idx, /*is_output=*/false);
     node->num_rows = params.weight.sym_size(0);
-    node->padding_idx = params.options.padding_idx;
-    node->sparse = params.options.sparse;
+    node->options = params.options;
     return node;
 }
 

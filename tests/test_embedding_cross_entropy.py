@@ -275,6 +275,22 @@ class TestLogits:
         return [weight.grad]
 
     @staticmethod
+    def weight_changed_before_a_look(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        logits.retain_grad()
+        with torch.no_grad():
+            weight.zero_()
+        loss.backward(retain_graph=True)
+        first = logits.grad
+        logits.grad = None
+        return [first, weight.grad, *torch.autograd.grad(loss, logits)]
+
+    @staticmethod
+    def second_gradient_after_a_change(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
+        logits.mul_(2)
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+        return [grad, *torch.autograd.grad(grad.square().sum(), weight)]
+
+    @staticmethod
     def detached_afterwards(weight: Tensor, loss: Tensor, logits: Tensor) -> list[Tensor | None]:
         logits.detach_()
         loss.backward()
@@ -291,6 +307,8 @@ class TestLogits:
         second_loss_of_logits,
         changed_afterwards,
         changed_after_a_hook,
+        weight_changed_before_a_look,
+        second_gradient_after_a_change,
         detached_afterwards,
     )
 
@@ -536,6 +554,31 @@ class TestAutograd:
             weight.zero_()
         loss.backward()
         torch.testing.assert_close(weight.grad, expected)
+
+    @pytest.mark.parametrize("sparse", [False, True])
+    @pytest.mark.parametrize("change", [lambda weight: weight.data.zero_(), lambda weight: weight.zero_()])
+    def test_weight_changed_between_two_backward_passes(self, change: Callable[[Tensor], Tensor], sparse: bool) -> None:
+        """One way does not count as a change for autograd, nor does a step of torch's fused AdamW."""
+        case = make_case(65, 256, sparse=sparse)
+        results = []
+        for module in (functional, reference):
+            weight = case.weight.clone().requires_grad_()
+            loss = module.embedding_cross_entropy(case.idx, weight, case.targets, **case.options)
+            (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+            with torch.no_grad():
+                change(weight)
+                first.to_dense().zero_()
+            (second,) = torch.autograd.grad(3 * loss, weight, retain_graph=True)
+            (third,) = torch.autograd.grad(loss, weight)
+            results.append((second.to_dense(), third.to_dense()))
+        torch.testing.assert_close(*results)
+
+    def test_weight_of_inference_mode(self) -> None:
+        case = make_case(65, 32)
+        with torch.inference_mode():
+            weight = torch.nn.Parameter(case.weight.clone())
+        loss = functional.embedding_cross_entropy(case.idx, weight, case.targets)
+        torch.testing.assert_close(loss, reference.embedding_cross_entropy(case.idx, case.weight, case.targets))
 
     def test_loss_scale_keeps_small_float16_gradients(self) -> None:
         case = make_case(65, 4096, torch.float16)

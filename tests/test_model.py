@@ -313,6 +313,32 @@ class Masked(BigramLanguageModel):
         return logits, F.cross_entropy(logits.view(-1, self.vocab_size), targets.view(-1))
 
 
+class OwnAttributes(BigramLanguageModel):
+    """As scripts write them: sizes and devices kept by the model, a constructor that builds everything."""
+
+    def __init__(self, vocab_size: int) -> None:
+        torch.nn.Module.__init__(self)
+        self.token_embedding_table = torch.nn.Embedding(vocab_size, vocab_size)
+        self.vocab_size = vocab_size
+        self.device = "cpu"  # type: ignore[assignment]
+
+
+@pytest.mark.cpu_only
+def test_attributes_and_a_constructor_of_ones_own(tmp_path: Path) -> None:
+    model, tokens = OwnAttributes(5), torch.randint(5, (300,))
+    assert model.vocab_size == 5
+    assert str(model.device) == "cpu"
+    assert model.is_fused
+    for touched in (False, True):
+        if touched:
+            model.token_embedding_table.register_forward_hook(lambda *_: None)
+        expected = F.cross_entropy(model.token_embedding_table(tokens[:-1]), tokens[1:])
+        torch.testing.assert_close(model(tokens[:-1], tokens[1:])[1], expected)
+        assert model.evaluate(tokens) == pytest.approx(expected.item(), rel=1e-5)
+        assert model.generate(tokens[None, :2], 3).shape == (1, 5)
+    model.save(tmp_path / "model.safetensors")
+
+
 def test_a_forward_of_ones_own() -> None:
     model, tokens = Masked(5), torch.randint(1, 5, (300,))
     expected = model(tokens[None, :-1], tokens[None, 1:])[1].item()

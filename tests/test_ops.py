@@ -205,7 +205,7 @@ def test_missing_kernels_raise_a_clear_error() -> None:
     result = processes.run([sys.executable, "-c", script])
     assert result.returncode == 1
     assert "ImportError: bigramx: the compiled kernels cannot be loaded" in result.stderr
-    assert "pip install --no-build-isolation ." in result.stderr
+    assert "pip install --no-build-isolation --no-deps --force-reinstall" in result.stderr
 
 
 @pytest.mark.cpu_only
