@@ -262,9 +262,9 @@ class BigramLanguageModel(nn.Module):
     def _evaluate_by_calls(self, tokens: Tensor) -> float:
         most_logits = 2**21  # 8 MB of float32
         check_tokens(tokens)
-        device = (
-            tokens.device if self.device.type == "meta" else self.device
-        )  # meta: the weight is elsewhere, by a hook
+        device = torch.device(self.device)
+        if device.type == "meta":  # the weight is elsewhere, and a hook brings it
+            device = tokens.device
         total, total_weight = 0.0, 0.0
         for start in range(0, len(tokens) - 1, step := max(1, most_logits // self.vocab_size)):
             chunk = tokens[start : start + step + 1].to(device, torch.int64)
