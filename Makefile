@@ -6,20 +6,22 @@ TEXT ?=
 SANITIZER ?= compute-sanitizer
 VENV := .venv
 BIN := $(VENV)/bin
+FRAMEWORKS := build/frameworks
 STAMPS := build/stamps
 
 CSRC := $(shell find csrc -type f)
 SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
-CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/simt/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
+CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint simt cuda-check sanitize bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
+.PHONY: help train test lint integration simt cuda-check sanitize bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train [TEXT=path]   train a model, write a sample, leave the model and pictures in runs/"
 	@echo "make test                build what is stale, then linters, types, tests"
 	@echo "make lint                linters and types alone"
+	@echo "make integration         tests with Lightning, Accelerate, Transformers, PEFT, Opacus and ONNX, which it installs"
 	@echo "make cuda-check          compile the CUDA kernels for three architectures, and print what each takes"
 	@echo "make sanitize            run CUDA tests under compute-sanitizer; needs a GPU"
 	@echo "make bench               time and memory against PyTorch, JAX and NumPy, some ten minutes"
@@ -36,6 +38,8 @@ test: $(STAMPS)/linted $(STAMPS)/cuda-checked $(STAMPS)/tested $(STAMPS)/dist-ch
 	@echo "make test: all passed (what has not changed since it last passed is not run again; make clean forgets)"
 
 lint: $(STAMPS)/linted
+
+integration: $(STAMPS)/integrated
 
 # The CUDA kernels for the CPU, which the tests run.
 simt: $(STAMPS)/built
@@ -97,6 +101,19 @@ $(STAMPS)/installed: pyproject.toml | tools
 
 $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
 	@$(BIN)/python setup.py --quiet build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@touch $@
+
+# The frameworks have an environment of their own, with the wheel in it.
+$(STAMPS)/frameworks: pyproject.toml setup.py | $(STAMPS)/built
+	@echo "installing the frameworks into $(FRAMEWORKS)"
+	@rm -rf $(FRAMEWORKS) build/wheels && $(PYTHON) -m venv $(FRAMEWORKS)
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheels .
+	@$(FRAMEWORKS)/bin/pip install --quiet --disable-pip-version-check $(TORCH) "$$(echo build/wheels/*.whl)[integration]"
+	@touch $@
+
+# A framework that is missing there is a failure, not a skipped test.
+$(STAMPS)/integrated: $(STAMPS)/frameworks $(STAMPS)/built $(CHECKED)
+	BIGRAMX_INTEGRATION=1 $(FRAMEWORKS)/bin/python -m pytest tests/integration
 	@touch $@
 
 $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
