@@ -1,0 +1,111 @@
+"""Whether a table and what its training takes can fit into the memory of a device.
+
+Refused is what provably cannot fit: more than the device has in all, which for the CPU is RAM and swap, within the
+limits of the process's control groups. What other processes hold now may be free when it is needed. Pages that nobody
+has written take no memory: of the states of a sparse table's optimizer only the rows that occur are written, so they do
+not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+
+def check_training(
+    vocab_size: int,
+    *,
+    sparse: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    num_states: int | None = None,
+    num_counts: int = 0,
+) -> None:
+    """Raises a MemoryError where a table (V, V) and what ``fit`` takes to train it cannot fit; allocates nothing.
+
+    Args:
+        vocab_size: V.
+        sparse: The gradient of the table is sparse.
+        device: The device of the table; None: the default device.
+        dtype: The dtype of the table; None: the default dtype.
+        num_states: The number of tables that the optimizer keeps and writes as a whole; None: two, or none if
+            ``sparse``, as the default optimizers do.
+        num_counts: The number of tables of pair counts, int64.
+
+    Raises:
+        MemoryError: It says what is needed, what there is, and the largest V that fits.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    itemsize = (torch.get_default_dtype() if dtype is None else dtype).itemsize
+    total = total_memory(device)
+    needs = _needs(itemsize, sparse, num_states, num_counts)
+    if total is None or sum(needs.values()) * vocab_size**2 <= total:
+        return
+    largest = {"": needs}
+    if not sparse:
+        largest[" with sparse=True"] = _needs(itemsize, True, 0, num_counts)
+    if itemsize > 2:
+        largest[" with dtype=torch.bfloat16"] = _needs(2, sparse, num_states, num_counts)
+    parts = " + ".join(f"{_gigabytes(size * vocab_size**2)} for {what}" for what, size in needs.items() if size)
+    fits = ", ".join(f"V = {math.isqrt(total // sum(needs.values())):,}{how}" for how, needs in largest.items())
+    raise MemoryError(
+        f"training a table with V = {vocab_size:,} takes {parts}, and {device} has {_gigabytes(total)} of memory in "
+        f"all; at most {fits} would fit"
+    )
+
+
+def _needs(itemsize: int, sparse: bool, num_states: int | None, num_counts: int) -> dict[str, int]:
+    """What is needed for each of the V * V entries, in bytes."""
+    if num_states is None:
+        num_states = 0 if sparse else 2
+    return {
+        "the table": itemsize,
+        "its gradient": 0 if sparse else itemsize,
+        "the optimizer's states": num_states * itemsize,
+        "the pair counts": num_counts * 8,
+    }
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
+
+
+def total_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """The bytes that a device has in all: for the CPU those of RAM and swap. None where that is not known.
+
+    Args:
+        device: The device.
+        root: The folder of ``proc`` and ``sys``, which Linux has.
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu":
+        return None
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+        return min([1024 * kilobytes["MemTotal"], *_cgroup_limits(root)]) + 1024 * kilobytes["SwapTotal"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    """The limits of the process's control groups, versions 1 and 2, and of the groups around them."""
+    groups = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _number, controllers, path = line.split(":", 2)
+            if controllers == "":
+                folder, name = groups, "memory.max"
+            elif controllers == "memory":
+                folder, name = groups / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            group = folder / path.lstrip("/")
+            for parent in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                    yield int((parent / name).read_text())
