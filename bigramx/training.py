@@ -1,115 +1,40 @@
-"""The training loop and its history."""
+"""The training loop."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import json
-import os
+import math
+import operator
 import signal
+import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from bigramx import ops
-from bigramx.data import get_batch
+from bigramx import memory
+from bigramx.data import are_worth_counting, check_tokens, get_batch
 from bigramx.evaluation import optimal_loss, optimal_loss_of_counts
+from bigramx.fusion import is_plain_tensor
+from bigramx.history import History as History  # for those who import it from here
 from bigramx.model import BigramLanguageModel
-from bigramx.optim import AdamW, has_hooks, state_of
-from bigramx.storage import checksum, read_tensors, write_tensors
+from bigramx.steps import Steps, fsdp_in, has_plain_loss, module_in, new_optimizer, new_scheduler
 
-_KIND = "history"
-
-
-@dataclass(eq=False)  # it holds tensors
-class History:
-    """The record of a run of ``fit``; passed to another run as ``resume``, it continues where this one ended.
-
-    Attributes:
-        losses: The loss of each step's batch, before the step.
-        steps: The steps at which the model was evaluated; step 0 is before the first.
-        train_losses: The exact loss on the training tokens at each of them, nats per token.
-        val_losses: The same on the validation tokens; NaN where a run had none, empty where none had.
-        optimum: The lowest loss that a bigram table can have on the training tokens.
-        interrupted: Whether Ctrl-C ended the run.
-        optimizer_state: The optimizer's state_dict at the end.
-        generator_state: The state of the generator that drew the batches, at the end.
-        table_checksum: CRC-32 of the table at the end, to check that a model is the one to continue with.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    train_losses: list[float] = field(default_factory=list)
-    val_losses: list[float] = field(default_factory=list)
-    optimum: float = float("nan")
-    interrupted: bool = False
-    optimizer_state: dict[str, Any] | None = field(default=None, repr=False)
-    generator_state: Tensor | None = field(default=None, repr=False)
-    table_checksum: int | None = field(default=None, repr=False)
-
-    @property
-    def step(self) -> int:
-        """How many steps were taken."""
-        return len(self.losses)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the history to one safetensors file, whole or not at all."""
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        if self.generator_state is not None:
-            tensors["generator_state"] = self.generator_state
-        numbers: dict[str, object] = {}  # SparseAdam counts its steps in an int
-        for index, entries in (self.optimizer_state or {}).get("state", {}).items():
-            for name, value in entries.items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{index}.{name}"] = value
-        values = {
-            "steps": self.steps,
-            "train_losses": self.train_losses,
-            "val_losses": self.val_losses,
-            "optimum": self.optimum,
-            "interrupted": self.interrupted,
-            "table_checksum": self.table_checksum,
-            "param_groups": self.optimizer_state and self.optimizer_state["param_groups"],
-            "numbers": numbers,
-        }
-        write_tensors(path, _KIND, tensors, {"history": json.dumps(values)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> History:
-        """Reads what ``save`` wrote.
-
-        Raises:
-            ValueError: The file is damaged, cut short, or holds something else.
-            OSError: It cannot be read.
-        """
-        tensors, metadata = read_tensors(path, _KIND)
-        try:
-            return cls._from_parts(tensors, json.loads(metadata["history"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)}: a history of another version of bigramx ({error})") from None
-
-    @classmethod
-    def _from_parts(cls, tensors: dict[str, Tensor], values: dict[str, Any]) -> History:
-        groups = values.pop("param_groups")
-        state: dict[int, dict[str, object]] = {}
-        for key, value in {**tensors, **values.pop("numbers")}.items():
-            if key.startswith("optimizer."):
-                _prefix, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value
-        return cls(
-            losses=tensors["losses"].tolist(),
-            optimizer_state=None if groups is None else {"state": state, "param_groups": groups},
-            generator_state=tensors.get("generator_state"),
-            **values,
-        )
+Callback = Callable[[History], object]
 
 
 class _Interrupt:
-    """Records Ctrl-C during the steps, to be checked between two of them; a second Ctrl-C raises at once.
+    """Records Ctrl-C during the steps, to be checked between two of them; a second Ctrl-C ends the steps at once.
 
-    Only in the main thread, where Python delivers it, and only in place of Python's own handler.
+    Only in the main thread, where Python delivers it, and only in place of Python's own handler. A KeyboardInterrupt
+    from elsewhere ends the steps, too.
     """
 
     def __init__(self) -> None:
@@ -122,9 +47,12 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self._remember)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> bool:
         if self._installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        ended_at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.requested |= ended_at_once
+        return ended_at_once
 
     def _remember(self, *_signal: object) -> None:
         if self.requested:
@@ -132,178 +60,264 @@ class _Interrupt:
         self.requested = True
 
 
+class _Bar:
+    """A progress bar over the steps, where one is wanted."""
+
+    def __init__(self, progress: bool | None, history: History, max_steps: int) -> None:
+        self._history, self._max_steps = history, max_steps
+        self._is_shown = _is_watched() if progress is None else progress
+        self._next_time = 0.0
+
+    def __enter__(self) -> _Bar:
+        if self._is_shown:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about ipywidgets, without which the bar is one of text
+                from tqdm.auto import tqdm  # type: ignore[import-untyped]
+            kind = type("tqdm", (tqdm,), {"monitor_interval": 0})  # no thread that outlives the run
+            self._tqdm = kind(total=self._max_steps, initial=self._history.step, unit="step", mininterval=0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_shown:
+            if self._tqdm.n < self._history.step:
+                self._show()
+            self._tqdm.__exit__(*error)
+
+    def report(self) -> None:
+        """Shows the steps taken, ten times a second at most."""
+        if self._is_shown and (now := time.monotonic()) >= self._next_time:
+            self._next_time = now + 0.1
+            self._show()
+
+    def _show(self) -> None:
+        if self._history.losses:
+            self._tqdm.set_postfix(loss=f"{self._history.losses[-1]:.4f}", refresh=False)
+        self._tqdm.update(self._history.step - self._tqdm.n)
+
+
+def _is_watched() -> bool:
+    """Whether a person looks: at a terminal, or at a notebook. Of several processes only the first shows anything."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return False
+    ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if ipython is not None and "IPKernelApp" in ipython.config:
+        return True
+    with contextlib.suppress(AttributeError, ValueError):  # no standard error, or a closed one
+        return sys.stderr.isatty()
+    return False
+
+
 def fit(
-    model: BigramLanguageModel,
+    model: nn.Module,
     train_tokens: Tensor,
     val_tokens: Tensor | None = None,
     *,
     batch_size: int = 32,
     block_size: int = 8,
     max_steps: int = 3000,
-    lr: float = 1e-2,
+    lr: float | None = None,
     eval_interval: int = 300,
+    optimizer: Callable[..., Optimizer] | None = None,
+    scheduler: Callable[..., Any] | None = None,
+    max_grad_norm: float | None = None,
     generator: torch.Generator | None = None,
     resume: History | None = None,
-    on_progress: Callable[[History], None] | None = None,
-    on_evaluation: Callable[[History], None] | None = None,
+    progress: bool | None = None,
+    on_progress: Callback | None = None,
+    on_evaluation: Callback | None = None,
 ) -> History:
     """The lecture's training loop: get_batch, forward, backward, AdamW; evaluated exactly, not on sampled batches.
 
-    If the table is dense, float32 or float64, and on the CPU, the steps up to the next evaluation are one native call.
-    Otherwise, or if a subclass overrides ``forward`` or there are hooks, the steps run in Python.
+    The steps up to the next evaluation are one native call where nothing can tell the difference: a plain model on the
+    CPU, float32 or float64, the default optimizer, no hooks. Otherwise they run in Python.
 
     Ctrl-C ends the run between two steps: the history records it, and the run can be resumed. A second Ctrl-C ends it
-    at once.
+    at once. Any other exception that leaves the run has the history as its attribute ``history``, to be resumed, too.
 
     Args:
-        model: Trained in place. With a sparse gradient the optimizer is torch.optim.SparseAdam.
+        model: A BigramLanguageModel, trained in place; or one in DistributedDataParallel, DataParallel,
+            FullyShardedDataParallel or torch.compile, which is called at each step, while the model inside is
+            evaluated. Each process draws batches of its own: seed each of them differently.
         train_tokens: (N) tokens, N > block_size.
         val_tokens: Evaluated as well as the training tokens.
         batch_size: B, blocks per step.
         block_size: T, tokens per block.
         max_steps: Steps in all, those of ``resume`` included.
-        lr: Learning rate.
+        lr: Learning rate. None: that of ``resume`` or ``optimizer``, else 0.01.
         eval_interval: Steps between evaluations; the first is before the first step, the last after the last.
+        optimizer: Called with the list of parameters, and with ``lr=lr`` if that is given, it makes the optimizer, as
+            torch.optim.SGD does. None: bigramx.optim.AdamW, or torch.optim.SparseAdam if the gradient is sparse.
+        scheduler: Called with the optimizer, it makes a learning rate scheduler, which follows each step;
+            ReduceLROnPlateau is given the loss of the batch.
+        max_grad_norm: The gradients are clipped to this norm, as torch.nn.utils.clip_grad_norm_ does.
         generator: Draws the batches; None: PyTorch's default generator.
-        resume: The history of an earlier run of this model, which is not modified. Its steps count, its optimizer
-            continues (at ``lr``), and the generator is set to its state at the end: the result equals that of one run.
-        on_progress: Called with the history several times a second, between two steps.
-        on_evaluation: Called with the history after each evaluation.
+        resume: The history of an earlier run of this model, which is not modified. Its steps count, its optimizer and
+            scheduler continue, and the generator is set to its state at the end: the result equals that of one run.
+        progress: Whether to show a progress bar. None: on a terminal and in a notebook.
+        on_progress: Called with the history several times a second, between two steps; True ends the run.
+        on_evaluation: Called with the history after each evaluation; True ends the run.
 
     Returns:
         The history: losses, evaluations, the optimum.
 
     Raises:
-        ValueError: A size or an interval is not positive, there are too few tokens, or ``resume`` is the history of
-            another model.
-        RuntimeError: The tokens are not 1-D, or of another dtype than uint8, uint16, int32 or int64.
+        TypeError: An argument is of the wrong type, or the state of the optimizer or the scheduler is of a type that
+            ``History.save`` cannot save.
+        ValueError: A size, an interval or a norm is not positive, there are too few tokens, or ``resume`` is the
+            history of another model, optimizer or scheduler.
+        RuntimeError: The tokens are not 1-D, or of another dtype than uint8, uint16, int32 or int64; or inference mode
+            is on.
+        NotImplementedError: The norm of a sparse gradient is to be clipped.
         IndexError: A token is out of range for the model.
+        MemoryError: The table, its gradient and the optimizer's states cannot fit into memory.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("fit: nothing can be trained under torch.inference_mode()")
+    module = module_in(model)
+    batch_size, block_size = _integer("batch_size", batch_size), _integer("block_size", block_size)
+    max_steps, eval_interval = _integer("max_steps", max_steps), _integer("eval_interval", eval_interval)
     if max_steps < 0 or eval_interval < 1:
         raise ValueError(f"expected max_steps >= 0 and eval_interval >= 1, got {max_steps} and {eval_interval}")
+    lr, max_grad_norm = _number("lr", lr), _number("max_grad_norm", max_grad_norm)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"expected max_grad_norm > 0, got {max_grad_norm}")
+    _check_types(val_tokens, generator, resume)
+    _check_callables(optimizer=optimizer, scheduler=scheduler, on_progress=on_progress, on_evaluation=on_evaluation)
+    get_batch(train_tokens, batch_size, block_size, generator=torch.Generator())  # raises what a step would
+    _check_memory(module, [tokens for tokens in (train_tokens, val_tokens) if tokens is not None], optimizer, resume)
+
     history = History() if resume is None else copy.deepcopy(resume)
-    train, val = _Corpus(model, train_tokens), None if val_tokens is None else _Corpus(model, val_tokens)
-    history.optimum = train.optimal_loss()
-    history.interrupted = False
-    optimizer = _optimizer(model, history, lr)
-    if history.generator_state is not None:
-        _set_state(generator, history.generator_state)
-
-    loop = _Loop(model, optimizer, history, train_tokens, batch_size, block_size, generator)
-    take_steps = loop.native_steps if loop.has_native_steps() else loop.python_step
-
+    history.interrupted = history.stopped = False
+    made_optimizer = new_optimizer(model, optimizer, lr)
+    made_scheduler = None if scheduler is None else new_scheduler(scheduler, made_optimizer)
+    steps = Steps(
+        model,
+        module,
+        made_optimizer,
+        made_scheduler,
+        max_grad_norm,
+        history,
+        train_tokens,
+        batch_size,
+        block_size,
+        generator,
+    )
+    evaluation = _Evaluation(steps, train_tokens, val_tokens, on_evaluation)
+    steps.begin(lr)
+    history._update = steps.record  # type: ignore[method-assign]
     try:
-        with _Interrupt() as interrupt:
-            while history.step < max_steps and not interrupt.requested:
-                if history.step % eval_interval == 0:
-                    _evaluate(history, train, val, on_evaluation)
-                most = min(max_steps - history.step, eval_interval - history.step % eval_interval)
-                take_steps(most)
-                if on_progress is not None:
-                    on_progress(history)
+        with _Bar(progress, history, max_steps) as bar, _Interrupt() as interrupt:
+            while history.step < max_steps and not (interrupt.requested or history.stopped):
+                if history.step % eval_interval == 0 and evaluation.run():
+                    history.stopped = True
+                    break
+                steps.take(min(max_steps - history.step, eval_interval - history.step % eval_interval))
+                bar.report()
+                if on_progress is not None and _is_true(on_progress(history)):
+                    history.stopped = history.step < max_steps
             if not interrupt.requested:
-                _evaluate(history, train, val, on_evaluation)
-            history.interrupted = interrupt.requested
-    except KeyboardInterrupt:
-        history.interrupted = True
-    history.optimizer_state = optimizer.state_dict()
-    history.generator_state = _get_state(generator)
-    history.table_checksum = _table_checksum(model)
+                evaluation.run()
+        history.interrupted = interrupt.requested
+        steps.record()
+    except BaseException as error:
+        _add_history(error, steps)
+        raise
+    finally:
+        del vars(history)["_update"]
     return history
 
 
-@dataclass
-class _Loop:
-    """What a step needs, and two implementations of steps, which record the losses."""
-
-    model: BigramLanguageModel
-    optimizer: torch.optim.Optimizer
-    history: History
-    tokens: Tensor
-    batch_size: int
-    block_size: int
-    generator: torch.Generator | None
-
-    def has_native_steps(self) -> bool:
-        """Whether the kernels do all that a step does: no other forward, no hooks."""
-        model, weight = self.model, self.model.token_embedding_table.weight
-        return (
-            getattr(model.forward, "__func__", None) is BigramLanguageModel.forward
-            and not (model._forward_hooks or model._forward_pre_hooks)
-            and not (model._backward_hooks or model._backward_pre_hooks)
-            and not (weight._backward_hooks or weight._post_accumulate_grad_hooks)
-            and isinstance(self.optimizer, AdamW)
-            and not has_hooks(self.optimizer)
-            and isinstance(weight, torch.nn.Parameter)
-            and weight.requires_grad
-            and weight.is_cpu
-            and weight.is_contiguous()
-            and weight.dtype in (torch.float32, torch.float64)
-        )
-
-    @torch.no_grad()
-    def native_steps(self, most: int) -> None:
-        """Takes at least one step and at most `most`, as many as fit into the time for which Ctrl-C may wait."""
-        max_seconds = 0.05
-        table, (group,) = self.model.token_embedding_table, self.optimizer.param_groups
-        state = state_of(self.optimizer, table.weight, group)
-        losses = torch.empty(most, dtype=torch.float64)
-        num_steps = ops.fit_(
-            table.weight,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            losses,
-            self.tokens.cpu(),
-            self.batch_size,
-            self.block_size,
-            ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
-            group["lr"],
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            max_seconds,
-            self.generator,
-        )
-        table.weight.grad = None
-        self.history.losses += losses[:num_steps].tolist()
-
-    def python_step(self, _most: int) -> None:
-        """Takes one step, for a model on any device, with any table and optimizer."""
-        device = self.model.device
-        idx, targets = get_batch(self.tokens, self.batch_size, self.block_size, generator=self.generator)
-        _logits, loss = self.model(idx.to(device), targets.to(device), return_logits=False)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.history.losses.append(loss.item())
+def _add_history(error: BaseException, steps: Steps) -> None:
+    """Adds the history to an exception that leaves the run, and a note that says so."""
+    with contextlib.suppress(Exception):  # after an error of the device, nothing can be read from it
+        steps.record()
+    with contextlib.suppress(Exception):  # an exception may be frozen
+        error.history = steps.history  # type: ignore[attr-defined]
+        can_resume = steps.history.step > 0 and steps.history.table_checksum is not None
+        if can_resume and sys.version_info >= (3, 11):
+            error.add_note(f"fit took {steps.history.step} steps; fit(..., resume=error.history) goes on from there")
 
 
-def _optimizer(model: BigramLanguageModel, history: History, lr: float) -> torch.optim.Optimizer:
-    """A new optimizer, or the one that the history ended with, at the learning rate ``lr``."""
-    sparse = model.token_embedding_table.sparse
-    optimizer: torch.optim.Optimizer = (torch.optim.SparseAdam if sparse else AdamW)(model.parameters(), lr=lr)
-    if history.optimizer_state is None:
-        return optimizer
-    if history.table_checksum != _table_checksum(model):
-        raise ValueError("resume: the history is not of this model: its run ended with another table")
-    if history.optimizer_state["param_groups"][0].keys() != optimizer.param_groups[0].keys():
-        raise ValueError(
-            f"resume: the history's optimizer is not {type(optimizer).__name__}, which sparse={sparse} takes"
-        )
-    optimizer.load_state_dict(history.optimizer_state)
-    optimizer.param_groups[0]["lr"] = lr
-    return optimizer
+def _integer(name: str, value: object) -> int:
+    """A Python int from an int of Python, NumPy or PyTorch."""
+    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+    if not is_bool:
+        with contextlib.suppress(TypeError):
+            return operator.index(value)  # type: ignore[arg-type]
+    raise TypeError(f"expected {name} to be an int, got {value!r}")
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A Python float from a number of Python, NumPy or PyTorch; None from None."""
+    if value is None:
+        return None
+    if hasattr(value, "item"):
+        if math.prod(value.shape) != 1:
+            raise ValueError(f"expected {name} to be one number, got shape {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")
+    return float(value)
+
+
+def _check_types(val_tokens: object, generator: object, resume: object) -> None:
+    if val_tokens is not None and not isinstance(val_tokens, Tensor):
+        raise TypeError(f"expected val_tokens to be a Tensor, got {type(val_tokens).__name__}")
+    if val_tokens is not None:
+        check_tokens(val_tokens)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected generator to be a torch.Generator, got {type(generator).__name__}")
+    if resume is not None and not isinstance(resume, History):
+        raise TypeError(f"expected resume to be a History, as History.load(path) reads it, got {type(resume).__name__}")
+
+
+def _check_callables(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"expected {name} to be callable, got {type(value).__name__}")
+
+
+def _check_memory(module: BigramLanguageModel, corpora: list[Tensor], factory: object, resume: History | None) -> None:
+    """Raises a MemoryError where the run certainly cannot fit; what a factory's optimizer will keep is not known."""
+    table = module._modules.get("token_embedding_table")
+    if not (isinstance(table, nn.Embedding) and is_plain_tensor(table.weight)):
+        return  # sharded over processes, for example
+    if table.weight.untyped_storage().filename is not None:
+        return  # a file's pages are no memory of the process
+    num_states = None if factory is None else 0
+    if resume is not None and resume.optimizer_state is not None:
+        kept = [value for value in tree_leaves(resume.optimizer_state) if isinstance(value, Tensor)]
+        num_states = 2 * sum(value.shape == table.weight.shape for value in kept)  # and the run's own copy
+    memory.check_training(
+        table.num_embeddings,
+        sparse=table.sparse,
+        device=table.weight.device,
+        dtype=table.weight.dtype,
+        num_states=num_states,
+        num_counts=sum(module.is_fused and are_worth_counting(tokens, table.num_embeddings) for tokens in corpora),
+    )
+
+
+def _is_true(answer: object) -> bool:
+    """Whether a callback said True, Python's, NumPy's or PyTorch's; other answers, such as numbers, mean nothing."""
+    is_bool = isinstance(answer, bool) or str(getattr(answer, "dtype", None)) in ("bool", "torch.bool")
+    return is_bool and bool(answer)
 
 
 class _Corpus:
-    """Tokens to evaluate a model on repeatedly: their pairs are counted once, where that pays."""
+    """Tokens to evaluate a model on repeatedly: their pairs are counted once, where that pays and gives the same."""
 
     def __init__(self, model: BigramLanguageModel, tokens: Tensor) -> None:
-        self._model, self._tokens, self._counts = model, tokens, model.count_pairs(tokens)
+        self._model, self._tokens = model, tokens
+        self._counts = model.count_pairs(tokens) if self._may_count() else None
+
+    def _may_count(self) -> bool:
+        model = self._model
+        has_own = "evaluate" in vars(model) or type(model).evaluate is not BigramLanguageModel.evaluate
+        return model.is_fused and has_plain_loss(model) and not has_own
 
     def loss(self) -> float:
-        if self._counts is None:
+        if self._counts is None or not self._may_count():
             return self._model.evaluate(self._tokens)
         return self._model.evaluate_counts(self._counts)
 
@@ -311,33 +325,37 @@ class _Corpus:
         return optimal_loss(self._tokens) if self._counts is None else optimal_loss_of_counts(self._counts)
 
 
-def _evaluate(
-    history: History, train: _Corpus, val: _Corpus | None, on_evaluation: Callable[[History], None] | None
-) -> None:
-    if history.steps and history.steps[-1] == history.step:
-        return
-    train_loss = train.loss()
-    val_loss = float("nan") if val is None else val.loss()
-    if val is not None or history.val_losses:
-        missing = len(history.steps) - len(history.val_losses)  # where earlier runs had no validation tokens
-        history.val_losses += [float("nan")] * missing + [val_loss]
-    history.steps.append(history.step)
-    history.train_losses.append(train_loss)
-    if on_evaluation is not None:
-        on_evaluation(history)
+class _Evaluation:
+    """Records the exact losses of the model."""
+
+    def __init__(
+        self, steps: Steps, train_tokens: Tensor, val_tokens: Tensor | None, on_evaluation: Callback | None
+    ) -> None:
+        self._steps, self._on_evaluation = steps, on_evaluation
+        self._train = _Corpus(steps.module, train_tokens)
+        self._val = None if val_tokens is None else _Corpus(steps.module, val_tokens)
+        steps.history.optimum = self._train.optimal_loss() if has_plain_loss(steps.module) else float("nan")
+
+    def run(self) -> bool:
+        """Evaluates the model, unless it has been; returns whether the callback ends the run."""
+        history = self._steps.history
+        if history.steps and history.steps[-1] == history.step:
+            return False
+        with _whole_parameters(self._steps.model):
+            train_loss = self._train.loss()
+            val_loss = float("nan") if self._val is None else self._val.loss()
+        if self._val is not None or history.val_losses:
+            missing = len(history.steps) - len(history.val_losses)  # where earlier runs had no validation tokens
+            history.val_losses += [float("nan")] * missing + [val_loss]
+        history.steps.append(history.step)
+        history.train_losses.append(train_loss)
+        return self._on_evaluation is not None and _is_true(self._on_evaluation(history))
 
 
-def _table_checksum(model: BigramLanguageModel) -> int:
-    weight = model.token_embedding_table.weight.detach().cpu().contiguous()
-    return checksum(weight)
-
-
-def _get_state(generator: torch.Generator | None) -> Tensor:
-    return torch.get_rng_state() if generator is None else generator.get_state()
-
-
-def _set_state(generator: torch.Generator | None, state: Tensor) -> None:
-    if generator is None:
-        torch.set_rng_state(state)
-    else:
-        generator.set_state(state)
+def _whole_parameters(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """The parameters as evaluation reads them."""
+    fsdp = fsdp_in(model)
+    if fsdp is None:
+        return contextlib.nullcontext()
+    whole: contextlib.AbstractContextManager[object] = fsdp.summon_full_params(fsdp, writeback=False)
+    return whole

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize, prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigramx import BigramLanguageModel, fit, ops, reference
+from bigramx import BigramLanguageModel, History, fit, ops, optim, reference
 
 pytestmark = pytest.mark.cpu_only  # on a GPU, fit takes its steps in Python
 
@@ -46,7 +53,7 @@ def test_hooks_and_overridden_forwards_run_at_each_step() -> None:
     def count_calls(prepare: Any) -> int:
         calls: list[int] = []
         model = BigramLanguageModel(20)
-        handle = prepare(model, lambda *_: calls.append(1))
+        handle = prepare(model, lambda *_: calls.append(1) if model.training else None)  # evaluation calls them, too
         fit(model, tokens, max_steps=7)
         if handle is not None:
             handle.remove()
@@ -60,6 +67,288 @@ def test_hooks_and_overridden_forwards_run_at_each_step() -> None:
     assert count_calls(lambda model, called: model.register_forward_hook(called)) == 7
     assert count_calls(lambda model, called: model.token_embedding_table.weight.register_hook(called)) == 7
     assert count_calls(lambda _model, called: register_optimizer_step_post_hook(called)) == 7
+
+
+class Doubled(optim.AdamW):
+    """A subclass that takes each step twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        return super().step(closure)
+
+
+class OwnTable(nn.Embedding):
+    """A table with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class OneMore(BigramLanguageModel):
+    """A model with another parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(20)
+        self.bias = nn.Parameter(torch.zeros(20))
+
+
+class Functions(TorchFunctionMode):
+    """A mode that sees the functions of torch that are called."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatches(TorchDispatchMode):
+    """A mode that sees the ops that are dispatched."""
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def native_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of steps that native calls took."""
+    taken: list[int] = []
+    fit_ = ops.fit_
+
+    def counted(*arguments: Any) -> int:
+        taken.append(fit_(*arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(ops, "fit_", counted)
+    return taken
+
+
+def new_model(change: Callable[[BigramLanguageModel], object] | None = None) -> BigramLanguageModel:
+    model = BigramLanguageModel(20)
+    if change is not None:
+        model.__dict__["kept"] = change(model)  # graphs, nodes and handles
+    return model
+
+
+def weight_of(model: BigramLanguageModel) -> Tensor:
+    return model.token_embedding_table.weight
+
+
+def accumulator_of(model: BigramLanguageModel) -> Any:
+    return torch.autograd.graph.get_gradient_edge(weight_of(model)).node
+
+
+def hook_on_accumulator(model: BigramLanguageModel, with_graph: bool) -> object:
+    node, graph = accumulator_of(model), weight_of(model).sum() if with_graph else None
+    return node, graph, node.register_hook(lambda *_: None)
+
+
+def removed_hooks(model: BigramLanguageModel) -> object:
+    node = accumulator_of(model)
+    for handle in (
+        node.register_prehook(lambda *_: None),
+        weight_of(model).register_hook(lambda gradient: gradient),
+        model.register_forward_hook(lambda *_: None),
+    ):
+        handle.remove()
+    return node
+
+
+def tie(model: BigramLanguageModel) -> None:
+    model.head = nn.Linear(20, 20, bias=False)
+    model.head.weight = model.token_embedding_table.weight
+
+
+def replace_table(table: nn.Embedding) -> Callable[[BigramLanguageModel], None]:
+    def change(model: BigramLanguageModel) -> None:
+        model.token_embedding_table = table
+
+    return change
+
+
+def parametrized(model: BigramLanguageModel) -> None:
+    parametrize.register_parametrization(model.token_embedding_table, "weight", nn.Identity())
+
+
+SEEN = {
+    "forward hook": lambda model: model.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda model: model.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda model: model.register_full_backward_hook(lambda *_: None),
+    "table's hook": lambda model: model.token_embedding_table.register_forward_hook(lambda *_: None),
+    "table's backward hook": lambda model: model.token_embedding_table.register_full_backward_hook(lambda *_: None),
+    "weight's hook": lambda model: weight_of(model).register_hook(lambda gradient: gradient),
+    "weight's other hook": lambda model: weight_of(model).register_post_accumulate_grad_hook(lambda _weight: None),
+    "accumulator's hook": partial(hook_on_accumulator, with_graph=False),
+    "accumulator's hook and a graph": partial(hook_on_accumulator, with_graph=True),
+    "parametrization": parametrized,
+    "pruning": lambda model: prune.random_unstructured(model.token_embedding_table, "weight", amount=0.5),
+    "max_norm": replace_table(nn.Embedding(20, 20, max_norm=1.0)),
+    "scale_grad_by_freq": replace_table(nn.Embedding(20, 20, scale_grad_by_freq=True)),
+    "own table": replace_table(OwnTable(20, 20)),
+    "compiled in place": lambda model: model.compile(backend="eager"),
+    "ignored token": lambda model: setattr(model, "ignore_index", 3),
+    "class weight": lambda model: setattr(model, "class_weight", torch.rand(20)),
+    "label smoothing": lambda model: setattr(model, "label_smoothing", 0.1),
+}
+UNSEEN = {
+    "nothing": None,
+    "a graph": lambda model: (weight_of(model).sum(), (weight_of(model) * 2).sum()),
+    "an accumulator": accumulator_of,
+    "hooks that are removed": removed_hooks,
+    "a gradient": lambda model: weight_of(model).sum().backward(),
+    "tied": tie,
+    "padding_idx": replace_table(nn.Embedding(20, 20, padding_idx=3)),
+    "makemore's mark": lambda model: setattr(model, "ignore_index", -1),
+    "shared memory": lambda model: model.share_memory(),
+    "eval mode": lambda model: model.eval(),
+    "double": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("change", SEEN.values(), ids=SEEN)
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
+def test_what_a_step_would_show_is_shown(change: Any, native_steps: list[int]) -> None:
+    assert fit(new_model(change), torch.randint(20, (500,)), max_steps=3).step == 3
+    assert native_steps == []
+
+
+@pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
+def test_what_no_step_would_show(change: Any, native_steps: list[int]) -> None:
+    fit(new_model(change), torch.randint(20, (500,)), max_steps=3)
+    assert sum(native_steps) == 3
+
+
+def with_step_replaced(params: Any) -> optim.AdamW:
+    optimizer = optim.AdamW(params, lr=0.1)
+    optimizer.step = optimizer.step  # type: ignore
+    return optimizer
+
+
+OPTIMIZERS = {
+    "torch's": torch.optim.AdamW,
+    "subclass": Doubled,
+    "amsgrad": partial(optim.AdamW, amsgrad=True),
+    "maximize": partial(optim.AdamW, maximize=True),
+    "foreach": partial(optim.AdamW, foreach=True),
+    "tensor": partial(optim.AdamW, lr=torch.tensor(0.1)),
+    "groups": lambda params: optim.AdamW([{"params": params}, {"params": [nn.Parameter(torch.ones(2))]}]),
+    "other parameters": lambda params: optim.AdamW([*params, nn.Parameter(torch.ones(2))]),
+    "step replaced": with_step_replaced,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_optimizers_whose_steps_are_their_own(optimizer: Any, native_steps: list[int]) -> None:
+    tokens = torch.randint(20, (500,))
+    torch.manual_seed(1)
+    model = BigramLanguageModel(20)
+    fit(model, tokens, max_steps=9, optimizer=optimizer)
+    assert native_steps == []
+    torch.manual_seed(1)
+    expected = BigramLanguageModel(20)
+    lecture_loop(expected, optimizer([*expected.parameters()]), tokens, 9)
+    assert torch.equal(weight_of(model), weight_of(expected))
+
+
+def lecture_loop(model: BigramLanguageModel, optimizer: Any, tokens: Tensor, max_steps: int) -> None:
+    for _ in range(max_steps):
+        _logits, loss = model(*reference.get_batch(tokens, 32, 8))
+        optimizer.zero_grad(set_to_none=True)
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"betas": (0.5, 0.75)}, {"eps": 0.1}, {"weight_decay": 0.5}, {"lr": 0.2}], ids=str)
+def test_options_of_a_native_optimizer(options: Any, native_steps: list[int]) -> None:
+    tokens = torch.randint(20, (500,))
+    torch.manual_seed(1)
+    model = BigramLanguageModel(20)
+    fit(model, tokens, max_steps=9, optimizer=partial(optim.AdamW, **options))
+    assert sum(native_steps) == 9
+    torch.manual_seed(1)
+    expected = BigramLanguageModel(20)
+    lecture_loop(expected, torch.optim.AdamW(expected.parameters(), **options), tokens, 9)
+    torch.testing.assert_close(weight_of(model), weight_of(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_that_the_model_adds(native_steps: list[int]) -> None:
+    model = OneMore()
+    fit(model, torch.randint(20, (500,)), max_steps=3)
+    assert native_steps == []
+    assert torch.equal(model.bias, torch.zeros(20))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *arguments, **options: original(*arguments, **options))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def global_hook() -> Iterator[None]:
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "anomaly": torch.autograd.detect_anomaly,
+    "autocast": partial(torch.autocast, "cpu"),
+    "saved tensors": torch.autograd.graph.save_on_cpu,
+    "profiler": torch.profiler.profile,
+    "functions": Functions,
+    "dispatches": Dispatches,
+    "global hook": global_hook,
+    "forward replaced": partial(replaced, BigramLanguageModel, "forward"),
+    "step replaced": partial(replaced, optim.AdamW, "step"),
+    "zero_grad replaced": partial(replaced, optim.AdamW, "zero_grad"),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_contexts_that_show_or_change_the_steps(context: Any, native_steps: list[int]) -> None:
+    tokens = torch.randint(20, (500,))
+    with context():
+        assert fit(new_model(), tokens, max_steps=3).step == 3
+    assert native_steps == []
+    fit(new_model(), tokens, max_steps=3)
+    assert sum(native_steps) == 3
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, partial(torch.device, "meta")])
+def test_contexts_that_do_not(context: Any, native_steps: list[int]) -> None:
+    model, tokens = new_model(), torch.randint(20, (500,))
+    with context():
+        history = fit(model, tokens, max_steps=30)
+    assert sum(native_steps) == 30
+    assert history.train_losses[1] < history.train_losses[0]
+
+
+def test_a_gradient_of_another_dtype_raises_as_in_torchs_own_step(native_steps: list[int]) -> None:
+    model, tokens = new_model(), torch.randint(20, (500,))
+    weight_of(model).grad_dtype = torch.bfloat16
+    for optimizer in (None, torch.optim.AdamW):
+        with pytest.raises(RuntimeError, match="dtype"):
+            fit(model, tokens, max_steps=3, optimizer=optimizer)
+    assert native_steps == []
+
+
+def test_what_a_callback_changes_holds_from_there(native_steps: list[int]) -> None:
+    model, calls = BigramLanguageModel(20), []
+
+    def on_evaluation(history: History) -> None:
+        if history.step == 4:
+            model.register_forward_hook(lambda *_: calls.append(1))
+
+    tokens = torch.randint(20, (500,))
+    fit(model, tokens, max_steps=10, eval_interval=4, on_evaluation=on_evaluation)
+    assert sum(native_steps) == 4
+    assert len(calls) >= 6
 
 
 def test_padding_row_stays() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
+import re
 import signal
+import sys
 import threading
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, reference
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, memory, reference
 from tests.devices import on_device
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -173,20 +181,230 @@ def test_no_steps() -> None:
     assert history.losses == []
 
 
-def test_bad_arguments() -> None:
-    model, tokens = BigramLanguageModel(20), torch.randint(20, (500,))
-    with pytest.raises(ValueError, match="eval_interval >= 1, got 3000 and 0"):
-        fit(model, tokens, eval_interval=0)
-    with pytest.raises(ValueError, match="more than block_size = 8 tokens, got 5"):
-        fit(model, tokens[:5])
-
-
 def test_tokens_out_of_range() -> None:
     with pytest.raises(IndexError, match="tokens holds 20 at position 0, expected 0 <= token < 20"):
         fit(BigramLanguageModel(20), torch.full((50,), 20))
 
 
-def test_history_files_of_another_kind(tmp_path: Path) -> None:
-    BigramLanguageModel(2).save(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not a history"):
-        History.load(tmp_path / "model.safetensors")
+def test_other_forms_of_the_same_numbers(tmp_path: Path) -> None:
+    tokens, results = torch.randint(20, (500,)), []
+    forms: list[tuple[Any, Any]] = [(int, float), (numpy.int32, numpy.float64), (torch.tensor,) * 2, (numpy.array,) * 2]
+    for whole, number in forms:
+        model = BigramLanguageModel(20, dtype=torch.float64)
+        torch.nn.init.zeros_(model.token_embedding_table.weight)
+        torch.manual_seed(3)
+        sizes: dict[str, Any] = {"batch_size": 5, "block_size": 7, "max_steps": 9, "eval_interval": 4}
+        sizes = {name: whole(value) for name, value in sizes.items()}
+        history = fit(model, tokens, lr=number(0.25), max_grad_norm=number(1000.0), **sizes)
+        history.save(tmp_path / "history")
+        loaded = History.load(tmp_path / "history")
+        assert (loaded.optimizer_state or {})["param_groups"] == (history.optimizer_state or {})["param_groups"]
+        results.append((history.losses, history.steps))
+    assert results[1:] == results[:1] * 3
+
+
+BAD_NUMBERS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    *[
+        ({name: value}, TypeError, f"expected {name} to be an int, got ")
+        for name in ("batch_size", "block_size", "max_steps", "eval_interval")
+        for value in (
+            2.0,
+            True,
+            "2",
+            None,
+            numpy.bool_(True),
+            torch.tensor(True),
+            torch.tensor(2.0),
+            torch.ones(2),
+            [2],
+        )
+    ],
+    *[
+        ({name: value}, TypeError, f"expected {name} to be a number, got ")
+        for name in ("lr", "max_grad_norm")
+        for value in (True, "0.1", 1j, [0.1], torch.tensor(True), numpy.bool_(True), torch.tensor(1j))
+    ],
+    ({"lr": torch.ones(2)}, ValueError, r"expected lr to be one number, got shape \(2,\)"),
+    ({"lr": -1}, ValueError, r"Invalid learning rate: -1\.0"),
+    ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
+    ({"lr": torch.tensor(-0.5)}, ValueError, r"Invalid learning rate: -0\.5"),
+    ({"max_steps": -1}, ValueError, "expected max_steps >= 0 .* got -1"),
+    ({"eval_interval": 0}, ValueError, "eval_interval >= 1, got 3000 and 0"),
+    ({"batch_size": 0}, ValueError, "expected batch_size and block_size >= 1, got 0 and 8"),
+    ({"block_size": torch.tensor(-2)}, ValueError, "expected batch_size and block_size >= 1, got 32 and -2"),
+    ({"block_size": 500}, ValueError, "more than block_size = 500 tokens, got 500"),
+    ({"train_tokens": [1, 2, 3]}, TypeError, "'tokens'"),
+    ({"train_tokens": numpy.arange(100)}, TypeError, "'tokens'"),
+    ({"train_tokens": torch.rand(100)}, RuntimeError, "expected tokens to have one of the dtypes"),
+    ({"train_tokens": torch.ones(10, 10).long()}, RuntimeError, "expected tokens to be 1-D"),
+    ({"val_tokens": [1, 2, 3]}, TypeError, "expected val_tokens to be a Tensor, got list"),
+    ({"val_tokens": torch.rand(100)}, RuntimeError, "expected tokens to be uint8"),
+]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("options", "error", "message"), BAD_NUMBERS, ids=str)
+def test_bad_arguments_are_told_at_the_start(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = BigramLanguageModel(20)
+    evaluated: list[History] = []
+    before = model.token_embedding_table.weight.detach().clone()
+    with pytest.raises(error, match=message):
+        fit(model, on_evaluation=evaluated.append, **{"train_tokens": torch.randint(20, (500,)), **options})
+    assert evaluated == []
+    assert torch.equal(model.token_embedding_table.weight, before)
+
+
+def test_a_table_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = BigramLanguageModel(20), torch.randint(20, (5000,))
+    monkeypatch.setattr(memory, "total_memory", lambda _device: 4 * 400 * 4 + 2 * 400 * 8)
+    history = fit(model, tokens, tokens, max_steps=2)
+    with pytest.raises(MemoryError, match=r"V = 20 takes .* at most V = 17,"):  # the history's states, and a copy
+        fit(model, tokens, tokens, max_steps=3, resume=history)
+    monkeypatch.setattr(memory, "total_memory", lambda _device: 4 * 400 * 4)
+    with pytest.raises(MemoryError, match="for the pair counts"):
+        fit(model, tokens, max_steps=2)
+    fit(model, tokens[:500], max_steps=2)
+    monkeypatch.setattr(memory, "total_memory", lambda _device: 2 * 400 * 4)
+    with pytest.raises(MemoryError, match="for the optimizer's states"):
+        fit(model, tokens[:500], max_steps=2)
+    fit(model, tokens[:500], max_steps=2, optimizer=torch.optim.SGD)
+    monkeypatch.setattr(memory, "total_memory", lambda _device: 400 * 4)
+    with pytest.raises(MemoryError, match="for its gradient"):
+        fit(model, tokens[:500], max_steps=2, optimizer=torch.optim.SGD)
+    fit(BigramLanguageModel(20, sparse=True), tokens[:500], max_steps=2)
+
+
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(before)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"optimizer": torch.optim.SGD}], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_default_device_does_not_matter(tmp_path: Path, sparse: bool, options: dict[str, Any]) -> None:
+    if sparse and options.get("max_grad_norm"):
+        options = {}
+    tokens, longer = torch.randint(20, (500,)), torch.randint(20, (3000,))
+
+    def run(device: str) -> tuple[History, torch.Tensor]:
+        torch.manual_seed(3)
+        model = BigramLanguageModel(20, sparse=sparse)
+        with default_device(device):
+            history = fit(model, tokens, longer, max_steps=7, eval_interval=3, **options)
+            history.save(tmp_path / "history")
+            history = History.load(tmp_path / "history")
+            history = fit(model, tokens, longer, max_steps=12, eval_interval=3, resume=history, **options)
+            history.save(tmp_path / "history")
+        return History.load(tmp_path / "history"), model.token_embedding_table.weight.detach()
+
+    (history, weight), (expected_history, expected) = run("meta"), run("cpu")
+    assert history.losses == expected_history.losses
+    assert history.val_losses == expected_history.val_losses
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_the_default_dtype_does_not_matter(default: torch.dtype, options: dict[str, Any]) -> None:
+    tokens, results = torch.randint(20, (3000,)), []
+    before = torch.get_default_dtype()
+    for dtype in (default, torch.float32):
+        torch.manual_seed(3)
+        model = BigramLanguageModel(20, dtype=torch.float32)
+        torch.nn.init.zeros_(model.token_embedding_table.weight)
+        torch.set_default_dtype(dtype)
+        try:
+            history = fit(model, tokens, tokens[:300], max_steps=7, eval_interval=3, **options)
+        finally:
+            torch.set_default_dtype(before)
+        results.append([history.losses, history.train_losses, history.val_losses, [history.optimum]])
+    for actual, expected in zip(*results, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-6)
+
+
+def test_modes_of_autograd() -> None:
+    tokens = torch.randint(20, (500,))
+    for options in ({}, {"max_grad_norm": 1.0}):
+        model = BigramLanguageModel(20)
+        with torch.no_grad():
+            history = fit(model, tokens, max_steps=100, **options)  # type: ignore[arg-type]
+            assert not torch.is_grad_enabled()
+        assert history.train_losses[-1] < history.train_losses[0]
+        before = model.token_embedding_table.weight.detach().clone()
+        with (
+            torch.inference_mode(),
+            pytest.raises(RuntimeError, match="nothing can be trained under"),
+        ):
+            fit(model, tokens, max_steps=100)
+        assert torch.equal(model.token_embedding_table.weight, before)
+
+
+class Terminal(io.StringIO):
+    """A standard error that a person reads."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_a_progress_bar_where_a_person_looks(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    model, tokens = BigramLanguageModel(20), torch.randint(20, (500,))
+
+    def shown(stream: io.StringIO, progress: bool | None, **more: Any) -> str:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with contextlib.suppress(ValueError):
+            fit(model, tokens, max_steps=70, progress=progress, **options, **more)
+        return stream.getvalue()
+
+    def fail(history: History) -> None:
+        raise ValueError
+
+    threads = threading.active_count()
+    assert shown(io.StringIO(), None) == shown(io.StringIO(), False) == shown(Terminal(), False) == ""
+    for text in (shown(Terminal(), None), shown(io.StringIO(), True)):
+        assert "| 0/70 [" in text
+        assert "| 70/70 [" in text
+        assert re.search(r"loss=\d\.\d{4}\] *\n$", text)
+        assert len(text) < 1000
+    text = shown(Terminal(), None, on_progress=fail)
+    assert text.endswith("\n")
+    assert "loss=" in text
+    history = fit(model, tokens, max_steps=70, progress=False, on_progress=lambda h: h.step >= 1)
+    assert f"| {history.step}/200 [" in shown(Terminal(), None, resume=history) or history.step == 70
+    assert threading.active_count() == threads  # no monitor of tqdm's
+
+
+def test_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = BigramLanguageModel(20), torch.randint(20, (500,))
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed, object()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert fit(model, tokens, max_steps=3).step == 3
+
+
+def test_a_progress_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    for name in [name for name in sys.modules if name.startswith("tqdm")]:
+        monkeypatch.delitem(sys.modules, name)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    fit(BigramLanguageModel(20), torch.randint(20, (500,)), max_steps=3)  # without ipywidgets: in text, and no warning
+    assert "| 3/3 [" in stream.getvalue()
+
+
+def test_tqdm_is_imported_for_a_bar_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tqdm.auto", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for progress, is_imported in ((None, False), (False, False), (True, True)):
+        fit(BigramLanguageModel(20), torch.randint(20, (500,)), max_steps=3, progress=progress)
+        assert ("tqdm.auto" in sys.modules) == is_imported

@@ -1,0 +1,424 @@
+"""The steps of fit: native ones where nobody can tell, else PyTorch's own; and their state, to go on from."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_map
+
+from bigramx import ops
+from bigramx.data import get_batch
+from bigramx.fusion import is_plain_tensor
+from bigramx.history import History, encode_state
+from bigramx.model import BigramLanguageModel
+from bigramx.optim import AdamW, has_hooks, state_of
+from bigramx.storage import checksum
+
+# As they were at import: who replaces one of them later wants to see the calls.
+_FORWARD, _ADAMW_STEP, _ADAMW_ZERO_GRAD = BigramLanguageModel.forward, AdamW.step, AdamW.zero_grad
+
+
+def module_in(model: object) -> BigramLanguageModel:
+    """The model, without what wraps it.
+
+    Raises:
+        TypeError: There is none.
+    """
+    *_wrappers, module = _layers(model)
+    if isinstance(module, BigramLanguageModel):
+        return module
+    kind, what = (module, "the class ") if isinstance(module, type) else (type(module), "")
+    advice = ""
+    if kind.__name__ == "BigramLanguageModel" and kind is not BigramLanguageModel:
+        advice = "; change the import: from bigramx import BigramLanguageModel"
+    raise TypeError(
+        "expected model to be a bigramx.BigramLanguageModel, or one in DistributedDataParallel, DataParallel, "
+        f"FullyShardedDataParallel or torch.compile, got {what}{kind.__module__}.{kind.__qualname__}{advice}"
+    )
+
+
+def has_plain_loss(module: BigramLanguageModel) -> bool:
+    """Whether the model's loss is the mean cross-entropy of all pairs, without options."""
+    ignores_none = not 0 <= module.ignore_index < module.vocab_size
+    return ignores_none and module._buffers.get("class_weight") is None and module.label_smoothing == 0
+
+
+def fsdp_in(model: nn.Module) -> Any:
+    """The FullyShardedDataParallel around the model, which holds the parameters in shards; None without one."""
+    return next((layer for layer in _layers(model) if _is_fsdp(layer, "FullyShardedDataParallel")), None)
+
+
+def _layers(model: object) -> Iterator[Any]:
+    """The model, and what PyTorch's wrappers wrap, from the outside to the inside."""
+    yield model
+    wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if wraps or _is_fsdp(model, "FullyShardedDataParallel"):
+        yield from _layers(model.module)  # type: ignore[attr-defined]
+    elif hasattr(model, "_orig_mod"):  # of torch.compile
+        yield from _layers(model._orig_mod)
+
+
+def _is_fsdp(layer: object, kind: str) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes long
+    return fsdp is not None and isinstance(layer, getattr(fsdp, kind))
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer takes: those of fully_shard are others after a forward pass."""
+    for part in model.modules():
+        if _is_fsdp(part, "FSDPModule"):
+            part.reshard()  # type: ignore[operator]
+    return list(model.parameters())
+
+
+def _has_sparse_gradient(model: nn.Module) -> bool:
+    return any(getattr(module, "sparse", False) is True for module in model.modules())
+
+
+def new_optimizer(model: nn.Module, factory: Callable[..., Optimizer] | None, lr: float | None) -> Optimizer:
+    """The optimizer that ``factory`` makes, or the default one.
+
+    Raises:
+        TypeError: It makes something else, or an optimizer whose step needs a closure.
+    """
+    parameters = _parameters(model)
+    if factory is None:
+        default = torch.optim.SparseAdam if _has_sparse_gradient(model) else AdamW
+        return default(parameters, lr=1e-2 if lr is None else lr)
+    optimizer = factory(parameters) if lr is None else factory(parameters, lr=lr)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected optimizer to make a torch.optim.Optimizer, got {type(optimizer)}")
+    _check_step("optimizer", optimizer)
+    return optimizer
+
+
+def new_scheduler(factory: Callable[..., Any], optimizer: Optimizer) -> Any:
+    """The scheduler that ``factory`` makes.
+
+    Raises:
+        TypeError: It makes something else, or a scheduler whose step needs an argument.
+    """
+    scheduler = factory(optimizer)
+    methods = ("step", "state_dict", "load_state_dict")
+    if not all(callable(getattr(scheduler, method, None)) for method in methods):
+        raise TypeError(f"expected scheduler to make one of torch.optim.lr_scheduler, got {type(scheduler)}")
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        _check_step("scheduler", scheduler)
+    return scheduler
+
+
+def _check_step(name: str, made: Any) -> None:
+    for needed, parameter in inspect.signature(made.step).parameters.items():
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not is_variadic:
+            raise TypeError(
+                f"expected {name} to make one whose step() takes no argument, got {type(made).__name__}, whose step() "
+                f"needs {needed}"
+            )
+
+
+@dataclass
+class Steps:
+    """What a step needs, and two implementations of steps, which record the losses."""
+
+    model: nn.Module
+    module: BigramLanguageModel  # the model, or the one inside its wrapper
+    optimizer: Optimizer
+    scheduler: Any  # None without one
+    max_grad_norm: float | None
+    history: History
+    tokens: Tensor
+    batch_size: int
+    block_size: int
+    generator: torch.Generator | None
+    is_saving_checked: bool = False
+
+    def begin(self, lr: float | None) -> None:
+        """Goes on where the history ends, at the learning rate ``lr`` if one is given.
+
+        Raises:
+            ValueError: The history is of another model, optimizer or scheduler.
+            TypeError: A state is of a type that History.save cannot save.
+        """
+        if self.max_grad_norm is not None and _has_sparse_gradient(self.model):
+            raise NotImplementedError("max_grad_norm: torch.nn.utils.clip_grad_norm_ takes no sparse gradients")
+        if self.history.step > 0 or self.history.optimizer_state is not None:
+            self._check_resume()
+            self._restore(lr)
+        self._check_saving()
+
+    def _check_resume(self) -> None:
+        if self.history.table_checksum != _checksum(self.model):
+            raise ValueError("resume: the history is not of this model: its run ended with another table")
+        for what, given, expected in (
+            ("optimizer", self.optimizer, self.history.optimizer_name),
+            ("scheduler", self.scheduler, self.history.scheduler_name),
+        ):
+            name = None if given is None else type(given).__name__
+            if name != expected:
+                raise ValueError(f"resume: the history's {what} is not {name} but {expected}")
+
+    def _restore(self, lr: float | None) -> None:
+        history = self.history
+        rates = [group.get("initial_lr") for group in self.optimizer.param_groups]
+        if self.scheduler is not None and history.scheduler_state is not None:
+            self.scheduler.load_state_dict(history.scheduler_state)
+        if history.optimizer_state is not None:
+            _load_state(self.optimizer, history.optimizer_state)
+        if lr is not None and self.scheduler is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        elif lr is not None and rates != [group.get("initial_lr") for group in self.optimizer.param_groups]:
+            raise ValueError(f"resume: the history's scheduler began at another learning rate than lr = {lr}")
+        if history.generator_state is not None:
+            _set_state(self.generator, history.generator_state)
+        if history.scheduler_is_due:
+            self._step_scheduler(history.losses[-1])
+
+    def _check_saving(self) -> None:
+        """Raises a TypeError where the states cannot be saved."""
+        encode_state(_local(self.optimizer.state_dict()), "optimizer_state", {})
+        if self.scheduler is not None:
+            encode_state(_local(self.scheduler.state_dict()), "scheduler_state", {})
+
+    def record(self) -> None:
+        """Brings the states in the history up to date, so that the run can be resumed from it."""
+        history = self.history
+        history.table_checksum = None  # until all belong to the same step
+        history.optimizer_state = _local(self.optimizer.state_dict())
+        history.optimizer_name = type(self.optimizer).__name__
+        if self.scheduler is not None:
+            history.scheduler_state = _local(self.scheduler.state_dict())
+            history.scheduler_name = type(self.scheduler).__name__
+        history.generator_state = _get_state(self.generator)
+        history.table_checksum = _checksum(self.model)
+
+    def take(self, most: int) -> None:
+        """Takes at least one step and at most ``most``, as long as Ctrl-C may wait; records the losses."""
+        if self.has_native_steps():
+            self._take_native(most)
+        else:
+            self._take_one()
+        if not self.is_saving_checked:  # the first step makes the optimizer's states
+            self._check_saving()
+            self.is_saving_checked = True
+
+    def has_native_steps(self) -> bool:
+        """Whether the kernels do all that a step does, and nobody can tell."""
+        return (
+            self.model is self.module
+            and self.scheduler is None
+            and self.max_grad_norm is None
+            and self.module.is_fused
+            and has_plain_loss(self.module)
+            and BigramLanguageModel.forward is _FORWARD
+            and self.module._compiled_call_impl is None
+            and _is_plain_leaf(self.module.token_embedding_table)
+            and _is_plain_adamw(self.optimizer, self.module.token_embedding_table.weight)
+            and not _is_observed()
+        )
+
+    @torch.no_grad()
+    def _take_native(self, most: int) -> None:
+        """Takes as many steps as fit into the time for which Ctrl-C may wait."""
+        max_seconds = 0.05
+        table, (group,) = self.module.token_embedding_table, self.optimizer.param_groups
+        table.weight.grad = None
+        state = state_of(self.optimizer, table.weight, group)
+        losses = torch.empty(most, dtype=torch.float64, device="cpu")
+        num_steps = ops.fit_(
+            table.weight,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            losses,
+            self.tokens.cpu(),
+            self.batch_size,
+            self.block_size,
+            ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            max_seconds,
+            self.generator,
+        )
+        self.history.losses += losses[:num_steps].tolist()
+
+    @torch.enable_grad()
+    def _take_one(self) -> None:
+        """Takes one step, for a model on any device, with any table and optimizer."""
+        before = _get_state(self.generator)
+        try:
+            loss = self._loss_of_a_batch()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self._clip_gradients()
+            value = loss.item()
+            self.optimizer.step()
+        except BaseException:
+            _set_state(self.generator, before)  # the step was not taken: the next one draws its batch
+            raise
+        self.history.losses.append(value)
+        self._step_scheduler(value)
+
+    def _loss_of_a_batch(self) -> Tensor:
+        device = next(self.model.parameters()).device
+        idx, targets = get_batch(self.tokens, self.batch_size, self.block_size, generator=self.generator)
+        # Where nobody sees the logits they are spared; a forward of a subclass may not know the option.
+        options = {"return_logits": False} if self.module.is_fused and not _have_hooks(self.model) else {}
+        _logits, loss = self.model(idx.to(device), targets.to(device), **options)
+        mean: Tensor = loss.mean() if isinstance(self.model, nn.DataParallel) else loss  # over several devices
+        return mean
+
+    def _clip_gradients(self) -> None:
+        if self.max_grad_norm is None:
+            return
+        if (fsdp := fsdp_in(self.model)) is not None:
+            fsdp.clip_grad_norm_(self.max_grad_norm)
+        else:
+            nn.utils.clip_grad_norm_(_parameters(self.model), self.max_grad_norm)
+
+    def _step_scheduler(self, loss: float) -> None:
+        if self.scheduler is None:
+            return
+        before = dict(self.scheduler.state_dict())
+        self.history.scheduler_is_due = True
+        try:
+            self.scheduler.step(*[loss] if isinstance(self.scheduler, ReduceLROnPlateau) else [])
+        except BaseException:
+            self.scheduler.load_state_dict(before)
+            raise
+        self.history.scheduler_is_due = False
+
+
+def _have_hooks(model: nn.Module) -> bool:
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in _layers(model))
+
+
+def _is_plain_leaf(table: nn.Embedding) -> bool:
+    """Whether a kernel may write the weight: a contiguous parameter whose gradient nobody waits for."""
+    weight = table.weight
+    return (
+        weight.is_leaf
+        and weight.requires_grad
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and not weight.is_inference()
+        and weight.shape == (table.num_embeddings, table.num_embeddings)
+        and weight.dtype in (torch.float32, torch.float64)
+        and weight.grad_dtype in (None, weight.dtype)
+        and not (weight._backward_hooks or weight._post_accumulate_grad_hooks)
+        and not _may_have_accumulator_hooks(weight)
+    )
+
+
+@torch.enable_grad()
+def _may_have_accumulator_hooks(weight: Tensor) -> bool:
+    """Whether the node that accumulates the gradient may have hooks, which PyTorch does not tell.
+
+    The garbage collector sees them, but not while a graph holds the node; then its hooks are those of someone who holds
+    it as well.
+    """
+    twin = torch.zeros(1, device="cpu", requires_grad=True)
+    _graph = twin.view_as(twin)
+    nodes = [torch.autograd.graph.get_gradient_edge(tensor).node for tensor in (weight, twin)]
+    owners_of_weight, owners_of_twin = map(sys.getrefcount, nodes)
+    return any(gc.get_referents(nodes[0])) or owners_of_weight > owners_of_twin
+
+
+def _is_plain_adamw(optimizer: Optimizer, weight: Tensor) -> bool:
+    """Whether a step is AdamW's as the kernel computes it, of the weight alone."""
+    if type(optimizer) is not AdamW or len(optimizer.param_groups) != 1:
+        return False
+    (group,) = optimizer.param_groups
+    state = optimizer.state.get(weight, {})
+    special = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
+    return (
+        (AdamW.step, AdamW.zero_grad) == (_ADAMW_STEP, _ADAMW_ZERO_GRAD)
+        and not {"step", "zero_grad"} & vars(optimizer).keys()
+        and not has_hooks(optimizer)
+        and len(group["params"]) == 1
+        and group["params"][0] is weight
+        and group["decoupled_weight_decay"]
+        and not any(group[name] for name in special)
+        and all(type(group[name]) in (int, float) for name in ("lr", "eps", "weight_decay"))
+        and all(type(beta) in (int, float) for beta in group["betas"])
+        and all(is_plain_tensor(value) and value.is_cpu and value.is_contiguous() for value in state.values())
+        and all(value.dtype == weight.dtype for name, value in state.items() if name != "step")
+    )
+
+
+def _is_observed() -> bool:
+    """Whether PyTorch shows, checks or changes the operations of a step; those that a fused model asks for apart."""
+    return (
+        torch.is_anomaly_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
+
+
+def _local(state: Any) -> Any:
+    """The state with the shard of this process in place of each DTensor."""
+    return tree_map(lambda value: value.to_local() if hasattr(value, "to_local") else value, state)
+
+
+def _load_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """optimizer.load_state_dict, which casts states to the dtype of their parameter: here they keep their own."""
+    indices = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
+    params = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    param_of = dict(zip(indices, params, strict=False))  # of different lengths, load_state_dict raises
+    state = {index: _as_sharded(entries, param_of.get(index)) for index, entries in saved["state"].items()}
+    try:
+        optimizer.load_state_dict({**saved, "state": state})
+    except ValueError as error:
+        raise ValueError(f"resume: {error}") from None
+    for index, param in param_of.items():
+        loaded = optimizer.state.get(param, {})
+        for name, value in state.get(index, {}).items():
+            if isinstance(value, Tensor) and value.dtype != loaded[name].dtype:
+                loaded[name] = value.to(loaded[name].device)
+
+
+def _as_sharded(entries: Any, param: Any) -> Any:
+    """The entries of a parameter's state, each shard as the DTensor that it is of where the parameter is one."""
+    if not hasattr(param, "to_local"):
+        return entries
+    from torch.distributed.tensor import DTensor
+
+    def as_sharded(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != param.to_local().shape:
+            return value
+        layout = {"run_check": False, "shape": param.shape, "stride": param.stride()}
+        return DTensor.from_local(value.to(param.device), param.device_mesh, param.placements, **layout)
+
+    return tree_map(as_sharded, entries)
+
+
+def _checksum(model: nn.Module) -> int:
+    """CRC-32 of the parameters, of the table if there is no other."""
+    sums = [checksum(_local(parameter.detach()).cpu().contiguous()) for parameter in _parameters(model)]
+    return sums[0] if len(sums) == 1 else zlib.crc32(repr(sums).encode())
+
+
+def _get_state(generator: torch.Generator | None) -> Tensor:
+    return torch.get_rng_state() if generator is None else generator.get_state()
+
+
+def _set_state(generator: torch.Generator | None, state: Tensor) -> None:
+    if generator is None:
+        torch.set_rng_state(state)
+    else:
+        generator.set_state(state)
