@@ -2,10 +2,11 @@
 
 from bigramx import data, functional, optim, reference
 from bigramx.evaluation import optimal_loss
+from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.ops import build_info
 from bigramx.tokenizer import CharTokenizer
-from bigramx.training import History, fit
+from bigramx.training import fit
 
 __version__ = "0.1.0"
 

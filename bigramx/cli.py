@@ -20,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import bigramx
-from bigramx import data
+from bigramx import data, memory
 from bigramx.evaluation import optimal_loss
+from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.tokenizer import CharTokenizer
-from bigramx.training import History, fit
+from bigramx.training import fit
 
 app = typer.Typer(
     help="The bigram language model: train it on a text, let it write, measure it exactly.",
@@ -85,16 +86,21 @@ def _read_tokens(path: Path, model: BigramLanguageModel, model_path: Path) -> Te
 def _new_model(text: Path | None, vocab_size: int | None) -> tuple[BigramLanguageModel, Tensor]:
     if text is not None and text.suffix == ".bin":
         tokens = data.read_bin(text)
-        return BigramLanguageModel(vocab_size or data.token_range(tokens)[1] + 1), tokens
+        return _model_of_size(vocab_size or data.token_range(tokens)[1] + 1), tokens
     if vocab_size is not None:
         raise CommandError("--vocab-size is for .bin tokens: a text has the characters that it has")
     content = data.default_text() if text is None else data.read_text(text)
     if not content:
         raise CommandError(f"{text}: the text is empty")
     tokenizer = CharTokenizer.from_text(content)
-    model = BigramLanguageModel(tokenizer.vocab_size)
+    model = _model_of_size(tokenizer.vocab_size)
     model.tokenizer = tokenizer
     return model, tokenizer.encode(content)
+
+
+def _model_of_size(vocab_size: int) -> BigramLanguageModel:
+    memory.check_training(vocab_size)
+    return BigramLanguageModel(vocab_size)
 
 
 @app.command()
@@ -143,6 +149,7 @@ def train(
                 lr=lr,
                 eval_interval=eval_interval,
                 resume=history,
+                progress=False,  # there is a bar already
                 on_progress=progress.on_progress,
                 on_evaluation=progress.on_evaluation,
             )

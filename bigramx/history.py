@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.types import FileLike
 
 from bigramx.fusion import is_plain_tensor
-from bigramx.storage import _DTYPE_NAMES, name_of, read_tensors, write_tensors
+from bigramx.storage import DTYPE_NAMES, name_of, read_tensors, write_tensors
 
 _KIND = "history"
 _LISTS = {"losses": torch.float64, "steps": torch.int64, "train_losses": torch.float64, "val_losses": torch.float64}
@@ -181,7 +181,7 @@ def _encode_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> dict
     if is_plain_tensor(value) and value.layout is torch.sparse_coo:
         parts = [_encode_tensor(part, name, tensors) for part in (value._indices(), value._values())]
         return {"sparse_coo": [*parts, list(value.shape), value.is_coalesced()]}
-    if is_plain_tensor(value) and value.layout is torch.strided and value.dtype in _DTYPE_NAMES and not value.is_meta:
+    if is_plain_tensor(value) and value.layout is torch.strided and value.dtype in DTYPE_NAMES and not value.is_meta:
         return {"tensor": _keep(value, name, tensors)}
     raise TypeError(
         f"{name}: expected what a history can save: plain tensors of common dtypes, strided or COO, got a "

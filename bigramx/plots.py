@@ -14,9 +14,9 @@ from matplotlib.ft2font import FT2Font
 from torch import Tensor
 from torch.types import FileLike
 
+from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.storage import name_of, write_with
-from bigramx.training import History
 
 _MOST_CELLS = 1024  # along an axis
 _BLUE, _ORANGE, _GREY = "#2563a8", "#d9772b", "#9aa3ad"

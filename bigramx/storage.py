@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "bigramx"
 _HEADER_CHECKSUM = "crc32"
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -246,10 +246,10 @@ def _write_safetensors(file: IO[bytes], tensors: dict[str, Tensor], metadata: di
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
     end = 0
     for name, tensor in ordered:
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(f"{name}: expected a dtype that can be saved, got {tensor.dtype}")
         begin, end = end, end + tensor.nbytes
-        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)

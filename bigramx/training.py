@@ -23,7 +23,7 @@ from bigramx import memory
 from bigramx.data import are_worth_counting, check_tokens, get_batch
 from bigramx.evaluation import optimal_loss, optimal_loss_of_counts
 from bigramx.fusion import is_plain_tensor
-from bigramx.history import History as History  # for those who import it from here
+from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.steps import Steps, fsdp_in, has_plain_loss, module_in, new_optimizer, new_scheduler
 

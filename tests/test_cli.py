@@ -284,6 +284,13 @@ def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert bigramx("plot", "plain", cwd=folder, code=1) == note
 
 
+def test_a_table_that_cannot_fit_is_refused_before_it_is_made(folder: Path) -> None:
+    (folder / "large.bin").write_bytes(struct.pack("<40H", *range(40)))
+    message = bigramx("train", "large.bin", "--vocab-size", str(2**24), cwd=folder, code=1)
+    assert "bigramx: training a table with V = 16,777,216 takes" in message
+    assert "would fit" in message
+
+
 def failing_fit(fails_at: int) -> Callable[..., History]:
     """As fit, but for an error after this many steps."""
 

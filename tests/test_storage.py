@@ -547,7 +547,7 @@ def test_errors_name_the_source(tmp_path: Path) -> None:
         CharTokenizer.load(tmp_path / "file")
 
 
-@pytest.mark.parametrize("dtype", storage._DTYPE_NAMES)
+@pytest.mark.parametrize("dtype", storage.DTYPE_NAMES)
 def test_files_are_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype) -> None:
     memory = torch.arange(12).to(dtype)
     tensors = {
