@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.types import FileLike
 
 from bigramx.fusion import is_plain_tensor
@@ -178,6 +179,8 @@ def encode_state(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _encode_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> dict[str, object]:
+    if _is_subclass_in_name(value):
+        value = value.as_subclass(Tensor)
     if is_plain_tensor(value) and value.layout is torch.sparse_coo:
         parts = [_encode_tensor(part, name, tensors) for part in (value._indices(), value._values())]
         return {"sparse_coo": [*parts, list(value.shape), value.is_coalesced()]}
@@ -187,6 +190,12 @@ def _encode_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> dict
         f"{name}: expected what a history can save: plain tensors of common dtypes, strided or COO, got a "
         f"{type(value).__name__} of dtype {value.dtype}, layout {value.layout}, device {str(value.device)!r}"
     )
+
+
+def _is_subclass_in_name(value: Tensor) -> bool:
+    """Whether the memory of a tensor of a subclass is its value."""
+    has_own_ops = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not (is_plain_tensor(value) or has_own_ops or is_lazy(value)) and value.layout is torch.strided
 
 
 def _keep(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> str:

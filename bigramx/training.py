@@ -280,19 +280,20 @@ def _check_callables(**arguments: object) -> None:
 def _check_memory(module: BigramLanguageModel, corpora: list[Tensor], factory: object, resume: History | None) -> None:
     """Raises a MemoryError where the run certainly cannot fit; what a factory's optimizer will keep is not known."""
     table = module._modules.get("token_embedding_table")
-    if not (isinstance(table, nn.Embedding) and is_plain_tensor(table.weight)):
-        return  # sharded over processes, for example
-    if table.weight.untyped_storage().filename is not None:
+    weight = None if table is None else table._parameters.get("weight")
+    if not isinstance(table, nn.Embedding) or weight is None or not is_plain_tensor(weight):
+        return  # sharded over processes, for example, or computed at each look
+    if weight.untyped_storage().filename is not None:
         return  # a file's pages are no memory of the process
     num_states = None if factory is None else 0
     if resume is not None and resume.optimizer_state is not None:
         kept = [value for value in tree_leaves(resume.optimizer_state) if isinstance(value, Tensor)]
-        num_states = 2 * sum(value.shape == table.weight.shape for value in kept)  # and the run's own copy
+        num_states = 2 * sum(value.shape == weight.shape for value in kept)  # and the run's own copy
     memory.check_training(
         table.num_embeddings,
         sparse=table.sparse,
-        device=table.weight.device,
-        dtype=table.weight.dtype,
+        device=weight.device,
+        dtype=weight.dtype,
         num_states=num_states,
         num_counts=sum(module.is_fused and are_worth_counting(tokens, table.num_embeddings) for tokens in corpora),
     )
