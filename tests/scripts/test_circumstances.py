@@ -19,7 +19,7 @@ from tests.scripts.treatments import TOLERANCES, TREATMENTS
 
 pytestmark = [
     pytest.mark.cpu_only,
-    pytest.mark.filterwarnings("ignore:.*(Anomaly Detection|no inputs require gradients)"),
+    pytest.mark.filterwarnings("ignore:.*(Anomaly Detection|no inputs require gradients|Profiler clears events)"),
 ]
 
 
