@@ -8,10 +8,19 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 _Result = TypeVar("_Result")
 
 # A native call that runs no handlers gets one before it and one after it at most, however often the signal comes.
 SOME = 3
+
+
+def draws_are_replayed() -> bool:
+    """Whether ATen draws exponential variates one by one, as the kernels then do; else a vendor's library does so."""
+    variates = torch.empty(1000, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.allclose(variates, -torch.log1p(-uniforms), rtol=1e-12)
 
 
 def call_with_handlers(call: Callable[[], _Result], handle: Callable[[], object] = bool) -> tuple[_Result, int]:
@@ -35,7 +44,7 @@ def call_with_handlers(call: Callable[[], _Result], handle: Callable[[], object]
 
 
 def call_beside(call: Callable[[], object], work: Callable[[], object]) -> int:
-    """How often another thread gets through some work during a call."""
+    """How often another thread gets through some work in the middle half of a call."""
     times: list[float] = []
     is_over = threading.Event()
 
@@ -54,4 +63,4 @@ def call_beside(call: Callable[[], object], work: Callable[[], object]) -> int:
     finally:
         is_over.set()
         thread.join()
-    return sum(begin < moment < end for moment in times)
+    return sum(abs(moment - (begin + end) / 2) < (end - begin) / 4 for moment in times)
