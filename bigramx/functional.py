@@ -216,13 +216,22 @@ def generate(
     The filters act in the order of the arguments, each on the tokens that the ones before it keep. They depend on the
     last token alone, and are applied once to each row of the table that a chain meets.
 
+    Where a filter may remove tokens (``top_k`` < V, ``top_p`` < 1, ``min_p`` > 0), all arithmetic on a bfloat16 or
+    float16 table is float32, from the temperature to the draw. Otherwise the logits, their quotient by the temperature
+    and, with ``"torch"``, their softmax have the dtype of the table, as in a loop in plain PyTorch.
+
+    On the CPU a signal handler that raises, as Ctrl-C does, ends a long call within about a tenth of a second. Nothing
+    is returned; the generator is free, and as far as it had been drawn from. In between, other threads may draw from
+    it, as between the steps of a loop.
+
     Args:
         idx: (B, T) tokens, int64 or int32, T >= 1.
         weight: (V, V) logits, row i those of the token that follows i.
         max_new_tokens: How many tokens to add, >= 0.
         temperature: Divides the logits; 0 takes the most likely token (argmax) and draws nothing.
         top_k: Keeps the k most likely tokens, and all that tie with the k-th.
-        top_p: Keeps the fewest most likely tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1.
+        top_p: Keeps the fewest most likely tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1. 1 keeps
+            all.
         min_p: Keeps the tokens with at least ``min_p`` times the largest probability, 0 <= min_p <= 1.
         stop: A sequence ends at this token.
         sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,

@@ -145,18 +145,26 @@ def filter_logits(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Logits (..., V) -> logits divided by the temperature, -inf for the tokens that the filters remove."""
+    """Logits (..., V) -> logits divided by the temperature, -inf for the tokens that the filters remove.
+
+    Filters that may remove tokens make float32 of 16-bit logits, and compute in it.
+    """
     vocab_size = logits.size(-1)
     if temperature == 0:
         is_argmax = F.one_hot(logits.argmax(-1), vocab_size).bool()
         return logits.masked_fill(~is_argmax, float("-inf"))
+    top_k = None if top_k is None or top_k >= vocab_size else top_k
+    top_p = None if top_p == 1 else top_p
+    min_p = None if min_p == 0 else min_p
+    if not top_k is top_p is min_p is None:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits / temperature
     if top_k is not None:
-        smallest_kept = logits.topk(min(top_k, vocab_size)).values[..., -1:]
+        smallest_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     if top_p is not None:
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        removed = probs.cumsum(-1) - probs >= top_p
+        removed = probs.cumsum(-1, dtype=torch.float64) - probs >= top_p
         logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), float("-inf"))
     if min_p is not None:
         probs = logits.softmax(-1)

@@ -19,6 +19,7 @@ namespace bigramx {
 
 at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params) {
     constexpr double kRemoved = -std::numeric_limits<double>::infinity();
+    logits = logits.to(filtered_dtype(params));
     if (params.temperature != 1) logits = logits / params.temperature;
     if (params.top_k.has_value()) {
         const int64_t k = std::min(*params.top_k, logits.size(-1));
@@ -28,7 +29,7 @@ at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params) {
     if (params.top_p.has_value()) {
         const auto [sorted, order] =
             logits.softmax(-1).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-        const at::Tensor removed = sorted.cumsum(-1) - sorted >= *params.top_p;
+        const at::Tensor removed = sorted.cumsum(-1, at::kDouble) - sorted >= *params.top_p;
         logits = logits.masked_fill(at::zeros_like(removed).scatter(-1, order, removed), kRemoved);
     }
     if (params.min_p.has_value()) {
@@ -51,6 +52,14 @@ void check_options(const GenerateParams& params) {
     const int64_t vocab_size = params.weight.size(0), stop = params.stop.value_or(0);
     TORCH_CHECK_VALUE(stop >= 0 && stop < std::max<int64_t>(vocab_size, 1), kGenerate,
                       ": expected 0 <= stop < ", vocab_size, ", got ", stop);
+}
+
+// Without the filters that keep all tokens of any row.
+GenerateParams drop_idle_filters(GenerateParams params) {
+    if (params.top_k.value_or(0) >= params.weight.size(0)) params.top_k.reset();
+    if (params.top_p == 1) params.top_p.reset();
+    if (params.min_p == 0) params.min_p.reset();
+    return params;
 }
 
 void check_idx(const at::Tensor& idx, const at::Tensor& weight) {
@@ -84,7 +93,7 @@ at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max
     BIGRAMX_DISPATCH_DEVICE(weight, copy_prompt, contiguous_int64(idx), weight.size(0), tokens);
     int64_t num_steps = stop.has_value() ? 0 : max_new_tokens;
     if (batch_size > 0 && max_new_tokens > 0) {
-        num_steps = BIGRAMX_DISPATCH_DEVICE(weight, generate, params, tokens);
+        num_steps = BIGRAMX_DISPATCH_DEVICE(weight, generate, drop_idle_filters(params), tokens);
     }
     if (num_steps == max_new_tokens) return tokens;
     return tokens.narrow(1, 0, prompt_length + num_steps).clone(at::MemoryFormat::Contiguous);

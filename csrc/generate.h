@@ -1,6 +1,7 @@
 // Chains of tokens: each step draws the next token from the row of the last one.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
@@ -25,6 +26,14 @@ struct GenerateParams {
     // Whether the filters may remove tokens.
     bool removes_tokens() const { return top_k.has_value() || top_p.has_value() || min_p.has_value(); }
 };
+
+// The dtype of filtered logits: that of the table, or where filters may remove tokens its accumulation dtype,
+// as sums of probabilities in 16 bits are far off. Without filters a loop in plain PyTorch stays in 16 bits,
+// and is replayed.
+inline at::ScalarType filtered_dtype(const GenerateParams& params) {
+    const at::ScalarType dtype = params.weight.scalar_type();
+    return params.removes_tokens() ? at::toOpMathType(dtype) : dtype;
+}
 
 // (..., V) logits -> logits divided by the temperature, which is not 0, with -inf for the tokens that the
 // filters remove. The filters depend on the previous token alone, so this is done once per row of the table,

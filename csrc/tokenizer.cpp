@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
+#include "base/interrupt.h"
 #include "base/python.h"
 #include "cpu/base/huge_pages.h"
 
@@ -17,6 +19,7 @@ namespace bigramx {
 namespace {
 
 constexpr int64_t kPage = 256;
+constexpr int64_t kChunk = 1 << 20;  // tokens between checks for signals
 constexpr uint32_t kNumCodePoints = 0x110000;
 static_assert(kNumCodePoints < int64_t{1} << PyLong_SHIFT, "any token is an int of one digit");
 
@@ -72,6 +75,17 @@ template <typename Token>
                                    " is out of range: expected 0 <= token < ", vocab_size));
 }
 
+// Lets other threads run Python during work on many tokens.
+class ReleasedGil {
+  public:
+    explicit ReleasedGil(int64_t num_tokens) {
+        if (num_tokens > kChunk) released_.emplace();
+    }
+
+  private:
+    std::optional<py::gil_scoped_release> released_;
+};
+
 // ------------------------------------------------------------------------------------------------ kernels
 
 template <typename char_t>
@@ -100,11 +114,11 @@ uint32_t decode_kernel(const token_t* tokens, int64_t num_tokens, const uint32_t
 }
 
 template <typename char_t>
-std::optional<uint32_t> decode_objects_kernel(PyObject* const* tokens, int64_t num_tokens,
+std::optional<uint32_t> decode_objects_kernel(PyObject* const* tokens, int64_t begin, int64_t end,
                                               const uint32_t* code_points, uint64_t vocab_size,
                                               char_t* text) {
     uint32_t bits = 0;
-    for (int64_t n = 0; n < num_tokens; ++n) {
+    for (int64_t n = begin; n < end; ++n) {
         if (!PyLong_CheckExact(tokens[n])) return std::nullopt;
         const auto token = static_cast<uint64_t>(value_of_int(tokens[n]));
         if (token >= vocab_size) raise_out_of_range(std::string(py::str(tokens[n])), n, vocab_size);
@@ -144,8 +158,13 @@ at::Tensor Alphabet::encode(py::handle text) const {
     at::Tensor tokens = at::empty({length}, at::kLong);
     cpu::advise_huge_pages(tokens);
     int64_t* const data = tokens.mutable_data_ptr<int64_t>();
-    const int32_t bits = visit_characters(text, [&](const auto* characters) {
-        return encode_kernel(characters, length, pages_.data(), tokens_.data(), data);
+    int32_t bits = 0;
+    visit_characters(text, [&](const auto* characters) {
+        const ReleasedGil others_run(length);
+        for_each_chunk(length, kChunk, [&](int64_t begin, int64_t end) {
+            bits |=
+                encode_kernel(characters + begin, end - begin, pages_.data(), tokens_.data(), data + begin);
+        });
     });
     if (bits < 0) {
         const int64_t position = std::find(data, data + length, kNoToken) - data;
@@ -161,8 +180,12 @@ py::object Alphabet::decode(const at::Tensor& tokens) const {
     const int64_t num_tokens = contiguous.numel();
     const auto decode_as = [&](const auto* data) {
         return new_str(num_tokens, largest_, [&](auto* characters) {
-            const uint32_t bits =
-                decode_kernel(data, num_tokens, code_points_.data(), vocab_size(), characters);
+            const ReleasedGil others_run(num_tokens);
+            uint32_t bits = 0;
+            for_each_chunk(num_tokens, kChunk, [&](int64_t begin, int64_t end) {
+                bits |= decode_kernel(data + begin, end - begin, code_points_.data(), vocab_size(),
+                                      characters + begin);
+            });
             if (bits & kNoCharacter) {
                 const auto* const wrong = std::find_if(data, data + num_tokens, [&](auto token) {
                     return static_cast<uint64_t>(token) >= vocab_size();
@@ -180,8 +203,23 @@ py::object Alphabet::decode(const at::Tensor& tokens) const {
 py::object Alphabet::decode_sequence(py::handle tokens) const {
     const int64_t num_tokens = PySequence_Fast_GET_SIZE(tokens.ptr());
     return new_str(num_tokens, largest_, [&](auto* characters) {
-        return decode_objects_kernel(PySequence_Fast_ITEMS(tokens.ptr()), num_tokens, code_points_.data(),
-                                     vocab_size(), characters);
+        SignalCheck signals;
+        std::optional<uint32_t> bits = 0;
+        for (int64_t begin = 0; begin < num_tokens && bits.has_value(); begin += kChunk) {
+            const std::optional<uint32_t> more = decode_objects_kernel(
+                PySequence_Fast_ITEMS(tokens.ptr()), begin, std::min(begin + kChunk, num_tokens),
+                code_points_.data(), vocab_size(), characters);
+            bits = more.has_value() ? std::optional(*bits | *more) : std::nullopt;
+            if (!signals.is_due()) continue;
+            {
+                const py::gil_scoped_release others_run;
+                signals.handle();
+            }
+            if (PySequence_Fast_GET_SIZE(tokens.ptr()) != num_tokens) {
+                throw std::runtime_error("expected tokens to keep its size while it is decoded");
+            }
+        }
+        return bits;
     });
 }
 

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from bigramx import functional, reference
 from tests.devices import on_device, raises_in_kernel, skip_if_long
+from tests.interrupts import SOME, call_with_handlers
 
 pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.uint8, torch.uint16, torch.int32, torch.int64]
 BLOCK = 256  # pairs
+CHUNK = 2**21  # pairs of a job between checks for signals
 JOB = 2**17  # pairs that make another thread worthwhile, for tables of no more entries than that
 
 
@@ -71,6 +73,25 @@ def test_a_pair_that_outgrows_its_counter(vocab_size: int, num_pairs: int, num_t
     expected[3, 3] = 0
     expected[0, 64], expected[64, 0] = (num_pairs + 1) // 2, num_pairs // 2
     assert torch.equal(functional.count_bigrams(64 * (torch.arange(num_pairs + 1) % 2), vocab_size), expected)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1, 2 * CHUNK])
+def test_chunks(extra: int, num_threads: int) -> None:
+    """Sizes at which a chunk of each job becomes two."""
+    skip_if_long(CHUNK)
+    tokens = torch.randint(65, (num_threads * CHUNK + extra,)).to(torch.uint8)
+    assert torch.equal(functional.count_bigrams(tokens, 65), reference.count_bigrams(tokens, 65))
+    tokens[-1] = 65
+    message = f"tokens holds 65 at position {len(tokens) - 1}"
+    with raises_in_kernel("count_bigrams", IndexError, message):
+        functional.count_bigrams(tokens, 65)
+
+
+@pytest.mark.cpu_only
+def test_handlers_run_during_a_call() -> None:
+    """In a table that is too large for each thread to have its own."""
+    tokens = torch.randint(5000, (15_000_000,), dtype=torch.int32)
+    assert call_with_handlers(lambda: functional.count_bigrams(tokens, 5000))[1] >= SOME
 
 
 def test_large_vocabulary() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,7 +15,9 @@ import torch
 from hypothesis import given
 
 from bigramx import functional, reference
+from tests import processes
 from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, runs_on_gpu
+from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -29,6 +35,17 @@ FILTERS: list[dict[str, Any]] = [
     {"min_p": 0.0},
     {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
 ]
+
+
+@contextlib.contextmanager
+def limited_to(threads: int) -> Iterator[None]:
+    """On a busy machine several threads take far longer for the small tensors of the reference."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @given(
@@ -80,6 +97,77 @@ def test_equals_the_lectures_loop() -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_the_loop_in_16_bits(temperature: float, dtype: torch.dtype) -> None:
+    weight, idx = torch.randn(65, 65, dtype=dtype), torch.zeros((4, 1), dtype=torch.long)
+    ours, loops = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    actual = functional.generate(idx, weight, 500, temperature=temperature, generator=ours)
+    for _ in range(500):
+        logits = weight[idx[:, -1]] if temperature == 1 else weight[idx[:, -1]] / temperature
+        idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1, generator=loops)), dim=1)
+    assert torch.equal(actual, idx)
+    assert torch.equal(ours.get_state(), loops.get_state())
+
+
+@pytest.mark.parametrize("sampler", [None, "philox"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("filters", [*FILTERS, {"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.99}], ids=str)
+def test_filters_of_16_bit_tables(filters: dict[str, Any], dtype: torch.dtype, sampler: Any) -> None:
+    """Kept in float32, in which the probabilities are drawn from."""
+    for vocab_size, num_tokens in ((65, 200), (1000, fewer(50))):
+        weight = (torch.randn(vocab_size, vocab_size) * 2).to(dtype)
+        idx = torch.zeros((3, 1), dtype=torch.long)
+        ours, references = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+        chosen: Any = sampler or default_sampler()
+        with limited_to(1):
+            actual = functional.generate(idx, weight, num_tokens, sampler=sampler, generator=ours, **filters)
+            expected = reference.generate(idx, weight, num_tokens, sampler=chosen, generator=references, **filters)
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sampler", [None, "philox"])
+def test_filters_that_keep_all_tokens(sampler: Any, dtype: torch.dtype) -> None:
+    """The tail of a row is tiny: sums in 16 bits, and even in float32, reach 1 before they come to it."""
+    weight = (torch.randn(1000, 1000) * 5).to(dtype)
+    idx = torch.zeros((3, 1), dtype=torch.long)
+    every: list[dict[str, Any]] = [{}, {"top_p": 1.0}, {"min_p": 0.0}, {"top_k": 1000}, {"top_k": 10**6, "top_p": 1}]
+    plain, *filtered = (
+        functional.generate(idx, weight, 50, sampler=sampler, generator=torch.Generator().manual_seed(1), **filters)
+        for filters in every
+    )
+    for tokens in filtered:
+        assert torch.equal(tokens, plain)
+    assert torch.equal(reference.filter_logits(weight, top_p=1.0), weight)
+
+
+def rows_of_many_kinds(vocab_size: int) -> torch.Tensor:
+    """Peaked, flat, equal, with ties, and with tokens that never occur."""
+    rows = torch.randn(6, vocab_size, dtype=torch.float64) * torch.tensor([[0.1], [1], [3], [10], [0], [2]])
+    rows[5] = rows[5].round()
+    rows[2, 1::2] = float("-inf")
+    return rows
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 65, 1000, 50257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("top_p", [1e-50, 0.1, 0.5, 0.9, 0.99, 1 - 1e-6])
+def test_the_mass_that_top_p_keeps(top_p: float, dtype: torch.dtype, vocab_size: int) -> None:
+    """Not less than top_p, and less without the least likely token that is kept."""
+    logits = rows_of_many_kinds(vocab_size).to(dtype)
+    kept = ~reference.filter_logits(logits, top_p=top_p).isneginf()
+    probs = logits.double().softmax(-1)
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    mass = probs.where(kept, torch.zeros_like(probs)).sum(-1)
+    least = probs.where(kept, torch.full_like(probs, float("inf"))).amin(-1)
+    assert (mass >= top_p - rounding).all()
+    assert (mass - least < top_p + rounding).all()
+    assert kept.any(-1).all()
+    assert not (kept & logits.isneginf()).any()
+
+
 def test_philox_follows_the_distribution() -> None:
     weight = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(4, 4))
     idx = torch.zeros((1000, 1), dtype=torch.long)
@@ -102,12 +190,8 @@ def philox_chains(
     """Chains that start with token 0, without that token."""
     generator = torch.Generator().manual_seed(seed)
     idx = torch.zeros((num_chains, 1), dtype=torch.long)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with limited_to(threads):
         return functional.generate(idx, weight, num_tokens, sampler="philox", generator=generator, **options)[:, 1:]
-    finally:
-        torch.set_num_threads(threads_before)
 
 
 @given(
@@ -203,22 +287,151 @@ def test_philox_raises_only_for_the_rows_of_the_chain() -> None:
     assert 0 < num_raised < num_seeds
 
 
-@pytest.mark.cpu_only
-def test_philox_can_be_interrupted() -> None:
-    class AlarmError(Exception):
-        pass
+# Calls that would take minutes.
+INTERRUPTED = """
+import torch
+from bigramx import functional
 
-    def handle(*_: object) -> None:
-        raise AlarmError
-
-    before = signal.signal(signal.SIGALRM, handle)
+weight, start = torch.randn(1, 50257).expand(50257, 50257), torch.zeros((1, 1), dtype=torch.long)
+calls = {
+    "torch": lambda: functional.generate(start, weight[:5000, :5000], 10**8),
+    "torch, filtered": lambda: functional.generate(start, weight[:10000, :10000], 10**6, top_p=0.9, sampler="torch"),
+    "philox, filtered": lambda: functional.generate(start, weight, 10**6, top_p=0.9, sampler="philox"),
+}
+for name, call in calls.items():
+    state = torch.get_rng_state()
+    print("begins", flush=True)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(AlarmError):
-            philox_chains(cycle_of(torch.arange(65), 65), 10**9)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        call()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        assert not torch.equal(torch.get_rng_state(), state), name
+"""
+
+
+@pytest.mark.cpu_only
+def test_ctrl_c() -> None:
+    with processes.start([sys.executable, "-c", INTERRUPTED]) as process:
+        for _ in range(3):
+            processes.read_until(process, "begins")
+            time.sleep(0.3)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            processes.read_until(process, "interrupted")
+            assert time.monotonic() - begin < 3
+        assert process.wait() == 0
+
+
+LEAVES = """
+import threading
+import torch
+from bigramx import functional
+
+weight, start = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
+for sampler in ("torch", "philox"):
+    call = lambda: functional.generate(start, weight, 10**9, sampler=sampler)
+    threading.Thread(target=call, daemon=True).start()
+    threading.Event().wait(0.1)
+"""
+
+
+@pytest.mark.cpu_only
+def test_the_interpreter_ends_during_a_call() -> None:
+    """A thread that would acquire the GIL then would end the process by an error."""
+    result = processes.run([sys.executable, "-c", LEAVES])
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def long_chain() -> int:
+    """Tokens of a vocabulary of 65 that take some tenths of a second."""
+    return 5_000_000 if draws_are_replayed() else 400_000
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("num_chains", [1, 32])
+def test_handlers_run_during_a_call(num_chains: int) -> None:
+    """They may draw from the generator, and compute gradients."""
+    weight, generator = torch.randn(65, 65, requires_grad=True), torch.Generator().manual_seed(1)
+    idx = torch.zeros((num_chains, 1), dtype=torch.long)
+    losses = []
+
+    def handle() -> None:
+        loss = weight.square().sum() + torch.rand((), generator=generator)
+        losses.append(torch.autograd.grad(loss, weight)[0])
+
+    call_with_handlers(
+        lambda: functional.generate(idx, weight, long_chain() // num_chains, generator=generator), handle
+    )
+    assert len(losses) >= SOME
+    assert all(torch.equal(grad, 2 * weight) for grad in losses)
+
+
+@pytest.mark.cpu_only
+def test_other_threads_draw_during_a_call() -> None:
+    """By torch.rand, which waits for the generator without the GIL, and by get_state, which keeps the GIL."""
+    weight, idx, generator = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long), torch.Generator()
+    for work in (lambda: torch.rand((), generator=generator), generator.get_state):
+        count = call_beside(lambda: functional.generate(idx, weight, long_chain(), generator=generator), work)
+        assert count > 0
+
+
+@pytest.mark.cpu_only
+def test_a_call_in_chunks_equals_the_loop() -> None:
+    """Handlers see the generator on its way: it is released while rows are filtered."""
+    weight, idx = torch.randn(1, 5000).expand(5000, 5000), torch.zeros((3, 1), dtype=torch.long)
+    ours, loops = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    states = {bytes(ours.get_state().numpy())}
+    with limited_to(1):
+        actual, _count = call_with_handlers(
+            lambda: functional.generate(idx, weight, 100, top_p=0.9, generator=ours),
+            lambda: states.add(bytes(ours.get_state().numpy())),
+        )
+        assert len(states - {bytes(ours.get_state().numpy())}) > 1
+        assert torch.equal(actual, reference.generate(idx, weight, 100, top_p=0.9, generator=loops))
+    assert torch.equal(ours.get_state(), loops.get_state())
+
+
+@pytest.mark.cpu_only
+def test_a_call_in_chunks_equals_short_calls() -> None:
+    """Short calls equal the loop, which would take minutes for all; it ends them here."""
+    weight, start = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
+    num_short, short, num_looped = 50, long_chain() // 50, 500
+    ours, others = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    states = {bytes(ours.get_state().numpy())}
+    actual, _count = call_with_handlers(
+        lambda: functional.generate(start, weight, num_short * short + num_looped, generator=ours),
+        lambda: states.add(bytes(ours.get_state().numpy())),
+    )
+    assert len(states - {bytes(ours.get_state().numpy())}) >= SOME
+    for begin in range(0, num_short * short, short):
+        expected = functional.generate(actual[:, begin : begin + 1], weight, short, generator=others)
+        assert torch.equal(actual[:, begin : begin + short + 1], expected)
+    expected = reference.generate(expected[:, -1:], weight, num_looped, generator=others)
+    assert torch.equal(actual[:, -num_looped - 1 :], expected)
+    assert torch.equal(ours.get_state(), others.get_state())
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_philox_rows_prepared_in_many_slices_of_time(threads: int) -> None:
+    weight, idx = torch.randn(1, 20_000).expand(20_000, 20_000), torch.zeros((8, 1), dtype=torch.long)
+    actual, count = call_with_handlers(lambda: philox_chains(weight, 50, len(idx), threads=threads, top_p=0.9))
+    assert count >= SOME
+    generator = torch.Generator().manual_seed(1)
+    with limited_to(1):
+        expected = reference.generate(idx, weight, 50, sampler="philox", top_p=0.9, generator=generator)
+    assert torch.equal(actual, expected[:, 1:])
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_philox_repairs_in_many_slices_of_time(threads: int) -> None:
+    """The chain of a cycle never coalesces: where the segments have guessed wrong, it is followed to its end."""
+    order = torch.randperm(1000)
+    actual, count = call_with_handlers(lambda: philox_chains(cycle_of(order, 1000), 20_000_000, threads=threads))
+    assert count >= SOME
+    first = int((order == 0).nonzero()) + 1
+    assert torch.equal(actual[0], order.roll(-first).repeat(20_000))
 
 
 @pytest.mark.cpu_only

@@ -11,6 +11,7 @@ from hypothesis import given
 
 from bigramx import data
 from tests.devices import on_device
+from tests.interrupts import SOME, call_beside, call_with_handlers
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -52,6 +53,31 @@ def test_batches_of_many_blocks(batch_size: int) -> None:
     expected = lectures_get_batch(tokens, batch_size, 3)
     torch.manual_seed(1)
     assert torch.equal(torch.stack(data.get_batch(tokens, batch_size, 3)), torch.stack(expected))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("batch_size", "block_size"), [(300_000, 1), (1000, 200), (3, 200_000)])
+def test_batches_in_chunks(batch_size: int, block_size: int) -> None:
+    """The offsets of some 65536 tokens are drawn at a time."""
+    tokens = torch.randint(200, (500_000,))
+    ours, references = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    idx, targets = data.get_batch(tokens, batch_size, block_size, generator=ours)
+    offsets = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=references)
+    positions = offsets + torch.arange(block_size)
+    assert torch.equal(idx, tokens[positions])
+    assert torch.equal(targets, tokens[positions + 1])
+    assert torch.equal(ours.get_state(), references.get_state())
+
+
+@pytest.mark.cpu_only
+def test_handlers_and_other_threads_run_during_a_call() -> None:
+    tokens, generator = torch.randint(200, (10**6,), dtype=torch.uint8), torch.Generator()
+
+    def call() -> object:
+        return data.get_batch(tokens, 2 * 10**7, 1, generator=generator)
+
+    assert call_with_handlers(call)[1] >= SOME
+    assert call_beside(call, lambda: torch.rand((), generator=generator)) > 0
 
 
 def test_a_generator_leaves_the_default_one_unchanged() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 
 from bigramx import functional, reference
 from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, skip_if_long
+from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -239,6 +240,47 @@ def test_replacement_where_the_sum_overflows() -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("shape", "num_samples", "replacement"),
+    [((65,), 40_000_000, True), ((2_000, 10_000), 7, False)],
+)
+def test_a_long_call_equals_torchs(shape: tuple[int, ...], num_samples: int, replacement: bool) -> None:
+    """Handlers run meanwhile, and see the generator on its way."""
+    probs, generator = torch.rand(shape), torch.Generator().manual_seed(1)
+    states = {bytes(generator.get_state().numpy())}
+    actual, _count = call_with_handlers(
+        lambda: functional.multinomial(probs, num_samples, replacement, generator=generator),
+        lambda: states.add(bytes(generator.get_state().numpy())),
+    )
+    assert len(states - {bytes(generator.get_state().numpy())}) > 1 or not (replacement or draws_are_replayed())
+    torchs = torch.Generator().manual_seed(1)
+    assert torch.equal(actual, torch.multinomial(probs, num_samples, replacement, generator=torchs))
+    assert torch.equal(generator.get_state(), torchs.get_state())
+
+
+@pytest.mark.cpu_only
+def test_samples_of_many_columns_equal_torchs() -> None:
+    """Drawn in the memory order of the columns, and compared in chunks of the rows."""
+    probs = torch.rand(1000, 3000).t()
+    for num_samples in (1, 3):
+        assert_equals_torch(probs, num_samples)
+    assert_equals_torch(probs.bfloat16(), 3)
+
+
+@pytest.mark.cpu_only
+def test_the_generator_is_free_between_large_rows() -> None:
+    assert_equals_torch(torch.rand(3, 70_000), 5, replacement=True)
+
+
+@pytest.mark.cpu_only
+def test_other_threads_draw_during_a_call() -> None:
+    probs, generator = torch.rand(65), torch.Generator()
+    for work in (lambda: torch.rand((), generator=generator), generator.get_state):
+        count = call_beside(lambda: functional.multinomial(probs, 40_000_000, True, generator=generator), work)
+        assert count > 0
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("scale", TINY_AND_HUGE)
 def test_tiny_and_huge_weights(scale: float) -> None:
     """Ratios that are subnormal, or near the largest float32."""
@@ -274,6 +316,20 @@ def philox_samples(probs: torch.Tensor, num_samples: int, replacement: bool = Fa
         return functional.multinomial(probs, num_samples, replacement, sampler="philox", generator=generator)
     finally:
         torch.set_num_threads(threads_before)
+
+
+def test_philox_draws_all_of_many_tokens() -> None:
+    """Of several groups of blocks of weights."""
+    probs = torch.rand(2, fewer(200_000))
+    assert_equals_reference(probs, 20)
+    assert torch.equal(philox_samples(probs, probs.size(1)).sort().values, torch.arange(probs.size(1)).expand(2, -1))
+
+
+@pytest.mark.cpu_only
+def test_handlers_run_during_calls_by_philox() -> None:
+    probs, large = torch.rand(65), torch.rand(20, 300_000)
+    for call in (lambda: philox_samples(probs, 50_000_000, replacement=True), lambda: philox_samples(large, 300_000)):
+        assert call_with_handlers(call)[1] >= SOME
 
 
 def assert_follow(tokens: torch.Tensor, probs: torch.Tensor) -> None:

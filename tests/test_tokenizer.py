@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import given
 from torch import Tensor
 
 from bigramx import CharTokenizer
+from tests.interrupts import SOME, call_beside, call_with_handlers
 
 # All characters that a str can hold, including lone surrogates and NUL.
 CHARACTERS = st.characters(codec=None, categories=None, exclude_characters=None)
@@ -54,6 +56,52 @@ def test_encodes_many_characters() -> None:
     for text in ("abc" * 200_000, "abя" * 200_000, "aя\U0001f600" * 200_000):
         tokens = CharTokenizer.from_text(text).encode(text)
         assert torch.equal(tokens, torch.arange(3).repeat(200_000))
+
+
+@pytest.fixture(scope="module")
+def all_characters() -> tuple[CharTokenizer, Tensor, str]:
+    """The tokenizer of all characters, all tokens in an order that is slow to encode and decode, and their text."""
+    tokens = torch.randperm(sys.maxunicode + 1)
+    tokenizer = CharTokenizer("".join(map(chr, range(len(tokens)))))
+    return tokenizer, tokens, "".join(map(chr, tokens.tolist()))
+
+
+def test_long_texts_in_chunks(all_characters: tuple[CharTokenizer, Tensor, str]) -> None:
+    """Handlers and other threads run meanwhile."""
+    tokenizer, tokens, text = all_characters
+    short, long, many_tokens = 15 * text, 60 * text, tokens.int().repeat(60)
+    encoded, count = call_with_handlers(lambda: tokenizer.encode(short))
+    assert torch.equal(encoded, tokens.repeat(15))
+    assert count >= SOME
+    decoded, count = call_with_handlers(lambda: tokenizer.decode(many_tokens))
+    assert decoded == long
+    assert count >= SOME
+    for call in (lambda: tokenizer.encode(short), lambda: tokenizer.decode(many_tokens)):
+        assert call_beside(call, bool) > 0
+
+
+def test_errors_beyond_the_first_chunk() -> None:
+    tokenizer, length = CharTokenizer("ab"), 2**20 + 5
+    text, tokens = "a" * length + "c", torch.zeros(length + 1, dtype=torch.int64)
+    tokens[-1] = 2
+    with pytest.raises(ValueError, match=f"unknown character 'c' at position {length}"):
+        tokenizer.encode(text)
+    for wrong in (tokens, tokens.tolist()):
+        with pytest.raises(IndexError, match=f"token 2 at position {length} is out of range"):
+            tokenizer.decode(wrong)
+    mixed: list[Any] = [*tokens[:-1].tolist(), np.int64(1)]
+    assert tokenizer.decode(mixed) == "a" * length + "b"
+
+
+def test_a_long_list_in_chunks(all_characters: tuple[CharTokenizer, Tensor, str]) -> None:
+    tokenizer, tokens, text = all_characters
+    every = [*range(len(tokens))]
+    listed = 15 * [every[token] for token in tokens.tolist()]  # far apart in memory
+    decoded, count = call_with_handlers(lambda: tokenizer.decode(listed))
+    assert decoded == 15 * text
+    assert count >= SOME
+    with pytest.raises(RuntimeError, match="tokens to keep its size"):
+        call_with_handlers(lambda: tokenizer.decode(listed), listed.clear)
 
 
 @pytest.mark.parametrize("before", ["", *WIDTHS])

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cpu/base/buffer.h"
 #include "cpu/base/huge_pages.h"
@@ -41,9 +42,14 @@ using namespace cpu;
 
 namespace {
 
+// Between checks for signals.
+constexpr int64_t kPairsAChunk = 1 << 21, kEntriesAChunk = 1 << 21;
+
 template <typename token_t>
 void check_range(const token_t* tokens, int64_t num_tokens, int64_t vocab_size) {
+    SignalCheck signals;
     for (int64_t n = 0; n < num_tokens; ++n) {
+        signals.poll(1);
         const auto token = static_cast<int64_t>(tokens[n]);
         TORCH_CHECK_INDEX(token >= 0 && token < vocab_size, kCountBigrams, ": tokens holds ", token,
                           " at position ", n, ", expected 0 <= token < ", vocab_size);
@@ -58,17 +64,32 @@ int64_t number_of_parts(int64_t num_pairs, int64_t num_entries) {
     return std::min<int64_t>(num_pairs / std::max(kGrainSize, num_entries), at::get_num_threads());
 }
 
-// Returns false if a token is out of range.
+// Counts the pairs of a part from `begin` to `end`. Returns false if a token is out of range.
 template <typename token_t, typename count_t>
-bool run(CountKernelParams<token_t, count_t>& params) {
-    return BIGRAMX_DISPATCH_TARGET(count_bigrams_kernel<token_t, count_t>)(params) == params.num_pairs;
+bool run(CountKernelParams<token_t, count_t>& part, int64_t begin, int64_t end) {
+    CountKernelParams<token_t, count_t> params = part;
+    params.tokens += begin;
+    params.num_pairs = end - begin;
+    const int64_t num_counted = BIGRAMX_DISPATCH_TARGET(count_bigrams_kernel<token_t, count_t>)(params);
+    part.overflowed = params.overflowed;
+    return num_counted == params.num_pairs;
+}
+
+void fill_zeros(const at::Tensor& table) {
+    for_each_chunk(table.numel(), kEntriesAChunk, [entries = table.view(-1)](int64_t begin, int64_t end) {
+        entries.narrow(0, begin, end - begin).zero_();
+    });
 }
 
 template <typename token_t>
 bool count_in_result(const token_t* tokens, int64_t num_pairs, const at::Tensor& counts) {
-    int64_t* table = counts.zero_().data_ptr<int64_t>();
-    CountKernelParams<token_t, int64_t> params{tokens, num_pairs, counts.size(0), table, table, nullptr};
-    return run(params);
+    fill_zeros(counts);
+    int64_t* table = counts.data_ptr<int64_t>();
+    CountKernelParams<token_t, int64_t> all{tokens, num_pairs, counts.size(0), table, table, nullptr};
+    bool in_range = true;
+    for_each_chunk(num_pairs, kPairsAChunk / 4,  // each is a cache miss
+                   [&](int64_t begin, int64_t end) { in_range = in_range && run(all, begin, end); });
+    return in_range;
 }
 
 // counts = the sum of the tables.
@@ -76,12 +97,15 @@ template <typename count_t>
 void sum_tables(const at::Tensor& tables, const at::Tensor& counts) {
     constexpr int64_t kGrainSize = 1 << 15;
     int64_t* sums = counts.data_ptr<int64_t>();
-    at::parallel_for(0, counts.numel(), kGrainSize, [&](int64_t begin, int64_t end) {
+    const auto sum_entries = [&](int64_t begin, int64_t end) {
         std::fill(sums + begin, sums + end, 0);
         for (int64_t first = 0; first < tables.numel(); first += counts.numel()) {
             const count_t* table = tables.const_data_ptr<count_t>() + first;
             for (int64_t k = begin; k < end; ++k) sums[k] += table[k];
         }
+    };
+    for_each_chunk(counts.numel(), kEntriesAChunk, [&](int64_t begin, int64_t end) {
+        at::parallel_for(begin, end, kGrainSize, sum_entries);
     });
 }
 
@@ -94,19 +118,23 @@ bool count_in_parts(const token_t* tokens, int64_t num_pairs, int64_t num_parts,
     const at::Tensor tables = at::empty({num_parts, tables_per_part, vocab_size, vocab_size},
                                         at::dtype(c10::CppTypeToScalarType<count_t>::value));
     advise_huge_pages(tables);
+    fill_zeros(tables);
     const Buffer<uint32_t> overflowed(num_parts * max_overflowed);
     std::vector<CountKernelParams<token_t, count_t>> parts(num_parts);
+    for (int64_t k = 0; k < num_parts; ++k) {
+        const int64_t begin = num_pairs * k / num_parts, end = num_pairs * (k + 1) / num_parts;
+        count_t* even = tables.data_ptr<count_t>() + k * tables_per_part * num_entries;
+        count_t* odd = even + (tables_per_part - 1) * num_entries;
+        parts[k] = {tokens + begin, end - begin, vocab_size,
+                    even,           odd,         overflowed.begin() + k * max_overflowed};
+    }
     std::atomic<bool> in_range{true};
-    at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
-        for (int64_t k = first; k < last; ++k) {
-            const int64_t begin = num_pairs * k / num_parts, end = num_pairs * (k + 1) / num_parts;
-            count_t* even = tables.data_ptr<count_t>() + k * tables_per_part * num_entries;
-            count_t* odd = even + (tables_per_part - 1) * num_entries;
-            std::fill(even, odd + num_entries, 0);
-            parts[k] = {tokens + begin, end - begin, vocab_size,
-                        even,           odd,         overflowed.begin() + k * max_overflowed};
-            if (!run(parts[k])) in_range = false;
-        }
+    for_each_chunk(num_pairs / num_parts + 1, kPairsAChunk, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
+            for (int64_t k = first; k < last; ++k) {
+                if (!run(parts[k], begin, std::min(end, parts[k].num_pairs))) in_range = false;
+            }
+        });
     });
     sum_tables<count_t>(tables, counts);
     int64_t* sums = counts.data_ptr<int64_t>();
@@ -140,7 +168,7 @@ at::Tensor count_bigrams_cpu(const CountBigramsParams& params) {
                        const scalar_t* begin = tokens.const_data_ptr<scalar_t>();
                        if (num_tokens > 1 && count(begin, num_tokens - 1, counts)) return;
                        check_range(begin, num_tokens, vocab_size);
-                       counts.zero_();  // fewer than two tokens
+                       fill_zeros(counts);  // fewer than two tokens
                    }),
                    at::kByte, at::kUInt16, at::kInt, at::kLong);
     return counts;

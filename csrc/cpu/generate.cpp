@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cpu/base/huge_pages.h"
 #include "cpu/generate_chains.h"
@@ -37,14 +38,19 @@ int64_t run_in_step(const Chains& chains, std::optional<int64_t> stop, const Nex
 }
 
 int64_t generate_by_exponential_race(const GenerateParams& params, const Chains& chains) {
+    ProbRows rows(params);
     int64_t length = 0;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, params.weight.scalar_type(), kGenerate, [&] {
-        ProbRows rows(params);
-        with_exponential_race<scalar_t>(
-            params.generator, params.weight.size(0), chains.num_chains, [&](auto& race) {
-                length = run_in_step(chains, params.stop,
-                                     [&](int64_t token) { return race.sample(rows.row<scalar_t>(token)); });
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.dtype(), kGenerate, [&] {
+        const auto run = [&](auto& race) {
+            length = run_in_step(chains, params.stop, [&](int64_t token) {
+                if (!rows.is_prepared(token)) {
+                    race.before_work(ProbRows::kBlockElements);
+                    rows.prepare(token);
+                }
+                return race.sample(rows.row<scalar_t>(token));
             });
+        };
+        with_exponential_race<scalar_t>(params.generator, params.weight.size(0), chains.num_chains, run);
     });
     return length;
 }
@@ -66,19 +72,27 @@ int64_t generate_by_counter(const GenerateParams& params, const Chains& chains) 
 }  // namespace
 
 void copy_prompt_cpu(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens) {
+    constexpr int64_t kTokensOfPage = 512;  // a new page of memory takes long
+    const int64_t num_sequences = idx.size(0), length = idx.size(1);
     const int64_t* token = idx.const_data_ptr<int64_t>();
-    for (int64_t n = 0; n < idx.numel(); ++n) {
-        TORCH_CHECK_INDEX(token[n] >= 0 && token[n] < vocab_size, kGenerate,
-                          ": index out of range: idx holds ", token[n], " at position ", n,
-                          ", expected 0 <= idx < ", vocab_size);
+    int64_t* to = tokens.data_ptr<int64_t>();
+    advise_huge_pages(tokens);
+    SignalCheck signals;
+    for (int64_t b = 0; b < num_sequences; ++b, to += tokens.stride(0)) {
+        for (int64_t t = 0; t < length; ++t, ++token) {
+            TORCH_CHECK_INDEX(*token >= 0 && *token < vocab_size, kGenerate,
+                              ": index out of range: idx holds ", *token, " at position ", b * length + t,
+                              ", expected 0 <= idx < ", vocab_size);
+            to[t] = *token;
+            signals.poll(1);
+        }
+        signals.poll(kTokensOfPage);
     }
-    tokens.narrow(1, 0, idx.size(1)).copy_(idx);
 }
 
 int64_t generate_cpu(const GenerateParams& params, const at::Tensor& tokens) {
     const Chains chains{tokens.data_ptr<int64_t>() + params.prompt_length, tokens.size(0),
                         tokens.size(1) - params.prompt_length, tokens.stride(0)};
-    advise_huge_pages(tokens);
     if (params.sampler == Sampler::philox || params.temperature == 0) {
         return generate_by_counter(params, chains);
     }

@@ -7,6 +7,8 @@
 // over threads and, within a thread, over lanes, so that while one lane waits for memory others proceed. Then
 // the boundaries are checked: a segment that began with a wrong token is repaired, that is, run again from
 // the right token until it coalesces with what was written. The result is thus that of a serial loop.
+//
+// All this is done in slices of time, between which signal handlers run: each segment remembers where it was.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -53,21 +55,22 @@ class ChainRunner {
     // Returns the number of steps: fewer than num_steps if all chains meet `stop`. Chains that meet it before
     // the last one are filled with it.
     int64_t run() {
-        SignalCheck signals;
         int64_t tokens_a_round = stop_.has_value() ? kSegment : kMaxTokensARound;  // chains may stop soon
         int64_t begin = 0;
         while (begin < chains_.num_steps && !running_.empty()) {
             const int64_t steps = tokens_a_round / static_cast<int64_t>(running_.size()) / kBlock * kBlock;
             const int64_t end = std::min(chains_.num_steps, begin + std::max(steps, kBlock));
             run_round(begin, end);
-            for (const int64_t chain : running_) lengths_[chain] = length_to_stop(chain, begin, end);
+            for (const int64_t chain : running_) {
+                lengths_[chain] = length_to_stop(chain, begin, end);
+                signals_.poll(end - begin);
+            }
             if (!rows_.all_are_distributions()) check_rows(begin, end);
             running_.erase(std::remove_if(running_.begin(), running_.end(),
                                           [&](int64_t chain) { return has_stopped(chain); }),
                            running_.end());
             begin = end;
             tokens_a_round = std::min(2 * tokens_a_round, kMaxTokensARound);
-            signals.poll();
         }
         const int64_t length = *std::max_element(lengths_.begin(), lengths_.end());
         for (int64_t chain = 0; chain < chains_.num_chains; ++chain) {
@@ -80,37 +83,63 @@ class ChainRunner {
     static constexpr int64_t kBlock = 256;  // steps per philox_fill; more would not stay in the cache
     static constexpr int64_t kWarmUp = 2 * kBlock;
     static constexpr int64_t kSegment = 32 * kBlock;
-    static constexpr int64_t kMaxTokensARound = Rows::kGrainSize << 10;  // between checks for signals
+    static constexpr int64_t kMaxTokensARound = Rows::kGrainSize << 10;
+    static constexpr int64_t kStepsAReading = 16 * kBlock;  // of the clock
 
     struct Segment {
         int64_t chain, begin, end;
+        int64_t next;    // the step at which it goes on, before `begin` in the warm-up
+        uint32_t token;  // the one before
     };
 
     void run_round(int64_t begin, int64_t end) {
         const bool is_parallel = Rows::kLanes * at::get_num_threads() > 1;
         const int64_t steps_a_segment = is_parallel ? std::min(kSegment, end - begin) : end - begin;
+        const int64_t warm_up = steps_a_segment < end - begin ? kWarmUp : 0;
         segments_.clear();
         for (const int64_t chain : running_) {
+            const auto token = static_cast<uint32_t>(chains_.before(chain, begin));
             for (int64_t step = begin; step < end; step += steps_a_segment) {
-                segments_.push_back({chain, step, std::min(end, step + steps_a_segment)});
+                segments_.push_back(
+                    {chain, step, std::min(end, step + steps_a_segment), step - warm_up, token});
             }
+            signals_.poll(1);
         }
         entries_.resize(segments_.size());
         const int64_t grain_size = std::max<int64_t>(Rows::kLanes, Rows::kGrainSize / steps_a_segment);
-        at::parallel_for(0, num_segments(), grain_size, [&](int64_t first, int64_t last) {
-            run_segments<Rows::kLanes>(begin, first, last);
+        in_slices([&] {
+            at::parallel_for(0, num_segments(), grain_size, [&](int64_t first, int64_t last) {
+                run_segments<Rows::kLanes>(begin, first, last);
+            });
         });
         if (all_boundaries_are_right()) return;
+        for (Segment& segment : segments_) segment.next = segment.begin;
         const int64_t segments_a_chain = num_segments() / static_cast<int64_t>(running_.size());
-        at::parallel_for(0, running_.size(), 1, [&](int64_t first, int64_t last) {
-            for (int64_t k = first * segments_a_chain; k < last * segments_a_chain; ++k) repair(k);
+        in_slices([&] {
+            at::parallel_for(0, running_.size(), 1, [&](int64_t first, int64_t last) {
+                for (int64_t k = first * segments_a_chain; k < last * segments_a_chain; ++k) {
+                    if (!repair(k)) return;
+                }
+            });
         });
+    }
+
+    // Calls work(), which goes on where it was when its slice of time was over, until it is done.
+    template <typename Work>
+    void in_slices(const Work& work) {
+        do {
+            rows_.slice.begin();
+            work();
+            signals_.poll();
+        } while (rows_.slice.is_over());
     }
 
     // `lanes` segments at a time while that many are left, then half as many.
     template <int lanes>
     void run_segments(int64_t round_begin, int64_t first, int64_t last) {
-        for (; first + lanes <= last; first += lanes) run_lanes<lanes>(round_begin, first);
+        for (; first + lanes <= last && !rows_.slice.is_over(); first += lanes) {
+            run_lanes<lanes>(round_begin, first);
+        }
         if constexpr (lanes > 1) run_segments<lanes / 2>(round_begin, first, last);
     }
 
@@ -142,35 +171,44 @@ class ChainRunner {
         ((state.tokens[lane] = tokens[lane]), ...);
     }
 
+    // The lanes go in step. Where the slice of time ends within a block, the block is drawn again: its rows
+    // may not have been prepared.
     template <int lanes>
     void run_lanes(int64_t round_begin, int64_t first) {
-        const Segment* segments = &segments_[first];
+        Segment* const segments = &segments_[first];
         Lanes<lanes> state;
-        bool any_guessed = false;
         int64_t longest = 0;
         for (int lane = 0; lane < lanes; ++lane) {
-            state.tokens[lane] = static_cast<uint32_t>(chains_.before(segments[lane].chain, round_begin));
-            any_guessed |= segments[lane].begin > round_begin;
+            state.tokens[lane] = segments[lane].token;
             longest = std::max(longest, segments[lane].end - segments[lane].begin);
         }
-        if (any_guessed) {
-            const Lanes<lanes> start = state;
-            for (int64_t k = -kWarmUp; k < 0; k += kBlock) {
-                step(state, first, kBlock, [&](const Segment& segment) { return segment.begin + k; });
-            }
-            for (int lane = 0; lane < lanes; ++lane) {
-                if (segments[lane].begin == round_begin) state.tokens[lane] = start.tokens[lane];
-            }
-        }
-        std::copy_n(state.tokens, lanes, &entries_[first]);
-        for (int64_t done = 0; done < longest; done += kBlock) {
+        for (int64_t done = segments[0].next - segments[0].begin; done < longest; done += kBlock) {
+            if (done == 0) enter<lanes>(round_begin, first, state.tokens);
+            if (done % kStepsAReading == 0) rows_.slice.ends();
             const int64_t count = std::min(kBlock, longest - done);
             step(state, first, count, [&](const Segment& segment) { return segment.begin + done; });
+            if (rows_.slice.is_over()) return;
             for (int lane = 0; lane < lanes; ++lane) {
-                const Segment& segment = segments[lane];
-                const int64_t kept = std::clamp<int64_t>(segment.end - segment.begin - done, 0, count);
-                std::copy_n(state.blocks[lane], kept, chains_.at(segment.chain, segment.begin + done));
+                Segment& segment = segments[lane];
+                if (done >= 0) {
+                    const int64_t kept = std::clamp<int64_t>(segment.end - segment.begin - done, 0, count);
+                    std::copy_n(state.blocks[lane], kept, chains_.at(segment.chain, segment.begin + done));
+                }
+                segment.next = segment.begin + done + count;
+                segment.token = state.tokens[lane];
             }
+        }
+    }
+
+    // After the warm-up, in which those that begin with the round were not guessed.
+    template <int lanes>
+    void enter(int64_t round_begin, int64_t first, uint32_t* tokens) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            const Segment& segment = segments_[first + lane];
+            if (segment.begin == round_begin) {
+                tokens[lane] = static_cast<uint32_t>(chains_.before(segment.chain, round_begin));
+            }
+            entries_[first + lane] = tokens[lane];
         }
     }
 
@@ -185,21 +223,28 @@ class ChainRunner {
         return true;
     }
 
-    // The segment before is right. This one is right from where the right chain coalesces with it.
-    void repair(int64_t k) {
-        if (is_boundary_right(k)) return;
-        const Segment& segment = segments_[k];
+    // The segment before is right. This one is right from where the right chain coalesces with it. Returns
+    // false if the slice of time ends before.
+    bool repair(int64_t k) {
+        Segment& segment = segments_[k];
         Lanes<1> state;
-        state.tokens[0] = static_cast<uint32_t>(chains_.before(segment.chain, segment.begin));
-        for (int64_t begin = segment.begin; begin < segment.end; begin += kBlock) {
-            const int64_t count = std::min(kBlock, segment.end - begin);
-            step(state, k, count, [&](const Segment&) { return begin; });
-            int64_t* written = chains_.at(segment.chain, begin);
-            for (int64_t step = 0; step < count; ++step) {
-                if (written[step] == state.blocks[0][step]) return;
-                written[step] = state.blocks[0][step];
+        while (!is_boundary_right(k)) {
+            if ((segment.next - segment.begin) % kStepsAReading == 0) rows_.slice.ends();
+            const int64_t count = std::min(kBlock, segment.end - segment.next);
+            state.tokens[0] = static_cast<uint32_t>(chains_.before(segment.chain, segment.next));
+            step(state, k, count, [&](const Segment&) { return segment.next; });
+            if (rows_.slice.is_over()) return false;
+            int64_t* const written = chains_.at(segment.chain, segment.next);
+            const uint32_t* const drawn = state.blocks[0];
+            int64_t corrected = 0;
+            for (; corrected < count && written[corrected] != drawn[corrected]; ++corrected) {
+                written[corrected] = drawn[corrected];
             }
+            segment.next += count;
+            const bool is_right = corrected < count || segment.next == segment.end;
+            if (is_right) entries_[k] = static_cast<uint32_t>(chains_.before(segment.chain, segment.begin));
         }
+        return true;
     }
 
     int64_t length_to_stop(int64_t chain, int64_t begin, int64_t end) const {
@@ -222,6 +267,7 @@ class ChainRunner {
                 const int64_t token = chains_.before(chain, step);
                 check_distribution(rows_.is_distribution(token), token);
             }
+            signals_.poll(static_cast<int64_t>(running_.size()));
         }
     }
 
@@ -235,6 +281,7 @@ class ChainRunner {
     std::vector<int64_t> running_;   // the chains that have not met `stop`
     std::vector<Segment> segments_;  // of the current round, chain by chain
     std::vector<uint32_t> entries_;  // (segments): the token before the first of each
+    SignalCheck signals_;
 };
 
 }  // namespace bigramx::cpu

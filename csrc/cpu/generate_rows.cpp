@@ -48,13 +48,15 @@ ProbRows::ProbRows(const GenerateParams& params)
           std::clamp<int64_t>(kBlockElements / std::max<int64_t>(vocab_size_, 1), 1, vocab_size_)),
       blocks_((vocab_size_ + rows_per_block_ - 1) / rows_per_block_) {}
 
-void ProbRows::prepare(Block& block, int64_t first_row) {
+void ProbRows::prepare(int64_t token) {
+    const int64_t first_row = token / rows_per_block_ * rows_per_block_;
     const int64_t num_rows = std::min(rows_per_block_, vocab_size_ - first_row);
-    const int64_t bytes = num_rows * vocab_size_ * static_cast<int64_t>(params_.weight.element_size());
+    const int64_t bytes = num_rows * vocab_size_ * static_cast<int64_t>(c10::elementSize(dtype()));
     if (bytes_ + bytes > kMaxBytes) {
         std::fill(blocks_.begin(), blocks_.end(), Block());
         bytes_ = 0;
     }
+    Block& block = blocks_[token / rows_per_block_];
     block.probs = filter_logits(params_.weight.narrow(0, first_row, num_rows), params_).softmax(-1);
     block.are_distributions = at::isfinite(block.probs.sum(-1));
     bytes_ += bytes;
@@ -72,6 +74,7 @@ LogitRows::LogitRows(const GenerateParams& params)
       states_(vocab_size_) {}
 
 LogitRows::State LogitRows::prepare(int64_t token) {
+    if (slice.ends()) return State::unprepared;
     const int64_t begin = token / rows_at_once_ * rows_at_once_;
     const int64_t end = std::min(begin + rows_at_once_, vocab_size_);
     const std::lock_guard<std::mutex> lock(mutexes_[begin / rows_at_once_ % kNumMutexes]);
@@ -213,6 +216,7 @@ uint32_t BlockRows::find(const Place& place) const {
 }
 
 uint32_t ArgmaxRows::compute(uint32_t token) {
+    if (slice.ends()) return 0;
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // thread-local, and any thread may get here
     const auto argmax = static_cast<uint32_t>(weight_.select(0, token).argmax().item<int64_t>());
     argmax_[token].store(argmax + 1, std::memory_order_relaxed);

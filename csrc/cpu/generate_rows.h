@@ -14,6 +14,7 @@
 #include <mutex>
 #include <vector>
 
+#include "base/interrupt.h"
 #include "cpu/base/buffer.h"
 #include "cpu/sampling/fixed_point_weights.h"
 #include "cpu/sampling/guide_table.h"
@@ -29,10 +30,19 @@ class ProbRows {
   public:
     explicit ProbRows(const GenerateParams& params);
 
+    static constexpr int64_t kBlockElements = 1 << 16;  // at least one row
+
+    // Of the probabilities.
+    at::ScalarType dtype() const { return filtered_dtype(params_); }
+
+    bool is_prepared(int64_t token) const { return blocks_[token / rows_per_block_].probs.defined(); }
+
+    // Prepares the block of this row.
+    void prepare(int64_t token);
+
     template <typename scalar_t>
-    const scalar_t* row(int64_t token) {
-        Block& block = blocks_[token / rows_per_block_];
-        if (!block.probs.defined()) prepare(block, token / rows_per_block_ * rows_per_block_);
+    const scalar_t* row(int64_t token) const {
+        const Block& block = blocks_[token / rows_per_block_];
         const int64_t row = token % rows_per_block_;
         check_distribution(block.are_distributions.const_data_ptr<bool>()[row], token);
         return block.probs.const_data_ptr<scalar_t>() + row * vocab_size_;
@@ -43,10 +53,7 @@ class ProbRows {
         at::Tensor probs;              // (rows, V)
         at::Tensor are_distributions;  // (rows) bool
     };
-    static constexpr int64_t kBlockElements = 1 << 16;
     static constexpr int64_t kMaxBytes = int64_t{1} << 30;  // all rows are dropped before they exceed it
-
-    void prepare(Block& block, int64_t first_row);
 
     const GenerateParams params_;
     const int64_t vocab_size_;
@@ -59,6 +66,9 @@ class ProbRows {
 class LogitRows {
   public:
     virtual ~LogitRows() = default;
+
+    // Once it is over no more rows are prepared, and those that are not draw token 0.
+    TimeSlice slice;
 
     // A row with a NaN or an infinity, or with negative infinities alone, is not a distribution. It draws
     // token 0.
@@ -186,6 +196,8 @@ class ArgmaxRows {
     static constexpr int64_t kGrainSize = 1 << 14;
 
     explicit ArgmaxRows(const at::Tensor& weight) : weight_(weight), argmax_(weight.size(0)) {}
+
+    TimeSlice slice;  // as that of LogitRows
 
     using Place = uint32_t;  // the token itself
 

@@ -2,7 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/div.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/topk.h>
@@ -11,6 +11,7 @@
 #include <atomic>
 #include <type_traits>
 
+#include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cpu/base/buffer.h"
 #include "cpu/sampling/exponential_variates.h"
@@ -47,6 +48,23 @@ using namespace cpu;
 
 namespace {
 
+// Between checks for signals.
+constexpr int64_t kElementsAChunk = 1 << 20;
+
+int64_t rows_a_chunk(const at::Tensor& probs) {
+    return std::max<int64_t>(kElementsAChunk / std::max<int64_t>(probs.size(1), 1), 1);
+}
+
+// probs.contiguous(), in chunks.
+at::Tensor contiguous_rows(const at::Tensor& probs) {
+    if (probs.is_contiguous()) return probs;
+    const at::Tensor rows = at::empty(probs.sizes(), probs.options());
+    for_each_chunk(probs.size(0), rows_a_chunk(probs), [&](int64_t begin, int64_t end) {
+        rows.narrow(0, begin, end - begin).copy_(probs.narrow(0, begin, end - begin));
+    });
+    return rows;
+}
+
 // --------------------------------------------------------------------------------------------- philox
 
 constexpr int64_t kGrainSize = 1 << 15;
@@ -60,13 +78,13 @@ int guide_bits(const MultinomialKernelParams& params) {
 }
 
 void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, const uint32_t* cdf) {
-    constexpr int64_t kBlock = 1 << 10, kBlockGrainSize = 8;
+    constexpr int64_t kBlock = 1 << 10, kBlockGrainSize = 8, kBlocksAChunk = 1 << 12;
     const int bits = guide_bits(params);
     const Buffer<uint32_t> guide((int64_t{1} << bits) + 1);
     fill_guide_table(cdf, params.vocab_size, bits, guide.begin());
     int64_t* samples = params.samples + b * params.num_samples;
     const int64_t num_blocks = (params.num_samples + kBlock - 1) / kBlock;
-    at::parallel_for(0, num_blocks, kBlockGrainSize, [&](int64_t first, int64_t last) {
+    const auto draw_blocks = [&](int64_t first, int64_t last) {
         uint32_t draws[kBlock];
         for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, params.num_samples);
              begin += kBlock) {
@@ -77,16 +95,24 @@ void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, con
                 samples[begin + k] = search_cdf(cdf, first, draws[k]);
             }
         }
+    };
+    for_each_chunk(num_blocks, kBlocksAChunk, [&](int64_t first, int64_t last) {
+        at::parallel_for(first, last, kBlockGrainSize, draw_blocks);
     });
 }
 
 // draw(begin, end) draws from these rows, and returns whether all are distributions.
 template <typename Draw>
 bool for_rows(int64_t num_rows, int64_t elements_a_row, const Draw& draw) {
+    constexpr int64_t kElementsOfThread = 1 << 23;  // between checks for signals
     std::atomic<bool> all_are_distributions{true};
-    const int64_t grain_size = std::max<int64_t>(kGrainSize / std::max<int64_t>(elements_a_row, 1), 1);
-    at::parallel_for(0, num_rows, grain_size, [&](int64_t begin, int64_t end) {
-        if (!draw(begin, end)) all_are_distributions = false;
+    elements_a_row = std::max<int64_t>(elements_a_row, 1);
+    const int64_t grain_size = std::max<int64_t>(kGrainSize / elements_a_row, 1);
+    const int64_t rows_of_thread = std::max<int64_t>(kElementsOfThread / elements_a_row, 1);
+    for_each_chunk(num_rows, rows_of_thread * at::get_num_threads(), [&](int64_t first, int64_t last) {
+        at::parallel_for(first, last, grain_size, [&](int64_t begin, int64_t end) {
+            if (!draw(begin, end)) all_are_distributions = false;
+        });
     });
     return all_are_distributions;
 }
@@ -100,7 +126,8 @@ bool draw_all(const MultinomialKernelParams& params, int64_t num_rows, bool repl
     }
     if (!replacement) {
         const auto kernel = BIGRAMX_DISPATCH_TARGET(draw_without_replacement_kernel<scalar_t>);
-        return for_rows(num_rows, params.vocab_size + params.num_samples, [&](int64_t begin, int64_t end) {
+        const int64_t elements_a_row = params.vocab_size + kWeightsAtOnce * params.num_samples;
+        return for_rows(num_rows, elements_a_row, [&](int64_t begin, int64_t end) {
             for (int64_t b = begin; b < end; ++b) {
                 if (!kernel(params, b)) return false;
             }
@@ -117,8 +144,15 @@ bool draw_all(const MultinomialKernelParams& params, int64_t num_rows, bool repl
         }
         return true;
     };
-    // Few rows: one after the other, each by all threads.
-    if (num_rows < at::get_num_threads()) return draw_rows(0, num_rows);
+    // Few rows, or many samples of each: one after the other, each by all threads.
+    constexpr int64_t kManySamples = 1 << 22;
+    if (num_rows < at::get_num_threads() || params.num_samples >= kManySamples) {
+        bool all_are_distributions = true;
+        for_each_chunk(num_rows, 1, [&](int64_t begin, int64_t end) {
+            all_are_distributions = all_are_distributions && draw_rows(begin, end);
+        });
+        return all_are_distributions;
+    }
     return for_rows(num_rows, params.vocab_size + params.num_samples, draw_rows);
 }
 
@@ -148,9 +182,11 @@ template <typename scalar_t>
 template <typename scalar_t>
 void check_probs(const scalar_t* probs, int64_t num_rows, int64_t vocab_size) {
     const auto kernel = BIGRAMX_DISPATCH_TARGET(is_distribution_kernel<scalar_t>);
+    SignalCheck signals;
     for (int64_t b = 0; b < num_rows; ++b) {
         const scalar_t* row = probs + b * vocab_size;
         if (!kernel(row, vocab_size)) refuse_row(row, vocab_size, b);
+        signals.poll(vocab_size);
     }
 }
 
@@ -164,11 +200,19 @@ void sample_one(const at::Tensor& probs, const std::optional<at::Generator>& gen
     });
 }
 
-// probs / q, as torch.multinomial computes them for the exponential race. q has the memory order of probs, in
-// which it is drawn.
-at::Tensor draw_ratios(const at::Tensor& probs, const std::optional<at::Generator>& generator) {
-    at::Tensor ratios = at::empty_like(probs).exponential_(1, generator);
-    return at::div_out(ratios, probs, ratios);
+// The largest probs / q of each row, as torch.multinomial computes them for the exponential race. q has the
+// memory order of probs, in which it is drawn.
+template <typename scalar_t>
+void sample_largest(const at::Tensor& probs, const std::optional<at::Generator>& generator,
+                    at::Tensor& samples) {
+    const at::Tensor variates = at::empty_like(probs);
+    draw_exponential<scalar_t>(variates, generator);
+    for_each_chunk(probs.size(0), rows_a_chunk(probs), [&](int64_t begin, int64_t end) {
+        const auto rows = [&](const at::Tensor& tensor) { return tensor.narrow(0, begin, end - begin); };
+        const at::Tensor ratios = rows(probs) / rows(variates);
+        rows(samples).copy_(samples.size(1) == 1 ? ratios.argmax(-1, /*keepdim=*/true)
+                                                 : std::get<1>(ratios.topk(samples.size(1))));
+    });
 }
 
 // The cumulative sums of a row. sum_t, as in ATen: float32 for 16-bit floats, else the dtype itself; float64
@@ -181,9 +225,14 @@ class CumulativeSums {
 
     template <typename scalar_t>
     void set(const scalar_t* probs) {
+        sum_t* const sums = sums_.begin();
         sum_t total = 0;
-        for (sum_t& sum : sums_) sum = total += static_cast<sum_t>(*probs++);
-        for (sum_t& sum : sums_) sum /= total;
+        for_each_chunk(sums_.size(), kElementsAChunk, [&](int64_t begin, int64_t end) {
+            for (int64_t k = begin; k < end; ++k) sums[k] = total += static_cast<sum_t>(probs[k]);
+        });
+        for_each_chunk(sums_.size(), kElementsAChunk, [=](int64_t begin, int64_t end) {
+            for (int64_t k = begin; k < end; ++k) sums[k] /= total;
+        });
         sums_[sums_.size() - 1] = 1;
         if (num_buckets_ == 0) return;
         fill_guide_table(sums_.size(), num_buckets_, guide_.begin(), [&](int64_t token) {
@@ -234,6 +283,7 @@ void sample_with_replacement(const at::Tensor& probs, const std::optional<at::Ge
     GeneratorStream stream(cpu_generator(generator));
     int64_t* sample = samples.data_ptr<int64_t>();
     for (int64_t b = 0; b < probs.size(0); ++b) {
+        stream.before_work(vocab_size);
         sums.set(probs.const_data_ptr<scalar_t>() + b * vocab_size);
         for (int64_t first = 0; first < num_samples; first += kBlock) {
             const int64_t count = std::min(kBlock, num_samples - first);
@@ -250,7 +300,7 @@ at::Tensor multinomial_cpu(const MultinomialParams& params) {
     const at::Tensor& probs = params.probs;
     const int64_t num_samples = params.num_samples;
     at::Tensor samples = at::empty({probs.size(0), num_samples}, probs.options().dtype(at::kLong));
-    const at::Tensor rows = probs.contiguous();
+    const at::Tensor rows = contiguous_rows(probs);
     const bool are_drawn = params.sampler == Sampler::philox &&
                            draw_by_philox(rows, params.replacement, draw_seed(params.generator), samples);
     if (are_drawn) return samples;  // else check_probs raises the error
@@ -258,10 +308,8 @@ at::Tensor multinomial_cpu(const MultinomialParams& params) {
         check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));
         if (num_samples == 1 && (probs.is_contiguous() || at::empty_like(probs).is_contiguous())) {
             sample_one<scalar_t>(rows, params.generator, samples);
-        } else if (num_samples == 1) {
-            samples = draw_ratios(probs, params.generator).argmax(-1, /*keepdim=*/true);
-        } else if (!params.replacement) {
-            samples = std::get<1>(at::topk(draw_ratios(probs, params.generator), num_samples));
+        } else if (num_samples == 1 || !params.replacement) {
+            sample_largest<scalar_t>(probs, params.generator, samples);
         } else if (rows.size(1) <= kFloatCounts) {
             sample_with_replacement<scalar_t, opmath_t<scalar_t>>(rows, params.generator, samples);
         } else {

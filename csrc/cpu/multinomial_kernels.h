@@ -42,16 +42,20 @@ bool cdf_kernel(const MultinomialKernelParams& params, int64_t b, uint32_t* cdf)
 // zero follow in order.
 template <typename scalar_t>
 bool draw_without_replacement_kernel(const MultinomialKernelParams& params, int64_t b) {
+    constexpr int64_t kBlocksAGroup = 128;
     const int64_t vocab_size = params.vocab_size, num_blocks = num_weight_blocks(vocab_size);
     ProbRow row = params.row<scalar_t>(b);
     if (!ProbWeights<scalar_t>::measure(row, vocab_size)) return false;
     const Buffer<uint32_t> weights(vocab_size);
-    const Buffer<uint64_t> block_sums(num_blocks);
+    const Buffer<uint64_t> sums(num_blocks + num_blocks / kBlocksAGroup + 1);
+    uint64_t *const block_sums = sums.begin(), *const group_sums = block_sums + num_blocks;
+    std::fill(group_sums, sums.end(), 0);
     uint64_t total = 0;
     for (int64_t block = 0; block < num_blocks; ++block) {
         const int64_t begin = block * kWeightsAtOnce, count = std::min(kWeightsAtOnce, vocab_size - begin);
         ProbWeights<scalar_t>(row).weigh(begin, count, &weights[begin]);
         total += block_sums[block] = sum(&weights[begin], count);
+        group_sums[block / kBlocksAGroup] += block_sums[block];
     }
 
     int64_t* samples = params.samples + b * params.num_samples;
@@ -60,13 +64,16 @@ bool draw_without_replacement_kernel(const MultinomialKernelParams& params, int6
     for (; k < params.num_samples && total > 0; ++k) {
         if (k % kPhiloxFillBlock == 0) philox_fill(params.seed, b, k, kPhiloxFillBlock, draws);
         uint64_t target_sum = CdfScale(total).target_sum(draws[k % kPhiloxFillBlock]);
-        int64_t block = 0;
+        int64_t group = 0;
+        for (; group_sums[group] < target_sum; ++group) target_sum -= group_sums[group];
+        int64_t block = group * kBlocksAGroup;
         for (; block_sums[block] < target_sum; ++block) target_sum -= block_sums[block];
         int64_t token = block * kWeightsAtOnce;
         for (; weights[token] < target_sum; ++token) target_sum -= weights[token];
         samples[k] = token;
         total -= weights[token];
         block_sums[block] -= weights[token];
+        group_sums[group] -= weights[token];
         weights[token] = 0;
     }
     const scalar_t* probs = static_cast<const scalar_t*>(row.probs);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cuda/base/device.h"
 #include "cuda/generate_kernels.h"
@@ -91,8 +92,13 @@ class ChainsOfCall {
     // a GPU ATen multiplies by its reciprocal, which rounds otherwise than the CPU.
     at::Tensor filter(const at::Tensor& rows) const {
         constexpr double kRemoved = -std::numeric_limits<double>::infinity();
-        return params_.removes_tokens() ? rows.masked_fill(filter_logits(rows, params_).isneginf(), kRemoved)
-                                        : rows;
+        if (!params_.removes_tokens()) return rows;
+        return rows.to(dtype_of_rows()).masked_fill(filter_logits(rows, params_).isneginf(), kRemoved);
+    }
+
+    // Of the rows for the kernels, which round the quotient by the temperature to it.
+    at::ScalarType dtype_of_rows() const {
+        return params_.temperature == 1 ? weight_.scalar_type() : filtered_dtype(params_);
     }
 
     cuda::LogitsParams logits_params(const at::Tensor& rows) const {
@@ -103,7 +109,7 @@ class ChainsOfCall {
     // visit(first, rows): for some rows of the table at a time, filtered.
     template <typename Visit>
     void for_filtered_rows(const Visit& visit) const {
-        constexpr int64_t kElementsAtOnce = 1 << 26;  // the filters take several times their memory
+        constexpr int64_t kElementsAtOnce = 1 << 25;  // the filters take several times their memory
         const int64_t rows_at_once =
             params_.removes_tokens() ? std::max<int64_t>(kElementsAtOnce / vocab_size_, 1) : vocab_size_;
         for (int64_t first = 0; first < vocab_size_; first += rows_at_once) {
@@ -134,7 +140,7 @@ class ChainsOfCall {
     void draw_by_logits() {
         at::Tensor table = weight_;
         if (params_.removes_tokens()) {
-            table = at::empty({vocab_size_, vocab_size_}, weight_.options());
+            table = at::empty({vocab_size_, vocab_size_}, weight_.options().dtype(dtype_of_rows()));
             for_filtered_rows([&](int64_t first, const at::Tensor& rows) {
                 table.narrow(0, first, rows.size(0)).copy_(rows);
             });
@@ -144,10 +150,12 @@ class ChainsOfCall {
     }
 
     void draw_step_by_step() {
+        SignalCheck signals;
         for (int64_t step = 0; step < chains_.num_steps; ++step) {
             const at::Tensor last = tokens_.select(1, params_.prompt_length + step - 1);
             launch_draw_step(chains_, logits_params(filter(weight_.index_select(0, last))), step,
                              guard_.stream());
+            signals.poll(chains_.num_chains * vocab_size_);
         }
     }
 

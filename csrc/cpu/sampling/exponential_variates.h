@@ -10,33 +10,48 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 #include <mutex>
 #include <optional>
 
+#include "base/interrupt.h"
 #include "cpu/sampling/mersenne_twister.h"
 #include "sampling/generator.h"
 
 namespace bigramx::cpu {
 
-// Locks the generator for its lifetime, and leaves it advanced by the words that were taken.
+// Draws from a generator, and leaves it advanced by the words that were taken. It holds the generator's lock
+// while it draws, but not for long: others draw, and signal handlers run, in between.
 class GeneratorStream {
   public:
     explicit GeneratorStream(at::CPUGeneratorImpl* generator)
-        : generator_(generator), lock_(generator->mutex_), twister_(generator->engine()) {}
-    ~GeneratorStream() { generator_->set_engine(twister_.engine()); }
+        : generator_(generator), lock_(generator->mutex_, std::defer_lock) {}
+    ~GeneratorStream() { release(); }
     GeneratorStream(const GeneratorStream&) = delete;
     GeneratorStream& operator=(const GeneratorStream&) = delete;
 
     static constexpr int64_t kMaxDraws = MersenneTwister::kMaxWords / 2;
 
     // The raw words, before tempering, of the next `count` <= kMaxDraws draws, two each.
-    const uint32_t* take(int64_t count) { return twister_.take(2 * count); }
+    const uint32_t* take(int64_t count) {
+        if (signals_.is_due(count)) pause();
+        if (!twister_.has_value()) acquire();
+        return twister_->take(2 * count);
+    }
+
+    // To be called before work on so many elements that draws nothing.
+    void before_work(int64_t elements);
 
   private:
+    void acquire();
+    void release();
+    void pause();
+
     at::CPUGeneratorImpl* generator_;
-    std::lock_guard<std::mutex> lock_;
-    MersenneTwister twister_;
+    std::unique_lock<std::mutex> lock_;
+    std::optional<MersenneTwister> twister_;  // while the lock is held
+    SignalCheck signals_;
 };
 
 // Uniform on [0, 1) in steps of 2^-53, as at::uniform_real_distribution<double>. count <= kMaxDraws.
@@ -73,6 +88,8 @@ class ReplayedRace {
 
     int64_t sample(const scalar_t* probs) { return sample_token(stream_, probs, vocab_size_); }
 
+    void before_work(int64_t elements) { stream_.before_work(elements); }
+
   private:
     GeneratorStream stream_;
     int64_t vocab_size_;
@@ -97,15 +114,25 @@ class DrawnRace {
         const scalar_t* variates = variates_.template const_data_ptr<scalar_t>() + next_row_++ * vocab_size_;
         BestRatio<scalar_t> winner;
         for (int64_t j = 0; j < vocab_size_; ++j) winner.offer(j, probs[j], variates[j]);
+        signals_.poll(vocab_size_);
         return winner.token();
     }
+
+    void before_work(int64_t elements) { signals_.poll(elements); }
 
   private:
     std::optional<at::Generator> generator_;
     at::Tensor variates_;
     int64_t vocab_size_;
     int64_t next_row_;
+    SignalCheck signals_;
 };
+
+// The exponential variate of a uniform draw.
+template <typename scalar_t>
+scalar_t exponential(double draw) {
+    return static_cast<scalar_t>(-std::log1p(-draw));
+}
 
 // Whether this build of ATen draws exponential variates as ReplayedRace does. Compared once per dtype, on
 // private generators.
@@ -123,12 +150,29 @@ bool replays_exponential() {
             draw_uniforms(stream, kSize, draws);
             const scalar_t* q = variates.const_data_ptr<scalar_t>();
             for (int64_t j = 0; j < kSize; ++j) {
-                if (q[j] != static_cast<scalar_t>(-std::log1p(-draws[j]))) return false;
+                if (q[j] != exponential<scalar_t>(draws[j])) return false;
             }
         }
         return true;
     }();
     return same;
+}
+
+// variates.exponential_() for a dense tensor, which is drawn in its memory order.
+template <typename scalar_t>
+void draw_exponential(const at::Tensor& variates, const std::optional<at::Generator>& generator) {
+    if (!replays_exponential<scalar_t>()) {
+        variates.exponential_(1, generator);
+        return;
+    }
+    GeneratorStream stream(cpu_generator(generator));
+    scalar_t* const q = variates.data_ptr<scalar_t>();
+    double draws[GeneratorStream::kMaxDraws];
+    for (int64_t begin = 0; begin < variates.numel(); begin += GeneratorStream::kMaxDraws) {
+        const int64_t count = std::min(GeneratorStream::kMaxDraws, variates.numel() - begin);
+        draw_uniforms(stream, count, draws);
+        for (int64_t k = 0; k < count; ++k) q[begin + k] = exponential<scalar_t>(draws[k]);
+    }
 }
 
 // Calls draw(race) with the race that draws as this build of ATen does.

@@ -56,12 +56,12 @@ class LogitWeights {
         return buffer;
     }
 
-    // Rounded to the table's dtype, as ATen's division is.
+    // Rounded to the table's dtype, as ATen's division is; not for filters, which compute in acc_t.
     void divide(int64_t count, acc_t* logits) const {
         const acc_t temperature = static_cast<acc_t>(row_.temperature);
-        for (int64_t k = 0; k < count; ++k) {
-            logits[k] = static_cast<acc_t>(static_cast<scalar_t>(logits[k] / temperature));
-        }
+        for (int64_t k = 0; k < count; ++k) logits[k] /= temperature;
+        if (row_.kept != nullptr) return;
+        for (int64_t k = 0; k < count; ++k) logits[k] = static_cast<acc_t>(static_cast<scalar_t>(logits[k]));
     }
 
     void remove(int64_t begin, int64_t count, acc_t* logits) const {

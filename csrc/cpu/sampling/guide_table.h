@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/interrupt.h"
 #include "sampling/philox.h"
 
 namespace bigramx::cpu {
@@ -49,14 +50,20 @@ inline int64_t guide_bucket(uint32_t r, int guide_bits) { return r >> (kDrawBits
 template <typename entry_t, typename FirstBucketAfter>
 void fill_guide_table(int64_t num_tokens, int64_t num_buckets, entry_t* guide,
                       const FirstBucketAfter& first_bucket_after) {
-    std::fill_n(guide, num_buckets, entry_t(0));
-    for (int64_t token = 0; token < num_tokens; ++token) {
-        guide[std::min(first_bucket_after(token), num_buckets)] = static_cast<entry_t>(token + 1);
-    }
+    constexpr int64_t kChunk = 1 << 20;
+    for_each_chunk(num_buckets, kChunk,
+                   [=](int64_t begin, int64_t end) { std::fill(guide + begin, guide + end, entry_t(0)); });
+    for_each_chunk(num_tokens, kChunk, [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            guide[std::min(first_bucket_after(token), num_buckets)] = static_cast<entry_t>(token + 1);
+        }
+    });
     entry_t first = 0;
-    for (int64_t bucket = 0; bucket < num_buckets; ++bucket) {
-        guide[bucket] = first = std::max(first, guide[bucket]);
-    }
+    for_each_chunk(num_buckets, kChunk, [&](int64_t begin, int64_t end) {
+        for (int64_t bucket = begin; bucket < end; ++bucket) {
+            guide[bucket] = first = std::max(first, guide[bucket]);
+        }
+    });
 }
 
 // The guide table of a fixed-point CDF, with 2^guide_bits buckets.

@@ -1,0 +1,66 @@
+"""What happens during a native call: signal handlers that run, and other threads that do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+_Result = TypeVar("_Result")
+
+# A native call that runs no handlers gets one before it and one after it at most, however often the signal comes.
+SOME = 3
+
+
+def draws_are_replayed() -> bool:
+    """Whether ATen draws exponential variates one by one, as the kernels then do; else a vendor's library does so."""
+    variates = torch.empty(1000, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(1))
+    uniforms = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.allclose(variates, -torch.log1p(-uniforms), rtol=1e-12)
+
+
+def call_with_handlers(call: Callable[[], _Result], handle: Callable[[], object] = bool) -> tuple[_Result, int]:
+    """The result of a call during which a signal comes every few milliseconds, and how often its handler has run."""
+    count = 0
+
+    def run(*_: object) -> None:
+        nonlocal count
+        count += 1
+        handle()
+
+    handler = signal.signal(signal.SIGALRM, run)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
+    try:
+        return call(), count
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def call_beside(call: Callable[[], object], work: Callable[[], object]) -> int:
+    """How often another thread gets through some work in the middle half of a call."""
+    times: list[float] = []
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        while not is_over.is_set():
+            work()
+            times.append(time.monotonic())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        begin = time.monotonic()
+        call()
+        end = time.monotonic()
+    finally:
+        is_over.set()
+        thread.join()
+    return sum(abs(moment - (begin + end) / 2) < (end - begin) / 4 for moment in times)
