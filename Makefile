@@ -12,7 +12,7 @@ STAMPS := build/stamps
 CSRC := $(shell find csrc -type f)
 SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
-CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
+CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
 .PHONY: help train test lint integration simt cuda-check sanitize bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:

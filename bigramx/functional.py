@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bigramx import ops
+from bigramx import fusion, ops
 
 Reduction = Literal["none", "mean", "sum"]
 Sampler = Literal["torch", "philox"]
@@ -17,6 +17,13 @@ def _reduction_code(reduction: str) -> int:
     if reduction not in ops.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction; expected 'none', 'mean' or 'sum'")
     return ops.REDUCTIONS[reduction]
+
+
+def _on_shards(name: str, arguments: dict[str, Any]) -> Any:
+    """The function of this name for DTensors."""
+    from bigramx import distributed  # its import takes as long as PyTorch's
+
+    return getattr(distributed, name)(**arguments)
 
 
 def _padding_row(padding_idx: int | None, weight: Tensor) -> int:
@@ -89,6 +96,9 @@ def embedding_cross_entropy(
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
+    if fusion.any_dtensor(idx, weight, targets):
+        on_shards: Tensor = _on_shards("embedding_cross_entropy", locals())
+        return on_shards
     loss: Tensor
     loss, _no_logits = ops.embedding_cross_entropy(
         idx,
@@ -143,6 +153,9 @@ def embedding_cross_entropy_with_logits(
         ValueError: As ``embedding_cross_entropy``, and so are RuntimeError, NotImplementedError, AssertionError and
             TypeError.
     """
+    if fusion.any_dtensor(idx, weight, targets):
+        on_shards: tuple[Tensor, Tensor] = _on_shards("embedding_cross_entropy_with_logits", locals())
+        return on_shards
     loss: Tensor
     logits: Tensor
     loss, logits = ops.embedding_cross_entropy(
@@ -194,6 +207,9 @@ def multinomial(
         ValueError: ``sampler`` is neither of the two, or ``"torch"`` on a GPU.
         TypeError: An argument is of the wrong type.
     """
+    if fusion.any_dtensor(probs):
+        on_shards: Tensor = _on_shards("multinomial", locals())
+        return on_shards
     samples: Tensor = ops.multinomial(probs, num_samples, replacement, sampler, generator)
     return samples
 
@@ -254,6 +270,9 @@ def generate(
         NotImplementedError: ``weight`` is not a floating-point tensor.
         TypeError: An argument is of the wrong type.
     """
+    if fusion.any_dtensor(idx, weight):
+        on_shards: Tensor = _on_shards("generate", locals())
+        return on_shards
     tokens: Tensor = ops.generate(
         idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, stop, sampler, generator
     )

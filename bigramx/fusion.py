@@ -7,6 +7,7 @@ run. The model asks at every step, so an answer takes less than a microsecond.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,22 @@ _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def is_plain_tensor(value: object) -> bool:
     """Whether a kernel may read the tensor's memory: no subclass (DTensor, FakeTensor, a quantised one)."""
-    return type(value) is Tensor or type(value) is nn.Parameter
+    return type(value) in _PLAIN
+
+
+def any_dtensor(*values: object) -> bool:
+    """Whether one of the values is a DTensor. Imports nothing, which takes long: where there is one, its module is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None:
+        for value in values:
+            if type(value) not in _PLAIN and isinstance(value, module.DTensor):
+                return True
+    return False
 
 
 def runs_only(module: nn.Module, forward: Callable[..., Any]) -> bool:
@@ -70,6 +84,6 @@ def is_plain(table: nn.Embedding) -> bool:
         and table._compiled_call_impl is None
         and table.max_norm is None
         and not table.scale_grad_by_freq
-        and is_plain_tensor(table._parameters.get("weight"))
+        and (is_plain_tensor(weight := table._parameters.get("weight")) or any_dtensor(weight))
         and not is_observed()
     )

@@ -118,8 +118,13 @@ class BigramLanguageModel(nn.Module):
         """Whether the kernels do all that calling this model does.
 
         They do for a plain nn.Embedding(V, V) and this class's ``forward``, without hooks (bigramx.fusion has the
-        rule). Otherwise forward, generate, evaluate and fit call the parts, as plain PyTorch does.
+        rule). Otherwise forward, generate, evaluate and fit call the parts, as plain PyTorch does; the shards of
+        a DTensor table take bigramx.distributed.
         """
+        return self._is_direct() and not fusion.any_dtensor(self.token_embedding_table.weight)
+
+    def _is_direct(self) -> bool:
+        """Whether bigramx.functional on the table's weight does all that calling this model does."""
         table = self._fusable_table()
         is_square = table is not None and table.num_embeddings == table.embedding_dim
         return is_square and fusion.runs_only(self, BigramLanguageModel.forward)
@@ -221,7 +226,7 @@ class BigramLanguageModel(nn.Module):
             "sampler": sampler,
             "generator": generator,
         }
-        if self.is_fused:
+        if self._is_direct():
             return functional.generate(idx, self.token_embedding_table.weight, max_new_tokens, **options)
         # The errors of the fused path, from a table of this size in no memory and no sequences.
         no_table = torch.zeros((), device=idx.device).expand(self.vocab_size, self.vocab_size)
@@ -265,13 +270,14 @@ class BigramLanguageModel(nn.Module):
         device = torch.device(self.device)
         if device.type == "meta":  # the weight is elsewhere, and a hook brings it
             device = tokens.device
+        options = {"return_logits": False} if self._is_direct() else {}  # which not every forward knows
         total, total_weight = 0.0, 0.0
         for start in range(0, len(tokens) - 1, step := max(1, most_logits // self.vocab_size)):
             chunk = tokens[start : start + step + 1].to(device, torch.int64)
             targets = chunk[1:, None]
             weight = self._weight_of_mean(targets)
             if weight > 0:
-                total += weight * self(chunk[:-1, None], targets)[1].item()
+                total += weight * self(chunk[:-1, None], targets, **options)[1].item()
                 total_weight += weight
         return total / total_weight if total_weight > 0 else float("nan")
 
@@ -338,6 +344,8 @@ class BigramLanguageModel(nn.Module):
     def save(self, path: FileLike) -> None:
         """Writes the table, the loss's options and the tokenizer to one safetensors file, whole or not at all.
 
+        Where the table is sharded over ranks, all of them call this, and the first writes the whole table.
+
         Args:
             path: A path, or a binary file object.
 
@@ -345,9 +353,8 @@ class BigramLanguageModel(nn.Module):
             OSError: The file cannot be written; an old one is unchanged.
             TypeError: ``path`` is neither.
         """
-        tensors = {_WEIGHT: self.token_embedding_table.weight}
-        if (class_weight := self._buffers.get("class_weight")) is not None:
-            tensors[_CLASS_WEIGHT] = class_weight
+        class_weight = self._buffers.get("class_weight")
+        tensors = {} if class_weight is None else {_CLASS_WEIGHT: class_weight}
         metadata = {
             "sparse": json.dumps(bool(self.token_embedding_table.sparse)),
             "ignore_index": json.dumps(int(self.ignore_index)),
@@ -355,7 +362,18 @@ class BigramLanguageModel(nn.Module):
         }
         if self.tokenizer is not None:
             metadata["tokenizer"] = self.tokenizer.to_json()
-        write_tensors(path, _KIND, tensors, metadata)
+
+        def write(weight: Tensor) -> None:
+            write_tensors(path, _KIND, {_WEIGHT: weight, **tensors}, metadata)
+
+        # From the state_dict, because there FSDP has its shards, which forward may have left gathered, in 16 bits.
+        weight = self.state_dict().get(_WEIGHT, self.token_embedding_table.weight)
+        if fusion.any_dtensor(weight):
+            from bigramx import distributed
+
+            distributed.write_once(weight, write)
+        else:
+            write(weight)
 
     @classmethod
     def load(cls, path: FileLike) -> BigramLanguageModel:
