@@ -41,6 +41,40 @@ def _padding_row(padding_idx: int | None, weight: Tensor) -> int:
     return padding_idx % num_embeddings
 
 
+def _loss_and_logits(
+    idx: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    label_smoothing: float,
+    z_loss: float,
+    padding_idx: int | None,
+    sparse: bool,
+    return_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the logits or something without meaning. By position: keywords take time, at each step."""
+    if fusion.any_dtensor(idx, weight, targets):
+        arguments = locals()
+        if arguments.pop("return_logits"):
+            return _on_shards("embedding_cross_entropy_with_logits", arguments)  # type: ignore[no-any-return]
+        return _on_shards("embedding_cross_entropy", arguments), weight
+    return ops.embedding_cross_entropy(  # type: ignore[no-any-return]
+        idx,
+        weight,
+        targets,
+        class_weight,
+        ignore_index,
+        _reduction_code(reduction),
+        label_smoothing,
+        z_loss,
+        _padding_row(padding_idx, weight),
+        sparse,
+        return_logits,
+    )
+
+
 def embedding_cross_entropy(
     idx: Tensor,
     weight: Tensor,
@@ -96,20 +130,16 @@ def embedding_cross_entropy(
         AssertionError: ``padding_idx`` is out of range.
         TypeError: An argument is of the wrong type.
     """
-    if fusion.any_dtensor(idx, weight, targets):
-        on_shards: Tensor = _on_shards("embedding_cross_entropy", locals())
-        return on_shards
-    loss: Tensor
-    loss, _no_logits = ops.embedding_cross_entropy(
+    loss, _no_logits = _loss_and_logits(
         idx,
         weight,
         targets,
         class_weight,
         ignore_index,
-        _reduction_code(reduction),
+        reduction,
         label_smoothing,
         z_loss,
-        _padding_row(padding_idx, weight),
+        padding_idx,
         sparse,
         False,
     )
@@ -153,25 +183,19 @@ def embedding_cross_entropy_with_logits(
         ValueError: As ``embedding_cross_entropy``, and so are RuntimeError, NotImplementedError, AssertionError and
             TypeError.
     """
-    if fusion.any_dtensor(idx, weight, targets):
-        on_shards: tuple[Tensor, Tensor] = _on_shards("embedding_cross_entropy_with_logits", locals())
-        return on_shards
-    loss: Tensor
-    logits: Tensor
-    loss, logits = ops.embedding_cross_entropy(
+    return _loss_and_logits(
         idx,
         weight,
         targets,
         class_weight,
         ignore_index,
-        _reduction_code(reduction),
+        reduction,
         label_smoothing,
         z_loss,
-        _padding_row(padding_idx, weight),
+        padding_idx,
         sparse,
         True,
     )
-    return loss, logits
 
 
 def multinomial(

@@ -68,7 +68,7 @@ def is_observed() -> bool:
     """
     if F.embedding is not _EMBEDDING or F.cross_entropy is not _CROSS_ENTROPY:
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return torch.compiler.is_exporting()
     if _is_tracing() or _num_dispatch_modes() > 0:
         return True

@@ -168,17 +168,21 @@ class BigramLanguageModel(nn.Module):
         if targets.dim() < idx.dim():  # the lecture's targets.view(B * T)
             targets = targets.view_as(idx)
         weight: Any = table._parameters["weight"]
-        options: dict[str, Any] = {
-            "class_weight": self._buffers.get("class_weight"),
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "padding_idx": table.padding_idx,
-            "sparse": table.sparse,
-        }
-        if not return_logits:
-            return None, functional.embedding_cross_entropy(idx, weight, targets, **options)
-        loss, logits = functional.embedding_cross_entropy_with_logits(idx, weight, targets, **options)
-        return logits, loss
+        class_weight = self._buffers.get("class_weight")
+        loss, logits = functional._loss_and_logits(
+            idx,
+            weight,
+            targets,
+            class_weight,
+            self.ignore_index,
+            "mean",
+            self.label_smoothing,
+            0.0,
+            table.padding_idx,
+            table.sparse,
+            return_logits,
+        )
+        return logits if return_logits else None, loss
 
     def _plain_forward(self, idx: Tensor, targets: Tensor, return_logits: bool) -> tuple[Tensor | None, Tensor | None]:
         logits = self.token_embedding_table(idx)

@@ -226,17 +226,19 @@ struct LogitsBackward final : torch::autograd::Node {
     SavedVariable idx;
     c10::SymInt num_rows;
     Options options;
+    bool is_released = false;
 
     variable_list apply(variable_list&& grads) override {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const at::Tensor indices = idx.unpack();  // raises on a second way through the graph
-        if (!grads[0].defined()) return {at::Tensor()};
-        return {plain_embedding_backward(grads[0], indices, num_rows, options)};
+        // unpack() raises on a second way through the graph.
+        if (!grads[0].defined() && !is_released) return {at::Tensor()};
+        return {plain_embedding_backward(grads[0], idx.unpack(), num_rows, options)};
     }
 
     void release_variables() override {
         const std::lock_guard<std::mutex> lock(mutex_);
         idx.reset_data();
+        is_released = true;
     }
 };
 
