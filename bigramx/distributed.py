@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from bigramx import functional, reference
+from bigramx import evaluation, functional, reference
 from bigramx.functional import Reduction, Sampler
 
 _Groups = list[dist.ProcessGroup]
@@ -340,7 +340,7 @@ def embedding_cross_entropy(idx: Tensor, weight: Tensor, targets: Tensor, **opti
         RuntimeError: The DTensors are on different meshes; or ``weight`` is none, where PyTorch raises.
     """
     if not isinstance(weight, DTensor):
-        return reference.embedding_cross_entropy(idx, weight, targets)
+        return reference.embedding_cross_entropy(idx, weight, targets, **options)
     call = _Call(idx, weight, targets, **options)
     table, mesh, criterion, shard_dims = call.table, call.table.mesh, call.criterion, call.shard_dims
     local_idx, local_targets = _local(call.idx, shard_dims), _local(call.targets, shard_dims)
@@ -377,7 +377,7 @@ def embedding_cross_entropy_with_logits(
         NotImplementedError: As ``embedding_cross_entropy``; ValueError and RuntimeError, too.
     """
     if not isinstance(weight, DTensor):
-        return reference.embedding_cross_entropy_with_logits(idx, weight, targets)
+        return reference.embedding_cross_entropy_with_logits(idx, weight, targets, **options)
     call = _Call(idx, weight, targets, **options)
     table, mesh = call.table, call.table.mesh
     if call.shard_dims and len(idx) % prod(mesh.size(dim) for dim in call.shard_dims) != 0:
@@ -393,6 +393,23 @@ def embedding_cross_entropy_with_logits(
     if call.criterion.reduction == "none":
         loss = _place(_local(loss, []).view(idx.shape), mesh)
     return loss, logits
+
+
+@torch.no_grad()
+def loss_of_counts(weight: Tensor, counts: Tensor) -> float:
+    """See evaluation.loss_of_counts; counts are the same on every rank.
+
+    Raises:
+        ValueError: They are not.
+    """
+    assert isinstance(weight, DTensor)
+    table = _Table(weight)
+    own = counts[table.start : table.stop]
+    num_pairs = own.sum()
+    own_loss = evaluation.loss_of_counts(table.rows, own) * num_pairs if num_pairs > 0 else num_pairs
+    part = torch.stack([own_loss, num_pairs]).double()
+    total, num_pairs = _sum_and_agree(part, table.mesh, table.row_dims, [counts]).unbind()
+    return (total / num_pairs).item()
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -420,18 +437,19 @@ def generate(
         ValueError: idx, where it is plain, or the state of the generator is not the same on every rank.
         RuntimeError: The DTensors are on different meshes; or ``weight`` is none, where PyTorch raises.
     """
-    if not isinstance(weight, DTensor):
-        return reference.generate(idx, weight, max_new_tokens)
-    table = _Table(weight)
-    prompt = _as_dtensor(idx, table.mesh).full_tensor()
     generator = torch.default_generator if generator is None else generator
     if sampler is None:
-        sampler = "torch" if prompt.is_cpu else "philox"
+        sampler = "torch" if weight.is_cpu else "philox"
     options |= {"temperature": temperature, "sampler": sampler, "generator": generator}
-    # The errors of the kernel, which draws nothing from a table of this size in no memory.
+    if not isinstance(weight, DTensor):
+        return reference.generate(idx, weight, max_new_tokens, **options)
+    table = _Table(weight)
+    prompt = _as_dtensor(idx, table.mesh).full_tensor()
+    # The errors of the kernel, which draws nothing, from a table of this size in no memory.
     no_table = table.rows.new_zeros(()).expand(weight.shape)
-    functional.generate(prompt, no_table, min(max_new_tokens, 0), **options)
-    _agree(table.mesh, [*_plain(idx), *([generator.get_state()] if temperature > 0 else [])])
+    check = partial(functional.generate, prompt, no_table, min(max_new_tokens, 0), **options)
+    _same_prompt, error = _attempt(check, otherwise=prompt)
+    _agree(table.mesh, [*_plain(idx), *([generator.get_state()] if temperature > 0 else [])], error)
     if table.row_dims:
         tokens = reference.continue_by(
             lambda idx: table.lookup(idx[:, -1], table.rows), prompt, max_new_tokens, **options
@@ -475,7 +493,7 @@ def _as_sharded(result: Tensor, like: Tensor) -> Tensor:
     return _place(result, mesh).redistribute(placements=_placements(mesh, shard_dims))
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def write_once(weight: DTensor, write: Callable[[Tensor], object]) -> None:

@@ -274,9 +274,10 @@ class BigramLanguageModel(nn.Module):
         device = torch.device(self.device)
         if device.type == "meta":  # the weight is elsewhere, and a hook brings it
             device = tokens.device
-        options = {"return_logits": False} if self._is_direct() else {}  # which not every forward knows
+        makes_logits = not self._is_direct()
+        options = {} if makes_logits else {"return_logits": False}  # which not every forward knows
         total, total_weight = 0.0, 0.0
-        for start in range(0, len(tokens) - 1, step := max(1, most_logits // self.vocab_size)):
+        for start in range(0, len(tokens) - 1, step := max(1, most_logits // (self.vocab_size if makes_logits else 8))):
             chunk = tokens[start : start + step + 1].to(device, torch.int64)
             targets = chunk[1:, None]
             weight = self._weight_of_mean(targets)
@@ -314,7 +315,12 @@ class BigramLanguageModel(nn.Module):
         """
         if counts.shape != (self.vocab_size, self.vocab_size):
             raise RuntimeError(f"expected counts to be (V, V) with V = {self.vocab_size}, got {tuple(counts.shape)}")
-        return evaluation.loss_of_counts(self.token_embedding_table.weight, counts)
+        weight = self.token_embedding_table.weight
+        if fusion.any_dtensor(weight):
+            from bigramx import distributed
+
+            return distributed.loss_of_counts(weight, counts)
+        return evaluation.loss_of_counts(weight, counts)
 
     @classmethod
     @torch.no_grad()

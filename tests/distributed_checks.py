@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 import traceback
@@ -30,8 +31,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from bigramx import distributed, functional, optim, reference
-from bigramx.model import BigramLanguageModel
+import bigramx
+from bigramx import BigramLanguageModel, distributed, functional, optim, reference
 
 CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
 
@@ -346,6 +347,8 @@ def plain_tensors_are_the_same_on_every_rank_or_raise(_folder: Path) -> None:
                     loss_of(own, weight, own)
         with raises(ValueError, "the same on every rank"):
             functional.generate(idx - int(is_last), weight, 2)
+        with raises(IndexError):
+            functional.generate(idx + int(is_last), weight, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -470,7 +473,8 @@ def assert_equals_one_process(model: BigramLanguageModel, folder: Path) -> None:
             for each in (model, trained())
         )
         assert torch.equal(tokens, expected)
-    assert abs(model.evaluate(TOKENS) - trained().evaluate(TOKENS)) < 1e-5
+    exact = trained().evaluate(TOKENS)
+    assert abs(model.evaluate(TOKENS) - exact) < 1e-5
     model.save(folder / "model.safetensors")
     loaded = BigramLanguageModel.load(folder / "model.safetensors")
     assert torch.equal(loaded.token_embedding_table.weight, whole_weight(model))
@@ -529,6 +533,9 @@ def models_with_sharded_rows(folder: Path) -> None:
             take = functools.partial(distribute_tensor, device_mesh=mesh, placements=batch)
             train_by_ours(model, take, return_logits=return_logits)
         assert_equals_one_process(model, folder)
+        counts = functional.count_bigrams(TOKENS, V)
+        assert abs(model.evaluate_counts(counts) - trained().evaluate_counts(counts)) < 1e-6
+        assert math.isnan(model.evaluate_counts(torch.zeros_like(counts)))
     with raises(RuntimeError, "got mixed torch.Tensor and DTensor"):  # as nn.Embedding
         model(TOKENS)
 
@@ -565,6 +572,23 @@ def fully_shard_of_a_parallel_table(folder: Path) -> None:
     loss = functional.embedding_cross_entropy(TOKENS[:-1], weight, TOKENS[1:])
     torch.testing.assert_close(whole(loss), F.cross_entropy(whole(weight)[TOKENS[:-1]], TOKENS[1:]))
     assert_equals_one_process(model, folder)
+
+
+@check
+def training_of_sharded_models_by_fit(_folder: Path) -> None:
+    histories = []
+    shards: list[Callable[[BigramLanguageModel], object]] = [
+        lambda _model: None,
+        lambda model: shard_rows(model, mesh_of(4)),
+        lambda model: fully_shard(model, mesh=mesh_of(4)),
+    ]
+    for shard in shards:
+        model = make_model()
+        shard(model)
+        torch.manual_seed(1)
+        histories.append(bigramx.fit(model, TOKENS, max_steps=3, eval_interval=3, lr=LR))
+    for history in histories[1:]:
+        torch.testing.assert_close(history.train_losses, histories[0].train_losses)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizers
