@@ -1,6 +1,7 @@
 #include "adamw.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -159,6 +160,7 @@ void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Ten
 void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
                 const OptionalTensor& max_exp_avg_sq, at::Tensor step, double lr, double beta1, double beta2,
                 double eps, double weight_decay, bool maximize) {
+    RECORD_FUNCTION("bigramx::adamw_", {});  // as the dispatcher would
     count(step, 1);
     try {
         adamw(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay,

@@ -596,6 +596,18 @@ def test_transforms_see_torchs_step(transform: Any, kernel_steps: list[Tensor]) 
     assert kernel_steps == []
 
 
+@pytest.mark.cpu_only
+def test_a_profile_names_the_step_and_the_kernel() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = optim.AdamW([param])
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+    names = [event.name for event in profile.function_events]
+    assert names.count("Optimizer.step#AdamW.step") == 1
+    assert names.count("bigramx::adamw_") == 1
+
+
 @pytest.mark.parametrize("fused", [None, True], ids=["ours", "fused"])
 def test_grad_scaler(fused: bool | None) -> None:
     """Steps at an infinite gradient are skipped, and do not count."""
