@@ -164,7 +164,8 @@ def filter_logits(
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     if top_p is not None:
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        removed = probs.cumsum(-1, dtype=torch.float64) - probs >= top_p
+        sums = probs.cumsum(-1, dtype=torch.float64)
+        removed = sums - probs >= top_p * sums[..., -1:]  # the sum of long rows is not quite 1, as softmax rounds
         logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), float("-inf"))
     if min_p is not None:
         probs = logits.softmax(-1)

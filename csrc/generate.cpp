@@ -29,7 +29,9 @@ at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params) {
     if (params.top_p.has_value()) {
         const auto [sorted, order] =
             logits.softmax(-1).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-        const at::Tensor removed = sorted.cumsum(-1, at::kDouble) - sorted >= *params.top_p;
+        const at::Tensor sums = sorted.cumsum(-1, at::kDouble);
+        const at::Tensor total = sums.narrow(-1, -1, 1);  // of long rows not quite 1, as softmax rounds
+        const at::Tensor removed = sums - sorted >= total * *params.top_p;
         logits = logits.masked_fill(at::zeros_like(removed).scatter(-1, order, removed), kRemoved);
     }
     if (params.min_p.has_value()) {
