@@ -146,9 +146,9 @@ def _(
     z_loss: float = 0.0,
     padding_idx: int = NO_PADDING,
     sparse: bool = False,
-    loss_dtype: torch.dtype | None = None,
     return_logits: bool = False,
     compute_grad: bool = False,
+    loss_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_same_device("embedding_cross_entropy", idx=idx, weight=weight, targets=targets, class_weight=class_weight)
     loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else (), dtype=loss_dtype)

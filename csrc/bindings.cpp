@@ -33,7 +33,7 @@ TORCH_LIBRARY(bigramx, m) {
     // grad_rows empty; or sparse, the rows that occur, (K, C), and their indices, (K); or empty where
     // compute_grad is False.
     m.def("embedding_cross_entropy_forward(Tensor idx, Tensor weight, Tensor targets, " LOSS_OPTIONS
-          ", ScalarType? loss_dtype=None, bool return_logits=False, bool compute_grad=False) "
+          ", bool return_logits=False, bool compute_grad=False, ScalarType? loss_dtype=None) "
           "-> (Tensor loss, Tensor logits, Tensor grad_rows, Tensor grad_values)");
     m.def(
         "embedding_cross_entropy_backward(Tensor grad_loss, Tensor idx, Tensor weight, Tensor "

@@ -127,7 +127,7 @@ Result call_forward(const Params& params) {
     auto [loss, logits, grad_rows, grad_values] = std::apply(
         [&](const auto&... option) {
             return op.call(params.idx, params.weight, params.targets, optional_of(params.class_weight),
-                           option..., params.loss_dtype, params.return_logits, params.compute_grad);
+                           option..., params.return_logits, params.compute_grad, params.loss_dtype);
         },
         Options::fields(params.options));
     return {std::move(loss), std::move(logits), {std::move(grad_rows), std::move(grad_values)}};
@@ -393,7 +393,7 @@ std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::differen
 template <typename... Option>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::forward(
     const Tensor& idx, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& class_weight,
-    Option... option, std::optional<at::ScalarType> loss_dtype, bool return_logits, bool compute_grad) {
+    Option... option, bool return_logits, bool compute_grad, std::optional<at::ScalarType> loss_dtype) {
     const Params params{idx,           weight,
                         targets,       class_weight.value_or(Tensor()),
                         {option...},   loss_dtype.value_or(weight.scalar_type()),

@@ -102,9 +102,9 @@ struct EmbeddingCrossEntropyOps {
     static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& idx, const Tensor& weight,
                                                               const Tensor& targets,
                                                               const std::optional<Tensor>& class_weight,
-                                                              Option... option,
-                                                              std::optional<at::ScalarType> loss_dtype,
-                                                              bool return_logits, bool compute_grad);
+                                                              Option... option, bool return_logits,
+                                                              bool compute_grad,
+                                                              std::optional<at::ScalarType> loss_dtype);
 
     // The gradient's rows and values.
     static std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& idx,

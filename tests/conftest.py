@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import devices
+from tests import devices, tree
 
-# Code that torch.compile caches under one CPU capability corrupts memory under another: each gets its own folder.
+# Code that torch.compile caches under one CPU capability corrupts memory under another, and for one schema does not fit
+# another: each gets its own folder.
+_SCHEMAS = zlib.crc32((tree.CSRC / "bindings.cpp").read_bytes())
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
-    str(Path(tempfile.gettempdir()) / f"bigramx_inductor_{torch.backends.cpu.get_cpu_capability()}"),
+    str(Path(tempfile.gettempdir()) / f"bigramx_inductor_{torch.backends.cpu.get_cpu_capability()}_{_SCHEMAS:08x}"),
 )
 
 settings.register_profile("bigramx", deadline=None, max_examples=60, derandomize=True)

@@ -177,7 +177,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
                 torch.tensor([1]),
                 torch.zeros(5, 5),
                 torch.tensor([1]),
-                *(None, -100, 1, 0.0, 0.0, -1, False, None, False, True),
+                *(None, -100, 1, 0.0, 0.0, -1, False, False, True),
             ),
         ),
     ],
