@@ -14,12 +14,14 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
 import torch
 
 from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, memory, reference
+from tests import processes
 from tests.devices import on_device
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -391,6 +393,7 @@ def test_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fit(model, tokens, max_steps=3).step == 3
 
 
+@mock.patch.dict(sys.modules)  # tqdm decides at its import: what is imported here is forgotten
 def test_a_progress_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = types.SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
@@ -402,9 +405,13 @@ def test_a_progress_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| 3/3 [" in stream.getvalue()
 
 
-def test_tqdm_is_imported_for_a_bar_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "tqdm.auto", raising=False)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    for progress, is_imported in ((None, False), (False, False), (True, True)):
-        fit(BigramLanguageModel(20), torch.randint(20, (500,)), max_steps=3, progress=progress)
-        assert ("tqdm.auto" in sys.modules) == is_imported
+@pytest.mark.cpu_only
+def test_tqdm_is_imported_for_a_bar_alone() -> None:
+    script = """
+import sys, torch
+from bigramx import BigramLanguageModel, fit
+for progress, is_imported in ((None, False), (False, False), (True, True)):
+    fit(BigramLanguageModel(20), torch.randint(20, (500,)), max_steps=3, progress=progress)
+    assert ("tqdm.auto" in sys.modules) == is_imported, progress
+"""
+    processes.run([sys.executable, "-c", script], check=True)
