@@ -597,6 +597,7 @@ def test_transforms_see_torchs_step(transform: Any, kernel_steps: list[Tensor]) 
 
 
 @pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore")  # the profiler's, about itself
 def test_a_profile_names_the_step_and_the_kernel() -> None:
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
