@@ -62,6 +62,21 @@ class _InCommon(torch.autograd.Function):
         return _sum_over_ranks(grads[0], ctx.groups), None
 
 
+class _Local(torch.autograd.Function):
+    """``_local``; the gradient is placed as the tensor, and differentiable, which to_local's is not in torch 2.11."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, shard_dims: Sequence[int]) -> Tensor:
+        ctx.shard_dims, ctx.mesh, ctx.shape = shard_dims, tensor.device_mesh, tensor.shape
+        ctx.placements = [Replicate() if kind.is_partial() else kind for kind in tensor.placements]
+        return _local(tensor, shard_dims)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = _place(grads[0], ctx.mesh, ctx.shard_dims, ctx.shape)
+        return grad.redistribute(placements=ctx.placements), None
+
+
 def _sum_over_ranks(part: Tensor, groups: _Groups) -> Tensor:
     total: Tensor = _SumOverRanks.apply(part, groups)  # type: ignore[no-untyped-call]
     return total
@@ -70,6 +85,11 @@ def _sum_over_ranks(part: Tensor, groups: _Groups) -> Tensor:
 def _in_common(tensor: Tensor, groups: _Groups) -> Tensor:
     common: Tensor = _InCommon.apply(tensor, groups)  # type: ignore[no-untyped-call]
     return common
+
+
+def _differentiable_local(tensor: Tensor, shard_dims: Sequence[int]) -> Tensor:
+    local: Tensor = _Local.apply(tensor, shard_dims)  # type: ignore[no-untyped-call]
+    return local
 
 
 def _groups(mesh: DeviceMesh, dims: Iterable[int]) -> _Groups:
@@ -191,7 +211,7 @@ class _Table:
     def __init__(self, weight: DTensor) -> None:
         self.mesh: DeviceMesh = weight.device_mesh
         self.row_dims = _shard_dims(weight)
-        self.rows = _local(weight, self.row_dims)
+        self.rows = _differentiable_local(weight, self.row_dims)
         self.num_rows = weight.size(0)
         self.start, self.stop = 0, self.num_rows
         for dim in self.row_dims:  # as Shard divides them
@@ -391,7 +411,7 @@ def embedding_cross_entropy_with_logits(
     all_targets = _local(call.targets, []).reshape(idx.numel(), *targets.shape[idx.dim() :])
     loss = embedding_cross_entropy(_place(pairs, mesh), logits, _place(all_targets, mesh), **vars(call.criterion))
     if call.criterion.reduction == "none":
-        loss = _place(_local(loss, []).view(idx.shape), mesh)
+        loss = _place(_differentiable_local(loss, []).view(idx.shape), mesh)
     return loss, logits
 
 

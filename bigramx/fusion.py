@@ -28,7 +28,6 @@ _num_function_modes = torch._C._len_torch_function_stack
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 
-
 _PLAIN = (Tensor, nn.Parameter)
 
 

@@ -25,7 +25,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What each rank raised, by check."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [*TORCHRUN, "--nproc-per-node=4", "-m", "tests.distributed_checks", str(folder)]
-    ended = processes.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = processes.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     path = folder / "problems.json"
     found: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
     if ended.returncode != 0:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import checkpoint
 
 import bigramx
 from bigramx import data, reference
@@ -43,7 +42,7 @@ def run(script: str, num_ranks: int, folder: Path, out: str) -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
     arguments = [str(word) for option in options.items() for word in option]
     command = [*torchrun, f"--nproc-per-node={num_ranks}", str(EXAMPLES / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     ended = processes.run(command, cwd=folder, env=environment)
     # When all is done, a thread of Gloo may abort a process while Python ends (pytorch/pytorch#179291).
     assert ended.returncode == 0 or "terminate called without an active exception" in ended.stderr, ended.stderr
@@ -100,6 +99,8 @@ def test_data_parallel(script: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # PyTorch's, about a load by one process
 def test_row_sharded(tmp_path: Path) -> None:
     """Three ranks, among which the rows do not divide evenly."""
+    from torch.distributed import checkpoint
+
     weight, printed = train(initial="zeros")
     assert_same_output(run("train_row_sharded.py", 3, tmp_path, "checkpoint"), printed)
     model = bigramx.BigramLanguageModel(len(weight))
