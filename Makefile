@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TEXT ?=
 SANITIZER ?= compute-sanitizer
+SECONDS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 FRAMEWORKS := build/frameworks
@@ -14,7 +15,7 @@ SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint integration simt cuda-check sanitize bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
+.PHONY: help train test lint integration simt cuda-check sanitize trust asan tsan fuzz fuzz-files faults statistics soak portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +25,8 @@ help:
 	@echo "make integration         tests with Lightning, Accelerate, Transformers, PEFT, Opacus and ONNX, which it installs"
 	@echo "make cuda-check          compile the CUDA kernels for three architectures, and print what each takes"
 	@echo "make sanitize            run CUDA tests under compute-sanitizer; needs a GPU"
+	@echo "make trust               all promises about faults, an hour or two: asan, tsan, fuzz, fuzz-files, faults, statistics, soak, portability"
+	@echo "make fuzz [SECONDS=60]   one of these"
 	@echo "make bench               time and memory against PyTorch, JAX and NumPy, some ten minutes"
 	@echo "make bench-quick         the same with few rounds, under three minutes"
 	@echo "make bench-cuda          time and memory on a GPU"
@@ -56,6 +59,27 @@ sanitize: $(STAMPS)/built
 		echo "$(SANITIZER) --tool $$tool"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --error-exitcode 1 --tool $$tool $(BIN)/python -m pytest tests/test_cuda.py -k sanitize || exit 1; \
 	done
+
+# Each of these is a module of tests/trust, which runs for its own time or for SECONDS, prints what it tried and exits
+# with 1 for a finding. make trust keeps what they print in tests/trust/results.
+TRUST := asan tsan fuzz fuzz-files faults statistics soak portability
+
+trust: export BIGRAMX_TRUST_KEEP := 1
+trust: $(STAMPS)/built
+	@failed=; for target in $(TRUST); do $(MAKE) --no-print-directory $$target || failed="$$failed $$target"; done; \
+		$(BIN)/python -m tests.trust.report; test -z "$$failed" || { echo "make trust: findings of:$$failed" >&2; exit 1; }
+
+asan tsan: $(STAMPS)/built
+	@$(BIN)/python -m tests.trust.sanitizers $@
+
+fuzz: $(STAMPS)/built
+	@$(BIN)/python -m tests.trust.fuzz_ops $(SECONDS)
+
+fuzz-files: $(STAMPS)/built
+	@$(BIN)/python -m tests.trust.fuzz_files $(SECONDS)
+
+faults statistics soak portability: $(STAMPS)/built
+	@$(BIN)/python -m tests.trust.$@ $(SECONDS)
 
 bench: $(STAMPS)/built peers
 	$(BIN)/python benchmarks/run.py
