@@ -12,8 +12,9 @@ STAMPS := build/stamps
 
 CSRC := $(shell find csrc -type f)
 SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+TRUST_C := $(wildcard tests/trust/*.c tests/trust/*.cpp tests/trust/*.h)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
-CHECKED := $(CSRC) $(SIMT) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
+CHECKED := $(CSRC) $(SIMT) $(TRUST_C) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
 .PHONY: help train test lint integration simt cuda-check sanitize trust asan tsan fuzz fuzz-files faults statistics soak portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
@@ -143,7 +144,7 @@ $(STAMPS)/integrated: $(STAMPS)/frameworks $(STAMPS)/built $(CHECKED)
 $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(SIMT) benchmarks/*.cpp benchmarks/*.h
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(SIMT) $(TRUST_C) benchmarks/*.cpp benchmarks/*.h
 	$(BIN)/mypy
 	@touch $@
 
@@ -154,7 +155,7 @@ $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/d
 	@$(MAKE) --no-print-directory distcheck
 	@touch $@
 
-$(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/*)
+$(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/* tests/trust/results/* tests/trust/*.supp)
 	@$(MAKE) --no-print-directory simt
 	$(BIN)/python -m pytest
 	@touch $@

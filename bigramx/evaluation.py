@@ -225,7 +225,10 @@ def _store(run: Tensor) -> _StoredRun:
     """
     if not run.is_cpu:
         return lambda: run
-    pages = mmap.mmap(-1, run.nbytes, flags=mmap.MAP_PRIVATE)
+    try:
+        pages = mmap.mmap(-1, run.nbytes, flags=mmap.MAP_PRIVATE)
+    except OSError:  # no more of it: the run stays where it is
+        return lambda: run
     torch.frombuffer(pages, dtype=run.dtype).view(2, -1).copy_(run)
     dtype = run.dtype
     return lambda: torch.frombuffer(pages, dtype=dtype).view(2, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -109,6 +110,17 @@ class TestOptimalLoss:
         tokens = torch.randint(50_000, (300_000,)) * torch.randint(2, (300_000,))
         loss = optimal_loss(tokens)
         torch.set_num_threads(1)
+        assert optimal_loss(tokens) == loss
+
+    @pytest.mark.usefixtures("small_chunks")
+    def test_without_address_space_for_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tokens = torch.randint(1000, (1500,))
+        loss = optimal_loss(tokens)
+
+        def refuse(*args: object, **options: object) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        monkeypatch.setattr(evaluation.mmap, "mmap", refuse)
         assert optimal_loss(tokens) == loss
 
     def test_from_counts(self) -> None:
