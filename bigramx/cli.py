@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import io
+import logging
 import os
+import re
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -20,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import bigramx
-from bigramx import data, memory
+from bigramx import data, memory, storage
 from bigramx.evaluation import optimal_loss
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
@@ -34,12 +38,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+class _Console(Console):
+    """One that raises an error where nobody reads any more, as files do."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 _MODEL, _HISTORY, _LOSSES, _TABLE = "model.safetensors", "history.safetensors", "loss.png", "table.png"
 _STREAM_TOKENS = 256  # generated in one call before they are printed
 
 _MOST = 2**31 - 1
+_CLOSED_PIPE = 128 + signal.SIGPIPE  # the status of other tools, as quiet, whose reader has gone away
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newlines and tabs
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model that `bigramx train` saved.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -47,7 +62,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"bigramx {bigramx.__version__}")
+        _print(f"bigramx {bigramx.__version__}")
         raise typer.Exit
 
 
@@ -68,7 +83,26 @@ class SamplerName(enum.Enum):
 
 
 class CommandError(RuntimeError):
-    """An error for the user, printed as one line."""
+    """An error for the user, printed as one line.
+
+    Attributes:
+        status: The exit status of the process.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _shown(text: str) -> str:
+    """The text as it is for files and pipes; for a terminal, without the characters that it would obey."""
+    if not sys.stdout.isatty():
+        return text
+    return _CONTROL_CHARACTERS.sub(lambda match: storage.printable(match.group()), text)
+
+
+def _print(text: str, style: str | None = None) -> None:
+    console.print(_shown(text), style=style)
 
 
 def _need_tokenizer(model: BigramLanguageModel, path: Path) -> CharTokenizer:
@@ -116,28 +150,43 @@ def train(
     eval_interval: Annotated[int, typer.Option(min=1, max=_MOST, help="Steps between evaluations.")] = 300,
     seed: Seed = 1337,
     out: Annotated[Path, typer.Option(help="Folder for the model, its history and the pictures.")] = Path("runs"),
+    checkpoint_interval: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between two savings of model and history while it trains.")
+    ] = 60.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     vocab_size: Annotated[
         int | None, typer.Option(min=1, max=_MOST, help="Of .bin tokens. Default: the largest + 1.")
     ] = None,
     sample: Annotated[int, typer.Option(min=0, max=_MOST, help="Characters to write at the end.")] = 300,
 ) -> None:
-    """Trains a model; saves it, its history and two pictures."""
+    """Trains a model; saves it with its history, again and again while it trains, and draws two pictures."""
     torch.manual_seed(seed)
     model, tokens = _new_model(text, vocab_size)
     history = None
     if resume:
-        fresh, model, history = model, BigramLanguageModel.load(out / _MODEL), History.load(out / _HISTORY)
+        fresh, (model, history) = model, _load_run(out)
+        if history is None:
+            raise CommandError(f"{out / _MODEL}: this model was saved without a history to go on with")
         if (model.vocab_size, model.tokenizer) != (fresh.vocab_size, fresh.tokenizer):
-            raise CommandError(f"{out / _MODEL}: this model was trained on another vocabulary than the text has")
+            name = out / _MODEL
+            raise CommandError(f"{name}: this model was trained on another vocabulary than the text has")
     train_tokens, val_tokens = data.split(tokens)
     if min(len(train_tokens), len(val_tokens)) <= block_size:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")
-    console.print(
-        f"{len(tokens):,} tokens, a vocabulary of {model.vocab_size:,}; the first {len(train_tokens):,} to train on"
-    )
-    _check_writable(out)
-    with _Progress(steps) as progress:
+    _print(f"{len(tokens):,} tokens, a vocabulary of {model.vocab_size:,}; the first {len(train_tokens):,} to train on")
+    checkpoint = _Checkpoint(model, out / _MODEL, checkpoint_interval)
+    checkpoint.check(steps)
+    with _Signals() as signals, _Progress(steps) as progress:
+
+        def on_progress(history: History) -> None:
+            progress.show(history)
+            checkpoint.save_when_due(history)
+            signals.end_run()
+
+        def on_evaluation(history: History) -> None:
+            progress.show_evaluation(history)
+            signals.end_run()
+
         try:
             history = fit(
                 model,
@@ -150,53 +199,107 @@ def train(
                 eval_interval=eval_interval,
                 resume=history,
                 progress=False,  # there is a bar already
-                on_progress=progress.on_progress,
-                on_evaluation=progress.on_evaluation,
+                on_progress=on_progress,
+                on_evaluation=on_evaluation,
             )
         except BaseException:
             if progress.history is not None:
-                _save(model, progress.history, out)
+                checkpoint.save(progress.history)
             raise
-        _save(model, history, out)
-    if history.interrupted:
-        raise CommandError(f"interrupted after {history.step} steps; saved in {out}; go on with --resume")
+        checkpoint.save(history)
+    if signals.received is not None:
+        message = f"interrupted after {history.step} steps; saved in {out}; go on with --resume"
+        raise CommandError(message, 128 + signals.received)
     try:
         pictures = _draw(model, history, out)
     finally:
         if model.tokenizer is not None and sample > 0:
-            console.print("\nA sample", style="bold")
+            _print("\nA sample", style="bold")
             _stream(model, model.tokenizer, torch.zeros((1, 1), dtype=torch.long), sample, {})
-        _print_written(out, _MODEL, _HISTORY)
+        _print_written(out, _MODEL)
     _print_written(out, *pictures)
 
 
-def _check_writable(out: Path) -> None:
-    """Raises before the training what saving would raise after it."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (out / _MODEL, out / _HISTORY):
-        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=out):
-            pass
+def _load_run(out: Path) -> tuple[BigramLanguageModel, History | None]:
+    """The model and the history of a run: of one file or, as earlier versions wrote them, of two."""
+    with storage.open_to_read(out / _MODEL) as file:
+        model = BigramLanguageModel.load(file)
+        file.seek(0)
+        history = History._load_if_any(file)
+    if history is None and (out / _HISTORY).exists():
+        history = History.load(out / _HISTORY)
+    table = model.token_embedding_table.weight.detach()
+    if history is not None and history.table_checksum != storage.checksum(table):
+        raise CommandError(f"{out}: the history is not of this model: its run ended with another table")
+    return model, history
 
 
 def _print_written(out: Path, *names: str) -> None:
     for name in names:
-        console.print(f"wrote {out / name}")
+        _print(f"wrote {out / name}")
 
 
-def _save(model: BigramLanguageModel, history: History, out: Path) -> None:
-    with _ignored_interrupts():
-        model.save(out / _MODEL)
-        history.save(out / _HISTORY)
+class _Checkpoint:
+    """The file of a run, model and history, which is replaced while the run lasts and at its end."""
+
+    def __init__(self, model: BigramLanguageModel, path: Path, interval: float) -> None:
+        self._model, self._path, self._interval = model, path, interval
+        self._next_time = time.monotonic() + interval
+
+    def check(self, steps: int) -> None:
+        """Raises before the training what saving would raise after it."""
+        num_states, num_other = 2, 2**15  # AdamW's; the header, the generator's state and the evaluations
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        table = self._model.token_embedding_table.weight.nbytes
+        storage.check_writable(self._path, (1 + num_states) * table + 8 * steps + num_other)
+
+    def save(self, history: History) -> None:
+        self._model.save(self._path, history=history)
+
+    def save_when_due(self, history: History) -> None:
+        """Saves once in each interval; where that fails, the training goes on, and the next time may do better."""
+        if time.monotonic() < self._next_time:
+            return
+        try:
+            self.save(history)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                _print(f"step {history.step}: not saved: {error}")
+        self._next_time = time.monotonic() + self._interval
 
 
-@contextlib.contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """Ctrl-C, pressed twice by one who ends a run, does not end the saving of it."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+class _Signals:
+    """Ends a run at SIGINT, SIGTERM or SIGHUP: they are only remembered, until the run is between two steps.
+
+    What is ignored stays so: SIGHUP under nohup, SIGINT in the background job of a shell.
+
+    Attributes:
+        received: The first of them.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._handlers[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, _frame: object) -> None:
+        if self.received is None:
+            self.received = number
+
+    def end_run(self) -> None:
+        """Called between two steps of ``fit``, which a KeyboardInterrupt ends."""
+        if self.received is not None:
+            raise KeyboardInterrupt
 
 
 class _Progress:
@@ -209,25 +312,33 @@ class _Progress:
     def __init__(self, steps: int) -> None:
         self.history: History | None = None
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True)
+        self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
         self._task = self._bar.add_task("training", total=steps)
         self._width = len(str(steps))
+        self._next_time = 0.0
+
+    # Where nobody reads any more, the training goes on.
 
     def __enter__(self) -> _Progress:
-        self._bar.start()
+        with contextlib.suppress(OSError):
+            self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._bar.stop()
 
-    def on_progress(self, history: History) -> None:
+    def show(self, history: History) -> None:
+        """Called many times a second; shows ten of them."""
         self.history = history
-        self._bar.update(self._task, completed=history.step)
+        if (now := time.monotonic()) >= self._next_time:
+            self._next_time = now + 0.1
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=history.step, refresh=True)
 
-    def on_evaluation(self, history: History) -> None:
-        # Where nobody reads any more (rich then exits), the training goes on.
-        with contextlib.suppress(OSError, SystemExit):
-            console.print(
+    def show_evaluation(self, history: History) -> None:
+        with contextlib.suppress(OSError):
+            _print(
                 f"step {history.step:>{self._width}}: train loss {history.train_losses[-1]:.4f}, "
                 f"val loss {history.val_losses[-1]:.4f}; optimum {history.optimum:.4f}"
             )
@@ -239,6 +350,7 @@ def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> lis
     Raises:
         CommandError: They cannot be drawn, or not be written.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would warn of a home that it cannot write to
     try:
         from bigramx import plots
 
@@ -247,7 +359,7 @@ def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> lis
         plots.plot_table(model, out / _TABLE)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("matplotlib"):
-            console.print("no pictures: matplotlib is not installed; type: pip install matplotlib")
+            _print("no pictures: matplotlib is not installed; type: pip install matplotlib")
             return []
         raise CommandError(f"no pictures: {error}") from error
     return [_TABLE] if history is None else [_LOSSES, _TABLE]
@@ -287,7 +399,7 @@ def generate(
         "stop": None if stop is None else int(tokenizer.encode(stop)),
         "sampler": sampler.value,
     }
-    sys.stdout.write(prompt)
+    sys.stdout.write(_shown(prompt))
     _stream(model, tokenizer, start, tokens, options)
 
 
@@ -298,7 +410,7 @@ def _stream(
     while num_tokens > 0:
         step = min(num_tokens, _STREAM_TOKENS)
         following = model.generate(idx, step, **options)[0, idx.size(1) :]  # type: ignore[arg-type]
-        sys.stdout.write(tokenizer.decode(following))
+        sys.stdout.write(_shown(tokenizer.decode(following)))
         sys.stdout.flush()
         if stop is not None and int(following[-1]) == stop:
             break
@@ -322,8 +434,8 @@ def evaluate(
     if len(tokens) < 2:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, no pair")
     loss = model.evaluate(tokens)
-    console.print(f"{len(tokens) - 1:,} pairs: loss {loss:.4f} nats a token, perplexity {torch.tensor(loss).exp():.3f}")
-    console.print(f"the optimum on this text: {optimal_loss(tokens):.4f}")
+    _print(f"{len(tokens) - 1:,} pairs: loss {loss:.4f} nats a token, perplexity {torch.tensor(loss).exp():.3f}")
+    _print(f"the optimum on this text: {optimal_loss(tokens):.4f}")
 
 
 @app.command()
@@ -331,8 +443,7 @@ def plot(
     run: Annotated[Path, typer.Argument(help="A folder that `bigramx train` left.")] = Path("runs"),
 ) -> None:
     """Draws the pictures of a run again."""
-    model = BigramLanguageModel.load(run / _MODEL)
-    history = History.load(run / _HISTORY) if (run / _HISTORY).exists() else None
+    model, history = _load_run(run)
     pictures = _draw(model, history, run)
     _print_written(run, *pictures)
     if not pictures:
@@ -345,7 +456,7 @@ def info() -> None:
     rows = {"bigramx": bigramx.__version__, **bigramx.build_info(), "threads": str(torch.get_num_threads())}
     width = max(map(len, rows))
     for name, value in rows.items():
-        console.print(f"{name:<{width}}  {value or 'none'}")
+        _print(f"{name:<{width}}  {value or 'none'}")
 
 
 def run() -> None:
@@ -357,14 +468,28 @@ def run() -> None:
         finally:
             _flush()
     except BrokenPipeError:
-        sys.exit(1)  # as quietly as other tools
+        sys.exit(_CLOSED_PIPE)
+    except SystemExit as ended:  # which typer makes of it
+        sys.exit(_CLOSED_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code)
+    except CommandError as error:
+        _fail(str(error), error.status)
     except (OSError, ValueError, IndexError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
         # The first line of an error from C++ is its message; a stack trace may follow.
-        sys.exit(f"bigramx: {(str(error) or type(error).__name__).splitlines()[0]}")
+        _fail((str(error) or type(error).__name__).partition("\n")[0], 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    """Prints one line, if anyone still reads."""
+    with contextlib.suppress(OSError):
+        print(f"bigramx: {storage.printable(message)}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def _prepare_streams() -> None:
     """A closed stream takes what is written and drops it; characters that the console lacks are replaced."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it takes the lowest descriptor that is free, which a file of ours would get
+    os.close(handle)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open to the end

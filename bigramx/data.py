@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import stat
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bigramx import ops
+from bigramx import ops, storage
 
 _INTEGERS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
 _CHUNK = 2**18  # tokens that are read at once
@@ -63,32 +65,37 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
     Raises:
         ValueError: The file is not UTF-8; names the byte and its position.
-        OSError: It cannot be read.
+        OSError: It cannot be read, or is no regular file.
+        MemoryError: It does not fit into memory.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{os.fspath(path)}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
-                f"at position {error.start}"
-            ) from None
+    content = storage.read_file(path)
+    try:
+        return str(content, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{storage.name_of(path)}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
+            f"at position {error.start}"
+        ) from None
 
 
 def read_bin(path: str | os.PathLike[str]) -> Tensor:
     """NanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
 
-    Pages are read on first access; the file is never written.
+    Pages are read on first access; the file is never written. It must not be cut short while the tokens are in use: the
+    system would end the process (SIGBUS). One that is replaced, as ``storage.write_with`` does, stays as it was.
 
     Raises:
         ValueError: The file is empty or of an odd size.
-        OSError: It cannot be read.
+        OSError: It cannot be read, or is no regular file.
     """
-    with open(path, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-    if num_bytes == 0 or num_bytes % 2:
-        raise ValueError(f"{os.fspath(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
-    return torch.from_file(os.fspath(path), shared=False, size=num_bytes // 2, dtype=torch.uint16, device="cpu")
+    with storage.open_to_read(path) as file:
+        status = os.fstat(file.fileno())
+        num_bytes = status.st_size
+        if not stat.S_ISREG(status.st_mode) or num_bytes == 0 or num_bytes % 2:
+            raise ValueError(f"{storage.name_of(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
+        # Private and writable, as tensors are: what is written to them stays in memory.
+        pages = mmap.mmap(file.fileno(), num_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(pages, dtype=torch.uint16)
 
 
 def split(tokens: Tensor, train_fraction: float = 0.9) -> tuple[Tensor, Tensor]:

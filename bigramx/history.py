@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.types import FileLike
 
 from bigramx.fusion import is_plain_tensor
-from bigramx.storage import DTYPE_NAMES, name_of, read_tensors, write_tensors
+from bigramx.storage import DTYPE_NAMES, name_of, printable, read_tensors, write_tensors
 
+PREFIX = "history."  # of the history's tensors in a model's file
 _KIND = "history"
 _LISTS = {"losses": torch.float64, "steps": torch.int64, "train_losses": torch.float64, "val_losses": torch.float64}
 _VALUES = (
@@ -28,6 +29,16 @@ _VALUES = (
     "scheduler_name",
 )
 _STATES = ("optimizer_state", "scheduler_state")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_LISTS, (list,)),
+    **dict.fromkeys(_STATES, (dict, type(None))),
+    **dict.fromkeys(("interrupted", "stopped", "scheduler_is_due"), (bool,)),
+    **dict.fromkeys(("optimizer_name", "scheduler_name"), (str, type(None))),
+    "optimum": (int, float),
+    "table_checksum": (int, type(None)),
+    "generator_state": (Tensor, type(None)),
+}
+_NUMPY_NUMBERS = {numpy.dtype(code).name: numpy.dtype(code).type for code in "?bhiqlBHIQLefd"}
 _DICTS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 
 
@@ -93,6 +104,8 @@ class History:
     def save(self, path: FileLike) -> None:
         """Writes the history to one safetensors file, whole or not at all.
 
+        ``model.save(path, history=history)`` writes it into the model's file: neither is ever without the other.
+
         Args:
             path: A path, or a binary file object.
 
@@ -101,37 +114,82 @@ class History:
             TypeError: ``path`` is neither; or a state holds what cannot be saved, for which ``fit`` raises the same
                 before its first step, or after it if the optimizer makes the state there.
         """
+        write_tensors(path, _KIND, *self.parts())
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata of its file.
+
+        Raises:
+            TypeError: A state holds what cannot be saved.
+        """
         self._update()
         tensors = {name: torch.tensor(getattr(self, name), dtype=dtype, device="cpu") for name, dtype in _LISTS.items()}
         if self.generator_state is not None:
             tensors["generator_state"] = self.generator_state
         values = {name: getattr(self, name) for name in _VALUES}
         values |= {name: encode_state(getattr(self, name), name, tensors) for name in _STATES}
-        write_tensors(path, _KIND, tensors, {"history": json.dumps(values)})
+        return tensors, {"history": json.dumps(values)}
 
     @classmethod
     def load(cls, path: FileLike) -> History:
-        """Reads what ``save`` wrote.
+        """Reads what ``save`` wrote, or the history in a model's file.
 
         Args:
             path: A path, or a binary file object, which is read to its end.
 
         Raises:
             ValueError: The file is damaged, cut short, or holds something else.
-            OSError: It cannot be read.
+            OSError: It cannot be read, or is no regular file.
+            MemoryError: It does not fit into memory.
         """
-        tensors, metadata = read_tensors(path, _KIND)
+        history = cls._load_if_any(path)
+        if history is None:
+            raise ValueError(f"{name_of(path)}: not a history, but a model that was saved without one")
+        return history
+
+    @classmethod
+    def _load_if_any(cls, path: FileLike) -> History | None:
+        """As ``load``; None if it is the file of a model without a history."""
+        tensors, metadata = read_tensors(path, _KIND, "model", is_wanted=_is_of_history)
+        if metadata["kind"] == "model":
+            if "history" not in metadata:
+                return None
+            tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         try:
             values = json.loads(metadata["history"])
             parts = _parts_of_version_0_1(tensors, values) if "param_groups" in values else _parts(tensors, values)
-            return cls(generator_state=tensors.get("generator_state"), **parts)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name_of(path)}: a history of another version of bigramx ({error})") from None
+            history = cls(generator_state=tensors.get("generator_state"), **parts)
+            history._check()
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
+            reason = printable(str(error))
+            raise ValueError(f"{name_of(path)}: a history of another version of bigramx ({reason})") from None
+        return history
+
+    def _check(self) -> None:
+        """Raises a ValueError where a value is of a type that no history has."""
+        for name, types in _TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise ValueError(f"{name} is a {type(value).__name__}")
+            if isinstance(value, list) and not all(type(number) in (int, float) for number in value):
+                raise ValueError(f"{name} holds what is no number")
+        float(self.optimum)
+
+
+def _is_of_history(kind: str, name: str) -> bool:
+    return kind == _KIND or name.startswith(PREFIX)
 
 
 def _parts(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
-    lists = {name: tensors[name].tolist() for name in _LISTS}
-    return {**lists, **values, **{name: _decode(values[name], tensors) for name in _STATES}}
+    lists = {name: _list_of(tensors[name], dtype) for name, dtype in _LISTS.items()}
+    return {**values, **lists, **{name: _decode(values[name], tensors) for name in _STATES}}
+
+
+def _list_of(tensor: Tensor, dtype: torch.dtype) -> list[Any]:
+    if tensor.dim() != 1 or tensor.dtype != dtype:
+        raise ValueError(f"a list of numbers is a tensor of dtype {tensor.dtype} and shape {tuple(tensor.shape)}")
+    values: list[Any] = tensor.tolist()
+    return values
 
 
 def _parts_of_version_0_1(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +282,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_decode(content, tensors))
     if kind == "numpy":
         dtype, number = content
-        return numpy.dtype(dtype).type(number)
+        return _NUMPY_NUMBERS[dtype](number)
     if kind == "sparse_coo":
         *parts, shape, is_coalesced = content
         indices, values = (_decode(part, tensors) for part in parts)

@@ -16,6 +16,7 @@ from torch.types import FileLike
 from bigramx import evaluation, functional, fusion, reference
 from bigramx.data import are_worth_counting, check_tokens
 from bigramx.functional import Sampler
+from bigramx.history import PREFIX, History
 from bigramx.storage import name_of, read_tensors, write_tensors
 from bigramx.tokenizer import CharTokenizer
 
@@ -40,6 +41,19 @@ class _Derived(Generic[_Value]):
 
     def __get__(self, model: nn.Module | None, owner: type) -> _Derived[_Value] | _Value:
         return self if model is None else self._get(model)
+
+
+def _number_in(
+    metadata: dict[str, str], name: str, kind: type[_Value], default: _Value, least: Any, most: Any
+) -> _Value:
+    """A number that the metadata of a file hold as JSON; a ValueError where it is none, or out of range."""
+    try:
+        value = json.loads(metadata.get(name, json.dumps(default)))
+    except (ValueError, RecursionError):
+        value = None
+    if type(value) is not kind or not least <= value <= most:
+        raise ValueError(f"expected {name} to be of type {kind.__name__} and between {least} and {most}")
+    return value
 
 
 @contextlib.contextmanager
@@ -351,21 +365,26 @@ class BigramLanguageModel(nn.Module):
             logits.copy_((smoothed / smoothed.sum(dim=1, keepdim=True)).log())
         return model
 
-    def save(self, path: FileLike) -> None:
+    def save(self, path: FileLike, *, history: History | None = None) -> None:
         """Writes the table, the loss's options and the tokenizer to one safetensors file, whole or not at all.
 
         Where the table is sharded over ranks, all of them call this, and the first writes the whole table.
 
         Args:
             path: A path, or a binary file object.
+            history: Of the run that trained the model, to be written to the same file, from which ``History.load``
+                reads it: a checkpoint, of which there is the old one or the new one, whole.
 
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
-            TypeError: ``path`` is neither.
+            TypeError: ``path`` is neither; or the history holds what cannot be saved.
+            ValueError: There is a history, and the table is sharded: each rank has a history of its own.
         """
         class_weight = self._buffers.get("class_weight")
         tensors = {} if class_weight is None else {_CLASS_WEIGHT: class_weight}
-        metadata = {
+        recorded, metadata = ({}, {}) if history is None else history.parts()
+        tensors |= {PREFIX + name: tensor for name, tensor in recorded.items()}
+        metadata |= {
             "sparse": json.dumps(bool(self.token_embedding_table.sparse)),
             "ignore_index": json.dumps(int(self.ignore_index)),
             "label_smoothing": json.dumps(float(self.label_smoothing)),
@@ -381,6 +400,8 @@ class BigramLanguageModel(nn.Module):
         if fusion.any_dtensor(weight):
             from bigramx import distributed
 
+            if history is not None:
+                raise ValueError("save: of a sharded table each rank has a history of its own: history.save writes it")
             distributed.write_once(weight, write)
         else:
             write(weight)
@@ -394,23 +415,35 @@ class BigramLanguageModel(nn.Module):
 
         Raises:
             ValueError: The file is damaged, cut short, or holds something else.
-            OSError: It cannot be read.
+            OSError: It cannot be read, or is no regular file.
+            MemoryError: The table does not fit into memory.
         """
-        tensors, metadata = read_tensors(path, _KIND)
-        weight = tensors.get(_WEIGHT)
+        tensors, metadata = read_tensors(path, _KIND, is_wanted=lambda _kind, name: name in (_WEIGHT, _CLASS_WEIGHT))
+        try:
+            return cls._of_parts(tensors, metadata)
+        except ValueError as error:
+            raise ValueError(f"{name_of(path)}: {error}") from None
+
+    @classmethod
+    def _of_parts(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> BigramLanguageModel:
+        """The model whose file has these tensors and metadata; a ValueError where they make none."""
+        weight, class_weight = tensors.get(_WEIGHT), tensors.get(_CLASS_WEIGHT)
         if weight is None or weight.dim() != 2 or weight.size(0) != weight.size(1) or not weight.is_floating_point():
-            raise ValueError(f"{name_of(path)}: expected a square table named {_WEIGHT}")
+            raise ValueError(f"expected a square table named {_WEIGHT}")
+        if class_weight is not None and (
+            class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point()
+        ):
+            raise ValueError(f"expected {_CLASS_WEIGHT} to have {weight.size(0)} numbers")
         sparse = metadata.get("sparse") == json.dumps(True)
         model = cls(weight.size(0), sparse=sparse, device="meta", dtype=weight.dtype)
         model.token_embedding_table.weight = nn.Parameter(weight)
-        model.class_weight = tensors.get(_CLASS_WEIGHT)
-        model.ignore_index = json.loads(metadata.get("ignore_index", "-100"))
-        model.label_smoothing = json.loads(metadata.get("label_smoothing", "0.0"))
+        model.class_weight = class_weight
+        model.ignore_index = _number_in(metadata, "ignore_index", int, -100, -(2**63), 2**63 - 1)
+        model.label_smoothing = _number_in(metadata, "label_smoothing", float, 0.0, 0.0, 1.0)
         if "tokenizer" in metadata:
             model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
             if model.tokenizer.vocab_size != model.vocab_size:
                 raise ValueError(
-                    f"{name_of(path)}: the tokenizer has {model.tokenizer.vocab_size} characters, the table "
-                    f"{model.vocab_size} rows"
+                    f"the tokenizer has {model.tokenizer.vocab_size} characters, the table {model.vocab_size} rows"
                 )
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import IO
 
@@ -87,11 +88,10 @@ class CharTokenizer:
             raise ValueError(f"not a tokenizer: no valid JSON ({error})") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"not a tokenizer: expected the format {_FORMAT!r}")
-        try:
-            characters = "".join(map(chr, content["code_points"]))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise ValueError("not a tokenizer: expected the code points of its characters") from None
-        return cls(characters)
+        points = content.get("code_points")
+        if not isinstance(points, list) or not all(type(p) is int and 0 <= p <= sys.maxunicode for p in points):
+            raise ValueError("not a tokenizer: expected the code points of its characters")
+        return cls("".join(map(chr, points)))
 
     def save(self, path: FileLike | IO[str]) -> None:
         """Writes the tokenizer as JSON, in UTF-8, whole or not at all.
@@ -114,7 +114,8 @@ class CharTokenizer:
 
         Raises:
             ValueError: The file holds something else.
-            OSError: It cannot be read.
+            OSError: It cannot be read, or is no regular file.
+            MemoryError: It does not fit into memory.
         """
         try:
             return cls.from_json(read(path))

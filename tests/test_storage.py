@@ -6,6 +6,7 @@ import errno
 import gzip
 import io
 import os
+import select
 import shutil
 import signal
 import socket
@@ -311,10 +312,14 @@ def test_pipes(tmp_path: Path, through_a_link: bool) -> None:
     link.symlink_to(pipe)
     model = BigramLanguageModel(40)  # more than a pipe holds
     end = link if through_a_link else pipe
-    thread = threading.Thread(target=model.save, args=[end])
-    thread.start()
-    loaded = BigramLanguageModel.load(end)
-    thread.join()
+    with open(pipe, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        os.set_blocking(file.fileno(), True)
+        thread = threading.Thread(target=model.save, args=[end])
+        thread.start()
+        while not select.select([file], [], [], 60)[0]:
+            pass
+        loaded = BigramLanguageModel.load(file)
+        thread.join()
     assert torch.equal(loaded.token_embedding_table.weight, model.token_embedding_table.weight)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert names_in(tmp_path) == {"pipe", "link"}
