@@ -202,9 +202,10 @@ def _temporary(path: str, status: os.stat_result | None) -> Iterator[IO[bytes]]:
             raise OSError(error.errno, error.strerror, path) from None
         file = _create(tempfile.gettempdir(), 0o600)
     try:
-        with file:
-            yield file
+        yield file
     finally:
+        with contextlib.suppress(OSError):  # it is synced, or of no use
+            file.close()
         with contextlib.suppress(OSError):
             os.unlink(file.name)
 
@@ -323,12 +324,22 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         OSError: It cannot be read, or is no regular file.
         MemoryError: It does not fit into memory.
     """
-    with open_to_read(path) as file:
+    with _opened(path) as file:
         try:
             _check_memory(_size_of(file) or 0)
             return file.read()
         except MemoryError as error:
             raise MemoryError(f"{name_of(path)}: {error}") from None
+
+
+@contextlib.contextmanager
+def _opened(source: FileLike) -> Iterator[IO[bytes]]:
+    """A file object, or the file of a path, which errors name."""
+    if is_path(source):
+        with _naming(os.fsdecode(source)), open_to_read(source) as file:
+            yield file
+    else:
+        yield source
 
 
 def open_to_read(path: str | os.PathLike[str]) -> IO[bytes]:
@@ -477,7 +488,7 @@ def read_tensors(
         MemoryError: The tensors do not fit into memory.
     """
     name = name_of(source)
-    with open_to_read(source) if is_path(source) else contextlib.nullcontext(source) as file:
+    with _opened(source) as file:
         size = _size_of(file) if is_path(source) else None
         try:
             return _read_safetensors(file, size, kinds, is_wanted)

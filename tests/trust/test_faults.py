@@ -20,9 +20,9 @@ LEAST = {
     "kills_while_saving": 5,
     "kills_of_training": 3,
     "signals_to_training": 3,
-    "full_disks": 20,
+    "full_disks": 5,
     "failing_calls": 100,
-    "failing_allocations": 100,
+    "failing_allocations": 60,
     "little_memory": 50,
     "files_changed_while_read": 20,
 }
@@ -74,7 +74,7 @@ fault_scenarios.main(sys.argv[1], 2.0, 1, Path(sys.argv[3]))
 @pytest.mark.parametrize("scenario", ["kills_while_saving", "failing_calls"])
 def test_a_careless_writer_is_found(tmp_path: Path, scenario: str) -> None:
     environment = os.environ | {"LD_PRELOAD": str(faults.injection())}
-    command = [sys.executable, "-c", PLANTED, scenario, "in place", tmp_path]
+    command = [sys.executable, "-c", PLANTED, scenario, "in place", str(tmp_path)]
     done = processes.run(command, env=environment)
     assert '"finding"' in done.stdout, done.stderr
 
