@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import itertools
 import json
 import os
 import random
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 from bigramx import BigramLanguageModel, CharTokenizer, History, cli, data, fit, functional, optim
+from tests.trust.faults import PREFIX
 
-PREFIX = "fault: "  # of the lines that the watcher reads
 _V = 150  # a model of 90 KB: written by several calls, killed in the middle of some
 
 
@@ -61,13 +62,14 @@ class Run:
 
     def __init__(self, seconds: float, seed: int, folder: Path) -> None:
         self.random, self.folder, self.log = random.Random(seed), folder, Log()
-        self._seconds, self._end = seconds, float("inf")
+        self._seconds = seconds
         self.is_short = seconds < 1
 
-    def goes_on(self) -> bool:
-        """Whether there is time for another fault; from the first question on."""
-        self._end = min(self._end, time.monotonic() + self._seconds)
-        return time.monotonic() < self._end
+    def rounds(self, least: int) -> Iterator[int]:
+        """0, 1, 2, ..., for as long as there is time, and at least so many on the slowest machine."""
+        end = time.monotonic() + self._seconds
+        yield from range(least)
+        yield from itertools.takewhile(lambda _: time.monotonic() < end, itertools.count(least))
 
 
 class Checkpoints:
@@ -153,16 +155,21 @@ def kills_while_saving(run: Run) -> None:
     path = run.folder / "model.safetensors"
     checkpoints.save(path, 0)
 
+    ready, started = os.pipe()
+
     def save_for_ever() -> None:
+        os.write(started, b"1")
         for turn in range(10**9):
             checkpoints.save(path, turn % 2)
 
-    while run.goes_on():
+    for _ in run.rounds(least=5):
         writers = run.random.choice([1, 1, 2])
         delay = run.random.uniform(0, 0.03)
         run.log.case("kills while saving", f"{writers} writers, after {delay:.4f} s")
         with contextlib.ExitStack() as children:
             pids = [children.enter_context(_forked(save_for_ever)) for _ in range(writers)]
+            for _ in pids:
+                os.read(ready, 1)
             time.sleep(delay)
             if writers == 2:  # a reader meets a whole file at any time
                 checkpoints.found_in(path)
@@ -214,9 +221,7 @@ def _ends_of_training(
         return
     longest = 1.1 * (time.monotonic() - begin)
     expected = _weights(run.folder / "whole")
-    for turn in range(10**9):
-        if not run.goes_on():
-            return
+    for turn in run.rounds(least=1):
         folder = run.folder / str(turn)
         folder.mkdir()
         train = _train(folder)
@@ -610,7 +615,7 @@ def files_changed_while_read(run: Run) -> None:
                 file.write(chance.choice(contents))
 
     with _forked(rewrite):
-        while run.goes_on():
+        for _ in run.rounds(least=20):
             run.log.case("loads of a file that changes", "model and history")
             with contextlib.suppress(ValueError):  # says "damaged", rightly
                 checkpoints.found_in(path)

@@ -22,7 +22,7 @@ from tests.trust import report
 
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parents[1] / "build" / "trust"
-_PREFIX = "fault: "
+PREFIX = "fault: "  # of the lines in which fault_scenarios.py tells what it does
 
 
 def injection() -> Path:
@@ -60,7 +60,7 @@ def watch(scenario: str, seconds: float, seed: int) -> tuple[Counter[str], list[
 
 
 def _told(output: str) -> list[tuple[str, object]]:
-    told = (json.loads(line.removeprefix(_PREFIX)) for line in output.splitlines() if line.startswith(_PREFIX))
+    told = (json.loads(line.removeprefix(PREFIX)) for line in output.splitlines() if line.startswith(PREFIX))
     return [(kind, value) for kind, value in told]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests import processes, tree
 from tests.trust import fault_scenarios, faults
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="faults are injected into glibc")
@@ -41,31 +41,24 @@ def test_faults(scenario: str) -> None:
     assert sum(tried.values()) >= LEAST[scenario]
 
 
-PLANTED = """
-import os, sys, time
+CARELESS = """
+import sys, time
 from pathlib import Path
 from tests.trust import fault_scenarios
-from tests.trust.fault_scenarios import Checkpoints, Run
+from tests.trust.fault_scenarios import Checkpoints
 
 def save_in_place(self, path, which):
-    "Writes the file as a careless program does."
     new = path.with_name("new")
-    original(self, new, which)
+    save(self, new, which)
     content = new.read_bytes()
     new.unlink()
     with open(path, "wb", buffering=0) as file:
         for begin in range(0, len(content), 4096):
             file.write(content[begin : begin + 4096])
+            time.sleep(0.001 if sys.argv[1] == "kills_while_saving" else 0)
 
-def crash(run):
-    run.log.case("crashes", "the only one")
-    os.kill(os.getpid(), 11)
-
-original = Checkpoints.save
-if sys.argv[2] == "in place":
-    Checkpoints.save = save_in_place
-fault_scenarios.SCENARIOS["crash"] = crash
-fault_scenarios.main(sys.argv[1], 2.0, 1, Path(sys.argv[3]))
+save, Checkpoints.save = Checkpoints.save, save_in_place
+fault_scenarios.main(sys.argv[1], 0.5, 1, Path(sys.argv[2]))
 """
 
 
@@ -74,46 +67,53 @@ fault_scenarios.main(sys.argv[1], 2.0, 1, Path(sys.argv[3]))
 @pytest.mark.parametrize("scenario", ["kills_while_saving", "failing_calls"])
 def test_a_careless_writer_is_found(tmp_path: Path, scenario: str) -> None:
     environment = os.environ | {"LD_PRELOAD": str(faults.injection())}
-    command = [sys.executable, "-c", PLANTED, scenario, "in place", str(tmp_path)]
-    done = processes.run(command, env=environment)
+    done = processes.run([sys.executable, "-c", CARELESS, scenario, str(tmp_path)], env=environment)
     assert '"finding"' in done.stdout, done.stderr
 
 
 @linux
 def test_a_crash_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(command: list[str], **options: object) -> object:
-        return run([sys.executable, "-c", PLANTED, "crash", "", command[-1]], **options)  # type: ignore[arg-type]
-
+    script = f'print({faults.PREFIX!r} + \'["case", "the only one"]\', flush=True); import os; os.kill(os.getpid(), 11)'
     run = processes.run
-    monkeypatch.setattr(processes, "run", crash)
+    monkeypatch.setattr(processes, "run", lambda *_, **options: run([sys.executable, "-c", script], **options))
     tried, findings = faults.watch("crash", 0.1, 1)
     assert tried == Counter()
     assert "status -11" in findings[0]
-    assert "the last case: crashes: the only one" in findings[0]
+    assert "the last case: the only one" in findings[0]
+
+
+KTH_CALL = f"""
+import os
+from tests.trust.fault_scenarios import Injection
+
+def write():
+    with open("file", "wb", buffering=0) as file:
+        file.write(b"1")
+
+def sync():
+    folder = os.open(".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+def allocate():
+    b"1" * 100_000
+
+injection = Injection()
+for call, error, work in ((b"write", {errno.ENOSPC}, write), (b"fsync", {errno.EIO}, sync), (b"malloc", 12, allocate)):
+    for k in (1, 2):
+        try:
+            print(injection.fails(call, k, error, work, least=100_000 if call == b"malloc" else 0))
+        except MemoryError:
+            print("MemoryError")
+        except OSError as raised:
+            print(raised.errno)
+"""
 
 
 @linux
-@pytest.mark.parametrize(
-    ("call", "work", "error"),
-    [
-        ("write", "open('file', 'wb', buffering=0).write(b'1')", errno.ENOSPC),
-        ("fsync", "import os; os.fsync(os.open('.', os.O_RDONLY))", errno.EIO),
-        ("malloc", "b'1' * 100_000", errno.ENOMEM),
-    ],
-)
-def test_the_kth_call_fails(tmp_path: Path, call: str, work: str, error: int) -> None:
-    script = f"""
-from tests.trust.fault_scenarios import Injection
-injection = Injection()
-def work():
-    exec({work!r})
-for k in (1, 2):
-    try:
-        print(injection.fails({call.encode()!r}, k, {error}, work, least=100_000))
-    except (OSError, MemoryError) as raised:
-        print(type(raised).__name__, getattr(raised, "errno", ""))
-"""
-    environment = os.environ | {"LD_PRELOAD": str(faults.injection()), "PYTHONPATH": os.getcwd()}
-    done = processes.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, check=True)
-    kind = "MemoryError" if error == errno.ENOMEM else f"OSError {error}"
-    assert done.stdout.split("\n")[:2] == [kind.rstrip() if error != errno.ENOMEM else "MemoryError ", "False"]
+def test_the_kth_call_fails(tmp_path: Path) -> None:
+    environment = os.environ | {"LD_PRELOAD": str(faults.injection()), "PYTHONPATH": str(tree.ROOT)}
+    done = processes.run([sys.executable, "-c", KTH_CALL], env=environment, cwd=tmp_path, check=True)
+    assert done.stdout.split() == [str(errno.ENOSPC), "False", str(errno.EIO), "False", "MemoryError", "False"]
