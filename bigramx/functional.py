@@ -356,8 +356,9 @@ def adamw_(
         maximize: Ascends the gradient.
 
     Raises:
-        RuntimeError: A shape, dtype or device differs from that of ``param``, or a tensor is not contiguous.
-        ValueError: ``step``, on the CPU, is less than 1.
+        RuntimeError: A shape, dtype or device differs from that of ``param``; a tensor that is written is not
+            contiguous, shares memory with another tensor, or requires a gradient; or ``lr`` is too large for ``param``.
+        ValueError: ``step``, on the CPU, is less than 1, or ``beta1`` or ``beta2`` is not from 0 to below 1.
         TypeError: An argument is of the wrong type.
     """
     ops.adamw_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, maximize)

@@ -127,6 +127,13 @@ def _check_same_device(op: str, **tensors: Tensor | None) -> None:
         raise RuntimeError(f"{op}: expected all tensors to be on the same device, got {devices}")
 
 
+def _check_dims(op: str, name: str, tensor: Tensor, *allowed: int) -> None:
+    """Of tensors without memory, whose values and sizes may be unknown."""
+    if tensor.dim() not in allowed:
+        dims = " or ".join(f"{dim}-D" for dim in allowed)
+        raise RuntimeError(f"{op}: expected {name} to be {dims}, got shape {list(tensor.shape)}")
+
+
 def _empty_gradient(weight: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
     if not sparse:
         return weight.new_empty(0, dtype=torch.int64), torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -151,6 +158,7 @@ def _(
     loss_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_same_device("embedding_cross_entropy", idx=idx, weight=weight, targets=targets, class_weight=class_weight)
+    _check_dims("embedding_cross_entropy", "weight", weight, 2)
     loss = weight.new_empty(targets.shape if reduction == REDUCTIONS["none"] else (), dtype=loss_dtype)
     logits = weight.new_empty((idx.numel(), weight.shape[1]) if return_logits else 0)
     if not compute_grad:
@@ -180,6 +188,7 @@ def _(
         targets=targets,
         class_weight=class_weight,
     )
+    _check_dims("embedding_cross_entropy", "weight", weight, 2)
     return _empty_gradient(weight, sparse)
 
 
@@ -191,6 +200,7 @@ def _(
     sampler: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    _check_dims("multinomial", "probs", probs, 1, 2)
     return probs.new_empty((*probs.shape[:-1], num_samples), dtype=torch.int64)
 
 
@@ -208,6 +218,8 @@ def _(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     _check_same_device("generate", idx=idx, weight=weight)
+    _check_dims("generate", "idx", idx, 2)
+    _check_dims("generate", "weight", weight, 2)
     all_steps = idx.shape[1] + max_new_tokens
     length = all_steps if stop is None else library.get_ctx().new_dynamic_size(min=0)
     return idx.new_empty((idx.shape[0], length), dtype=torch.int64)
@@ -215,6 +227,7 @@ def _(
 
 @_fake("count_bigrams")
 def _(tokens: Tensor, vocab_size: int) -> Tensor:
+    _check_dims("count_bigrams", "tokens", tokens, 1)
     return tokens.new_empty((vocab_size, vocab_size), dtype=torch.int64)
 
 
@@ -261,6 +274,9 @@ def _(
     max_seconds: float,
     generator: torch.Generator | None = None,
 ) -> int:
+    _check_same_device(
+        "fit_", weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, losses=losses, tokens=tokens
+    )
     raise NotImplementedError("fit_: not implemented under torch.compile: how many steps it takes depends on the time")
 
 
@@ -268,5 +284,6 @@ def _(
 def _(
     tokens: Tensor, batch_size: int, block_size: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
+    _check_dims("get_batch", "tokens", tokens, 1)
     shape = (batch_size, block_size)
     return tokens.new_empty(shape, dtype=torch.int64), tokens.new_empty(shape, dtype=torch.int64)

@@ -19,6 +19,7 @@ from bigramx.fusion import is_plain_tensor
 
 _DTYPES = (torch.float32, torch.float64)
 _NUMBER = (float, int)
+_LARGEST_LR = torch.finfo(torch.float32).max  # torch's step does not convert larger ones
 
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 _Options = tuple[float, float, float, float, float, bool]
@@ -176,7 +177,7 @@ def _kernel_options(group: dict[str, Any]) -> _Options | None:
         and isinstance(eps, _NUMBER)
         and isinstance(weight_decay, _NUMBER)
     )
-    if not are_numbers or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+    if not are_numbers or not (0 <= beta1 < 1 and 0 <= beta2 < 1 and -_LARGEST_LR <= lr <= _LARGEST_LR):
         return None
     return lr, beta1, beta2, eps, weight_decay, bool(group["maximize"])
 

@@ -345,7 +345,8 @@ def adamw_(
     """See functional.adamw_."""
     if maximize:
         grad = -grad
-    param.mul_(1 - lr * weight_decay)
+    if weight_decay != 0:
+        param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     largest = exp_avg_sq

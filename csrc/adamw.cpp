@@ -6,6 +6,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <cmath>
+#include <limits>
+
 #include "base/checks.h"
 #include "base/dispatch.h"
 #include "base/op_names.h"
@@ -18,16 +21,34 @@ void check_like_param(const char* op, const char* name, const at::Tensor& tensor
     check_dtype(op, name, tensor, {param.scalar_type()});
     TORCH_CHECK(tensor.sizes() == param.sizes(), op, ": expected ", name, " to have the shape of param, ",
                 param.sizes(), ", got ", tensor.sizes());
+}
+
+// Of the tensors that a step changes.
+void check_changed(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& param) {
+    check_writable(op, name, tensor);
+    check_like_param(op, name, tensor, param);
     TORCH_CHECK(tensor.is_contiguous(), op, ": expected ", name, " to be contiguous, got strides ",
                 tensor.strides());
 }
 
 void check_step(const char* op, const at::Tensor& step, const at::Tensor& param) {
+    check_tensor(op, "step", step);
     check_dtype(op, "step", step, {at::kFloat, at::kDouble});
     TORCH_CHECK(step.numel() == 1, op, ": expected step to be one number, got shape ", step.sizes());
     TORCH_CHECK(step.is_cpu() || step.device() == param.device(), op,
                 ": expected step to be on the CPU or on the device of param, ", param.device(), ", got ",
                 step.device());
+}
+
+// As torch.optim.AdamW, which divides by 1 - beta^step.
+void check_options(const char* op, const AdamWOptions& options, at::ScalarType dtype) {
+    TORCH_CHECK(dtype == at::kDouble || !std::isfinite(options.lr) ||
+                    std::abs(options.lr) <= std::numeric_limits<float>::max(),
+                op, ": lr: value cannot be converted to type float without overflow, got ", options.lr);
+    TORCH_CHECK_VALUE(options.beta1 >= 0 && options.beta1 < 1, op, ": expected 0 <= beta1 < 1, got ",
+                      options.beta1);
+    TORCH_CHECK_VALUE(options.beta2 >= 0 && options.beta2 < 1, op, ": expected 0 <= beta2 < 1, got ",
+                      options.beta2);
 }
 
 // Whether no dispatch mode, transform or tracer is active.
@@ -36,38 +57,17 @@ bool has_no_mode() {
     return (c10::default_included_set | c10::autocast_dispatch_keyset).has_all(included);
 }
 
-// The addresses of a tensor's elements, from the first to behind the last.
-struct Extent {
-    explicit Extent(const at::Tensor& tensor) {
-        if (tensor.numel() == 0) return;
-        const auto size = static_cast<int64_t>(tensor.element_size());
-        int64_t last = 0;
-        for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-        begin = static_cast<const char*>(tensor.storage().data()) + tensor.storage_offset() * size;
-        end = begin + (last + 1) * size;
-    }
-
-    bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
-
-    const char* begin = nullptr;
-    const char* end = nullptr;
-};
-
-// Whether the tensor is no Python subclass and no wrapper of functorch, has no conj or neg bit and no other
+// Whether tensors are no Python subclass and no wrapper of functorch, have no conj or neg bit and no other
 // layout.
-bool is_plain(const at::Tensor& tensor) {
+bool are_plain(c10::DispatchKeySet keys) {
     using c10::DispatchKey;
     constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
                                           DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
                                           DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
-    return kPlain.has_all(tensor.key_set());
+    return kPlain.has_all(keys);
 }
 
-// Whether the tensor's storage has not been freed or shrunk, as FSDP does between its uses.
-bool is_allocated(const at::Tensor& tensor, const Extent& extent) {
-    const c10::Storage& storage = tensor.storage();
-    return extent.end <= static_cast<const char*>(storage.data()) + storage.nbytes();
-}
+bool is_plain(const at::Tensor& tensor) { return are_plain(tensor.key_set()); }
 
 bool may_change(const at::Tensor& tensor) {
     return tensor.is_contiguous() && (!tensor.is_inference() || c10::InferenceMode::is_enabled());
@@ -102,12 +102,13 @@ bool adamw_fits(const at::Tensor& param, const at::Tensor& grad, const OptionalT
     }
     c10::SmallVector<Extent, 6> extents;
     const auto is_apart = [&](const at::Tensor& tensor) {
+        if (!is_allocated(tensor)) return false;
         const Extent extent(tensor);
         for (const Extent& other : extents) {
             if (extent.overlaps(other)) return false;
         }
         extents.push_back(extent);
-        return is_allocated(tensor, extent);
+        return true;
     };
     const auto fits = [&](const at::Tensor& tensor) {
         return is_plain(tensor) && may_change(tensor) && is_like(tensor, param) && is_apart(tensor);
@@ -123,16 +124,24 @@ bool adamw_fits(const at::Tensor& param, const at::Tensor& grad, const OptionalT
 
 void check_adamw(const char* op, const AdamWParams& params) {
     const at::Tensor& param = params.param;
+    check_defined(op, "param", param);
     check_dtype(op, "param", param, {at::kFloat, at::kDouble});
-    check_like_param(op, "param", param, param);
+    check_changed(op, "param", param, param);
+    check_tensor(op, "grad", params.grad);
     check_like_param(op, "grad", params.grad, param);
-    check_like_param(op, "exp_avg", params.exp_avg, param);
-    check_like_param(op, "exp_avg_sq", params.exp_avg_sq, param);
-    if (params.max_exp_avg_sq.defined()) check_like_param(op, "max_exp_avg_sq", params.max_exp_avg_sq, param);
+    check_changed(op, "exp_avg", params.exp_avg, param);
+    check_changed(op, "exp_avg_sq", params.exp_avg_sq, param);
+    if (params.max_exp_avg_sq.defined()) check_changed(op, "max_exp_avg_sq", params.max_exp_avg_sq, param);
     check_step(op, params.step, param);
-    TORCH_CHECK(
-        !at::GradMode::is_enabled() || !param.requires_grad(), op,
-        ": a leaf Variable that requires grad is being used in an in-place operation: param requires grad");
+    check_options(op, params.options, param.scalar_type());
+    check_apart(op,
+                {{"param", param},
+                 {"exp_avg", params.exp_avg},
+                 {"exp_avg_sq", params.exp_avg_sq},
+                 {"max_exp_avg_sq", params.max_exp_avg_sq},
+                 {"grad", params.grad},
+                 {"step", params.step}},
+                /*num_written=*/4);
 }
 
 void bump_versions(const AdamWParams& params) {
@@ -142,29 +151,60 @@ void bump_versions(const AdamWParams& params) {
     }
 }
 
+namespace {
+
+AdamWParams checked_params(AdamWParams params) {
+    check_adamw(kAdamW, params);
+    params.grad = params.grad.contiguous();
+    return params;
+}
+
+void run(const AdamWParams& params) {
+    bump_versions(params);
+    BIGRAMX_DISPATCH_DEVICE(params.param, adamw, params);
+}
+
+// This entry has no dispatcher before it, which would have sent the others elsewhere.
+void check_plain(const AdamWParams& params) {
+    c10::DispatchKeySet keys;
+    for (const at::Tensor* tensor : {&params.param, &params.grad, &params.exp_avg, &params.exp_avg_sq,
+                                     &params.max_exp_avg_sq, &params.step}) {
+        if (tensor->defined()) keys = keys | tensor->key_set();
+    }
+    TORCH_CHECK(are_plain(keys), kAdamW, ": expected plain tensors, for which adamw_fits, got the keys ",
+                c10::toString(keys));
+}
+
+}  // namespace
+
 void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
            const std::optional<at::Tensor>& max_exp_avg_sq, const at::Tensor& step, double lr, double beta1,
            double beta2, double eps, double weight_decay, bool maximize) {
-    const AdamWParams params{param,
-                             grad.contiguous(),
-                             exp_avg,
-                             exp_avg_sq,
-                             max_exp_avg_sq.value_or(at::Tensor()),
-                             step,
-                             {lr, beta1, beta2, eps, weight_decay, maximize}};
-    check_adamw(kAdamW, params);
-    bump_versions(params);
-    BIGRAMX_DISPATCH_DEVICE(param, adamw, params);
+    run(checked_params({param,
+                        grad,
+                        exp_avg,
+                        exp_avg_sq,
+                        max_exp_avg_sq.value_or(at::Tensor()),
+                        step,
+                        {lr, beta1, beta2, eps, weight_decay, maximize}}));
 }
 
 void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
                 const OptionalTensor& max_exp_avg_sq, at::Tensor step, double lr, double beta1, double beta2,
                 double eps, double weight_decay, bool maximize) {
     RECORD_FUNCTION("bigramx::adamw_", {});  // as the dispatcher would
+    const AdamWParams given{param,
+                            grad,
+                            exp_avg,
+                            exp_avg_sq,
+                            max_exp_avg_sq.value_or(at::Tensor()),
+                            step,
+                            {lr, beta1, beta2, eps, weight_decay, maximize}};
+    check_plain(given);
+    const AdamWParams params = checked_params(given);
     count(step, 1);
     try {
-        adamw(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay,
-              maximize);
+        run(params);
     } catch (...) {
         count(step, -1);  // a step that was not taken does not count
         throw;

@@ -98,7 +98,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("encode", &Alphabet::encode)
         .def("decode", &Alphabet::decode)
         .def("decode_sequence", &Alphabet::decode_sequence);
-    refuse_devices_without_kernels();
+    complete_registrations();
     handle_signals = [] {
         const py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();

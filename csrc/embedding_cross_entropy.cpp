@@ -43,18 +43,17 @@ void check_options(const Options& options, int64_t num_rows) {
                 ": label_smoothing must be between 0.0 and 1.0. Got: ", options.label_smoothing);
     TORCH_CHECK_VALUE(options.z_loss >= 0.0 && std::isfinite(options.z_loss), kName,
                       ": z_loss must be finite and >= 0, got ", options.z_loss);
-    TORCH_CHECK_VALUE(options.padding_idx >= kNoPadding && options.padding_idx < num_rows, kName,
-                      ": padding_idx must be within the ", num_rows, " rows of weight, got ",
-                      options.padding_idx);
+    check_padding(kName, options.padding_idx, num_rows);
 }
 
 void check_devices(const Params& params) {
-    check_defined(kName, "idx", params.idx);
-    check_defined(kName, "weight", params.weight);
-    check_defined(kName, "targets", params.targets);
+    check_dense(kName, "idx", params.idx);
+    check_dense(kName, "weight", params.weight);
+    check_dense(kName, "targets", params.targets);
     check_same_device(kName, "idx", params.idx, "weight", params.weight);
     check_same_device(kName, "targets", params.targets, "weight", params.weight);
     if (params.class_weight.defined()) {
+        check_dense(kName, "class_weight", params.class_weight);
         check_same_device(kName, "class_weight", params.class_weight, "weight", params.weight);
     }
 }
@@ -83,14 +82,33 @@ void check_targets(const Params& params) {
                       params.targets.sym_sizes());
 }
 
+// Whether the tensor may be a tracer's (torch.compile, torch.export), whose values cannot be read.
+bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
+
 void check_params(const Params& params) {
+    check_devices(params);
+    for (const NamedTensor& named : {NamedTensor{"idx", params.idx},
+                                     {"weight", params.weight},
+                                     {"targets", params.targets},
+                                     {"class_weight", params.class_weight}}) {
+        if (named.tensor.defined() && !is_traced(named.tensor)) check_tensor(kName, named.name, named.tensor);
+    }
     check_matrix(kName, "weight", params.weight);
     check_floating(kName, "weight", params.weight);
     check_dtype(kName, "idx", params.idx, {at::kLong, at::kInt});
-    check_devices(params);
     check_targets(params);
     if (params.class_weight.defined()) check_class_weight(params.class_weight, params);
     check_options(params.options, params.weight.size(0));
+}
+
+// For the two kernels, which are ops too.
+void check_kernel_params(const Params& params) {
+    check_params(params);
+    TORCH_CHECK(!params.has_soft_targets(), kName,
+                ": expected targets to be classes, got probabilities, of dtype ",
+                params.targets.scalar_type());
+    TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(params.loss_dtype), kName,
+                                ": expected loss_dtype to be floating point, got ", params.loss_dtype);
 }
 
 // ---------------------------------------------------------------------------------------------- kernels
@@ -195,11 +213,19 @@ at::Tensor plain_embedding_backward(const at::Tensor& grad_logits, const at::Ten
                                          /*scale_grad_by_freq=*/false, options.sparse);
 }
 
+// Whether the table is larger than its memory, which then does not bound the number of rows: the kernels,
+// which group the pairs by row, take memory for each row.
+bool outgrows_memory(const at::Tensor& weight) {
+    if (is_traced(weight) || weight.dim() != 2) return false;
+    return weight.numel() == 0 || (weight.stride(0) == 0 && weight.size(0) > 1);
+}
+
 // Whether the kernels do not know these targets, or this kind of differentiation: forward mode, torch.func;
 // or the graph cannot keep weight, one of inference mode, which the plain path does not.
 bool takes_plain_path(const Params& params) {
     if (params.has_soft_targets() || params.weight._fw_grad(/*level=*/0).defined()) return true;
     if (params.weight.is_inference() && params.weight.requires_grad()) return true;
+    if (outgrows_memory(params.weight)) return true;
     for (const at::Tensor& tensor : {params.idx, params.weight, params.targets, params.class_weight}) {
         if (tensor.defined() && tensor.key_set().has_any(c10::functorch_transforms_ks)) return true;
     }
@@ -217,9 +243,6 @@ at::Tensor assemble(const WeightGradient& gradient, const at::Tensor& weight, bo
                                                 gradient.values.options().layout(at::kSparse),
                                                 /*is_coalesced=*/!uses_cuda_kernels(gradient.values));
 }
-
-// Whether the tensor may be a tracer's (torch.compile, torch.export), whose values cannot be read.
-bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
 
 // weight -> logits, which the kernel has written: the lookup's place in the graph, before the loss.
 struct LogitsBackward final : torch::autograd::Node {
@@ -398,7 +421,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> EmbeddingCrossEntropy
                         targets,       class_weight.value_or(Tensor()),
                         {option...},   loss_dtype.value_or(weight.scalar_type()),
                         return_logits, compute_grad};
-    check_params(params);
+    check_kernel_params(params);
     auto [loss, logits, gradient] = BIGRAMX_DISPATCH_DEVICE(weight, embedding_cross_entropy, prepare(params));
     if (!return_logits) logits = at::empty({0}, weight.options());
     if (!compute_grad) {
@@ -412,9 +435,13 @@ template <typename... Option>
 std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::backward(
     const Tensor& grad_loss, const Tensor& idx, const Tensor& weight, const Tensor& targets,
     const std::optional<Tensor>& class_weight, Option... option) {
+    check_defined(kName, "grad_loss", grad_loss);
     const Params params{
         idx, weight, targets, class_weight.value_or(Tensor()), {option...}, grad_loss.scalar_type()};
-    check_params(params);
+    check_kernel_params(params);
+    check_tensor(kName, "grad_loss", grad_loss);
+    check_same_device(kName, "grad_loss", grad_loss, "weight", weight);
+    check_floating(kName, "grad_loss", grad_loss);
     const int64_t num_gradients = params.is_reduced() ? 1 : targets.numel();
     TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
                 " elements, got shape ", grad_loss.sizes());

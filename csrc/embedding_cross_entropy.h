@@ -44,6 +44,8 @@ struct EmbeddingCrossEntropyParams {
     bool return_logits = false;
     bool compute_grad = false;
 
+    // From a row of weight to the next, in elements. The stride of a single row is any number.
+    int64_t row_stride() const { return weight.size(0) > 1 ? weight.stride(0) : 0; }
     bool is_reduced() const { return options.reduction != at::Reduction::None; }
     bool is_mean() const { return options.reduction == at::Reduction::Mean; }
 

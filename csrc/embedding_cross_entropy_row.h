@@ -63,26 +63,20 @@ BIGRAMX_HOST_DEVICE double smoothing_loss_of_row(const RowLossOptions& options, 
     return options.smoothing_of_class * class_losses;
 }
 
-// target_logits: the sum of g_n c[y_n] (W[y_n] - max).
-BIGRAMX_HOST_DEVICE LossSums loss_of_row(const RowLossOptions& options, const PairSums& pairs, double log_sum,
-                                         double target_logits, double smoothing_loss, double z_loss) {
+// target_losses: the sum of g_n c[y_n] (lse - W[y_n]).
+BIGRAMX_HOST_DEVICE LossSums loss_of_row(const RowLossOptions& options, const PairSums& pairs,
+                                         double target_losses, double smoothing_loss, double z_loss) {
     LossSums sums;
     sums.z_loss = pairs.gradients * z_loss;
-    if (options.label_smoothing > 0) sums.cross_entropy = pairs.gradients * smoothing_loss;
-    if (options.label_smoothing < 1) {
-        sums.cross_entropy += (1 - options.label_smoothing) * (pairs.weighted * log_sum - target_logits);
-    }
+    sums.cross_entropy = (1 - options.label_smoothing) * target_losses;
+    if (options.label_smoothing > 0) sums.cross_entropy += pairs.gradients * smoothing_loss;
     return sums;
 }
 
 // shared: what all pairs of the row have in common, label smoothing and z-loss. target_logit: W[y_n] - max.
 BIGRAMX_HOST_DEVICE double loss_of_pair(const RowLossOptions& options, double shared, double class_weight,
                                         double log_sum, double target_logit) {
-    double loss = shared;
-    if (options.label_smoothing < 1) {
-        loss += (1 - options.label_smoothing) * class_weight * (log_sum - target_logit);
-    }
-    return loss;
+    return shared + (1 - options.label_smoothing) * class_weight * (log_sum - target_logit);
 }
 
 struct RowGradient {
@@ -94,9 +88,10 @@ struct RowGradient {
 BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, const LossScales& scales,
                                                 const PairSums& pairs, double lse) {
     const double smoothing = options.smoothing_of_class * pairs.gradients * scales.loss;
-    const double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss +
-                        smoothing * scales.class_weight_sum +
-                        2 * options.z_loss * lse * pairs.gradients * scales.z_loss;
+    double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss +
+                  2 * options.z_loss * lse * pairs.gradients * scales.z_loss;
+    // Without label smoothing the weight of a class that does not occur is no number to multiply by 0.
+    if (options.label_smoothing > 0) mass += smoothing * scales.class_weight_sum;
     const double target = (1 - options.label_smoothing) * scales.loss;
     return {mass, smoothing, target};
 }

@@ -14,11 +14,16 @@ int64_t fit(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Te
             const std::optional<at::Generator>& generator) {
     const GetBatchParams batch{tokens, batch_size, block_size, generator};
     check_batch(kFit, batch);
+    check_writable(kFit, "weight", weight);
     check_square(kFit, "weight", weight);
     check_same_device(kFit, "tokens", tokens, "weight", weight);
+    check_writable(kFit, "step", step);
+    check_writable(kFit, "losses", losses);
     TORCH_CHECK(losses.dim() == 1 && losses.size(0) >= 1 && losses.is_contiguous(), kFit,
                 ": expected losses to be 1-D, contiguous and not empty, got shape ", losses.sizes());
     check_dtype(kFit, "losses", losses, {at::kDouble});
+    check_same_device(kFit, "losses", losses, "weight", weight);
+    check_padding(kFit, padding_idx, weight.size(0));
     const AdamWParams adamw{weight,
                             at::empty_like(weight),
                             exp_avg,
@@ -27,6 +32,16 @@ int64_t fit(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Te
                             step,
                             {lr, beta1, beta2, eps, weight_decay, /*maximize=*/false}};
     check_adamw(kFit, adamw);
+    const double steps_before = adamw_count_cpu(step);
+    TORCH_CHECK_VALUE(steps_before >= 0, kFit, ": expected step to be >= 0, got ", steps_before);
+    check_apart(kFit,
+                {{"weight", weight},
+                 {"exp_avg", exp_avg},
+                 {"exp_avg_sq", exp_avg_sq},
+                 {"step", step},
+                 {"losses", losses},
+                 {"tokens", tokens}},
+                /*num_written=*/5);
     bump_versions(adamw);
     return fit_cpu({batch, adamw, padding_idx, losses, max_seconds});
 }

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 
+#include "base/checked.h"
 #include "base/checks.h"
 #include "base/dispatch.h"
 #include "base/op_names.h"
@@ -79,8 +80,8 @@ at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max
                     std::optional<double> min_p, std::optional<int64_t> stop,
                     std::optional<std::string_view> sampler, const std::optional<at::Generator>& generator) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
-    check_defined(kGenerate, "weight", weight);
-    check_defined(kGenerate, "idx", idx);
+    check_tensor(kGenerate, "weight", weight);
+    check_tensor(kGenerate, "idx", idx);
     const Sampler chosen = choose_sampler(kGenerate, sampler, /*on_gpu=*/uses_cuda_kernels(weight));
     check_square(kGenerate, "weight", weight);
     check_floating(kGenerate, "weight", weight);
@@ -90,8 +91,9 @@ at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max
                                 min_p,  stop,          chosen,      generator};
     check_options(params);
     TORCH_CHECK_VALUE(max_new_tokens >= 0, kGenerate, ": expected max_new_tokens >= 0, got ", max_new_tokens);
-    const at::Tensor tokens =
-        at::empty({batch_size, prompt_length + max_new_tokens}, idx.options().dtype(at::kLong));
+    const int64_t length = checked_sum(kGenerate, "T + max_new_tokens", prompt_length, max_new_tokens);
+    checked_product(kGenerate, "B * (T + max_new_tokens)", batch_size, length);
+    const at::Tensor tokens = at::empty({batch_size, length}, idx.options().dtype(at::kLong));
     BIGRAMX_DISPATCH_DEVICE(weight, copy_prompt, contiguous_int64(idx), weight.size(0), tokens);
     int64_t num_steps = stop.has_value() ? 0 : max_new_tokens;
     if (batch_size > 0 && max_new_tokens > 0) {

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randint.h>
 
+#include "base/checked.h"
 #include "base/checks.h"
 #include "base/dispatch.h"
 #include "base/op_names.h"
@@ -16,6 +17,7 @@ void check_batch(const char* op, const GetBatchParams& params) {
     TORCH_CHECK_VALUE(params.batch_size >= 1 && params.block_size >= 1, op,
                       ": expected batch_size and block_size >= 1, got ", params.batch_size, " and ",
                       params.block_size);
+    checked_product(op, "batch_size * block_size", params.batch_size, params.block_size);
     TORCH_CHECK_VALUE(params.tokens.size(0) > params.block_size, op,
                       ": expected more than block_size = ", params.block_size, " tokens, got ",
                       params.tokens.size(0));

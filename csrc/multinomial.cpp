@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include "base/checked.h"
 #include "base/checks.h"
 #include "base/dispatch.h"
 #include "base/op_names.h"
@@ -12,7 +13,7 @@ at::Tensor multinomial(const at::Tensor& probs, int64_t num_samples, bool replac
                        std::optional<std::string_view> sampler,
                        const std::optional<at::Generator>& generator) {
     constexpr const char* op = kMultinomial;
-    check_defined(op, "probs", probs);
+    check_tensor(op, "probs", probs);
     const Sampler chosen = choose_sampler(op, sampler, /*on_gpu=*/uses_cuda_kernels(probs));
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
     TORCH_CHECK(probs.dim() == 1 || probs.dim() == 2, op, ": probs must be 1 or 2 dim, got shape ",
@@ -25,6 +26,8 @@ at::Tensor multinomial(const at::Tensor& probs, int64_t num_samples, bool replac
     TORCH_CHECK(replacement || num_samples <= vocab_size, op,
                 ": cannot sample num_samples > probs.size(-1) (", num_samples, " > ", vocab_size,
                 ") samples without replacement");
+    checked_product(op, "num_samples times the number of rows", num_samples,
+                    probs.dim() == 1 ? 1 : probs.size(0));
     const MultinomialParams params{probs.dim() == 1 ? probs.unsqueeze(0) : probs, num_samples, replacement,
                                    chosen, generator};
     const at::Tensor samples = BIGRAMX_DISPATCH_DEVICE(probs, multinomial, params);

@@ -131,6 +131,101 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         functional.adamw_(**{name: on_device(value) for name, value in call.items()})
 
 
+WRITTEN = ["param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+
+
+def arguments_of_a_step() -> dict[str, Any]:
+    tensors = {name: torch.rand(4, 5) for name in (*WRITTEN, "grad")}
+    return {**tensors, "step": torch.tensor(1.0), **HYPERPARAMETERS}
+
+
+@pytest.mark.parametrize("other", [*WRITTEN, "grad", "step"])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_tensors_that_overlap(written: str, other: str) -> None:
+    """As an operation of PyTorch whose result is written over another of its arguments."""
+    if written == other:
+        return
+    call = arguments_of_a_step()
+    memory = torch.rand(30)
+    call[written] = memory[:20].view(4, 5)
+    call[other] = memory[19:20] if other == "step" else memory[10:].view(4, 5)
+    before = memory.clone()
+    with pytest.raises(RuntimeError, match=r"some elements of \w+ and the written-to tensor \w+ refer to a single"):
+        functional.adamw_(**call)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_tensor_that_overlaps_itself(written: str) -> None:
+    call = arguments_of_a_step()
+    call[written] = torch.rand(5).expand(4, 5)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor") as raised:
+        call[written].add_(1)
+    with pytest.raises(RuntimeError, match=f"{written}: {str(raised.value)[:80]}"):
+        functional.adamw_(**call)
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_tensors_that_must_not_change(written: str) -> None:
+    call = arguments_of_a_step()
+    for bad, message in (
+        (torch.rand(4, 5, requires_grad=True), f"in-place operation: {written} requires grad"),
+        (inferred(torch.rand(4, 5)), f"{written}: Inplace update to inference tensor outside InferenceMode"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            functional.adamw_(**{**call, written: bad})
+    with torch.no_grad():
+        functional.adamw_(**{**call, written: torch.rand(4, 5, requires_grad=True)})
+    with torch.inference_mode():
+        functional.adamw_(**{**call, written: torch.rand(4, 5)})
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"beta1": 1.0}, ValueError),
+        ({"beta1": -0.1}, ValueError),
+        ({"beta2": float("nan")}, ValueError),
+        ({"beta2": 1.5}, ValueError),
+        ({"lr": 1e39}, RuntimeError),
+    ],
+    ids=str,
+)
+def test_options_that_have_no_step(options: dict[str, float], error: type[Exception]) -> None:
+    (name,) = options
+    with pytest.raises(error, match=name):
+        functional.adamw_(**{**arguments_of_a_step(), **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lr": float("nan")},
+        {"lr": float("inf"), "weight_decay": 0.0},
+        {"lr": -1.0},
+        {"eps": float("inf")},
+        {"eps": -1e-3},
+        {"weight_decay": float("nan")},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_not_finite(options: dict[str, float], dtype: torch.dtype) -> None:
+    """In each tensor in turn, and as options."""
+    size = 40
+    for name in (*WRITTEN, "grad"):
+        results = []
+        for function in (functional.adamw_, reference.adamw_):
+            torch.manual_seed(0)
+            call = arguments_of_a_step()
+            call.update({key: torch.rand(size, dtype=dtype) for key in (*WRITTEN, "grad")})
+            call[name][::3] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0]).repeat(4)[:14].to(dtype)
+            function(**{**call, **options})
+            results.append([call[key] for key in WRITTEN])
+        torch.testing.assert_close(*results, equal_nan=True)
+
+
 def train(optimizer_class: type[torch.optim.AdamW], steps: int = 20, **options: Any) -> tuple[Tensor, Any]:
     torch.manual_seed(1)
     param = torch.nn.Parameter(torch.randn(33, 7))
@@ -371,6 +466,11 @@ CHANGES: dict[str, Change] = {
     "lr a tensor": options(lr=torch.tensor(0.1)),
     "lr None": options(lr=None),
     "lr text": options(lr="0.1"),
+    "lr too large for float32": options(lr=1e39),
+    "lr NaN": options(lr=float("nan")),
+    "lr negative": options(lr=-0.1),
+    "eps infinite": options(eps=float("inf")),
+    "weight_decay NaN": options(weight_decay=float("nan")),
     "lr infinite": options(lr=float("inf"), weight_decay=0.0),
     "weight_decay None": options(weight_decay=None),
     "maximize text": options(maximize="yes"),
@@ -390,6 +490,17 @@ CHANGES: dict[str, Change] = {
     "grad with a history": grad(lambda _: torch.randn(5, 4).requires_grad_() * 2),
     "grad negated lazily": grad(lambda _: torch.randn(5, 4, dtype=torch.cfloat).conj().imag),
     "grad zero lazily": grad(lambda _: torch._efficientzerotensor(5, 4)),
+    "grad a negative view": grad(lambda _: torch._neg_view(torch.randn(5, 4))),
+    "exp_avg a negative view": state(exp_avg=lambda held: torch._neg_view(-held["exp_avg"])),
+    "exp_avg_sq a negative view": state(exp_avg_sq=lambda held: torch._neg_view(-held["exp_avg_sq"])),
+    "step a negative view": state(step=lambda held: torch._neg_view(-held["step"])),
+    "largest a negative view": both(
+        options(amsgrad=True), state(max_exp_avg_sq=lambda held: torch._neg_view(-held["exp_avg_sq"]))
+    ),
+    "largest NaN": both(
+        options(amsgrad=True),
+        state(max_exp_avg_sq=lambda held: held["exp_avg_sq"].clone().fill_diagonal_(float("nan"))),
+    ),
     "grad sparse": grad(lambda _: torch.eye(5, 4).to_sparse()),
     "grad a subclass": grad(lambda _: TwoTensor(torch.randn(5, 4), torch.randn(5, 4))),
     "grad an inference tensor": grad(inferred),
@@ -397,6 +508,7 @@ CHANGES: dict[str, Change] = {
     "grad in float64": grad(Tensor.double),
     "grad huge": grad(lambda param: param * 3e19),
     "grad NaN": grad(lambda param: param.clone().fill_diagonal_(float("nan"))),
+    "param a negative view": data(lambda tensor: torch._neg_view(-tensor)),
     "param transposed": data(transposed),
     "param strided": data(strided),
     "param expanded": data(lambda param: param[:1].expand(5, 4)),

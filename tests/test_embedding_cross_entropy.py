@@ -207,6 +207,61 @@ class TestEdges:
         case.check()
 
 
+# The pairs are counted; or listed, as the table is too large; or the gradient rows leave the caches.
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (70, 500), (300, 40), (2900, 40)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+class TestInfinities:
+    """In places where a product with zero would be NaN: each loss, and each gradient, is that of eager PyTorch."""
+
+    VALUES = (float("inf"), float("-inf"), float("nan"))
+
+    @staticmethod
+    def check(case: Case) -> None:
+        actual = case.run(functional.embedding_cross_entropy, case.weight.dtype)
+        eager = case.run(reference.embedding_cross_entropy, case.weight.dtype)
+        torch.testing.assert_close(actual, eager, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("occurs", [False, True])
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"z_loss": 0.1}, {"sparse": True}, {"padding_idx": 2}, {"ignore_index": 1}, {"label_smoothing": 0.1}],
+        ids=str,
+    )
+    def test_a_class_weight(
+        self, vocab_size: int, num_pairs: int, reduction: str, occurs: bool, options: dict[str, Any]
+    ) -> None:
+        for value in (*self.VALUES, 0.0, -1.0):
+            class_weight = torch.rand(vocab_size)
+            class_weight[3] = value
+            case = make_case(vocab_size, num_pairs, reduction=reduction, class_weight=class_weight, **options)
+            if not occurs:
+                case.targets[case.targets == 3] = 4
+            self.check(case)
+
+    def test_the_class_weight_of_ignored_pairs(self, vocab_size: int, num_pairs: int, reduction: str) -> None:
+        for value in self.VALUES:
+            class_weight = torch.rand(vocab_size)
+            class_weight[3] = value
+            case = make_case(vocab_size, num_pairs, reduction=reduction, class_weight=class_weight, ignore_index=3)
+            case.targets[::4] = 3
+            self.check(case)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"z_loss": 0.1}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"padding_idx": 3}],
+        ids=str,
+    )
+    def test_a_logit(self, vocab_size: int, num_pairs: int, reduction: str, options: dict[str, Any]) -> None:
+        """In a row that occurs, in one that does not, in the padding row, at targets and elsewhere."""
+        for value in self.VALUES:
+            case = make_case(vocab_size, num_pairs, reduction=reduction, **options)
+            case.weight[3, 5] = value
+            case.weight[4] = value
+            case.idx[case.idx == 4] = 5
+            case.idx[:2], case.targets[:2] = 3, torch.tensor([5, 6])
+            self.check(case)
+
+
 class TestLogits:
     """The loss lies behind the logits in the graph, for those who look."""
 
@@ -742,6 +797,51 @@ def test_row_offsets_beyond_32_bits(reduction: str, num_classes: int, device: to
     torch.testing.assert_close(far.grad, near.grad)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("num_rows", [1, 5, 2**31, 2**62])
+@pytest.mark.parametrize("num_classes", [0, 1, 3])
+def test_tables_larger_than_their_memory(num_rows: int, num_classes: int, reduction: Reduction) -> None:
+    """Of equal rows that are one row in memory, or without columns."""
+    if num_rows * num_classes >= 2**63:
+        num_rows //= 4
+    weight = torch.randn(1, num_classes).expand(num_rows, num_classes)
+    idx = torch.tensor([0, num_rows - 1, num_rows // 2])
+    targets = torch.full((3,), num_classes - 1 if num_classes else -100)
+    for function in ("embedding_cross_entropy", "embedding_cross_entropy_with_logits"):
+        actual, expected = (
+            getattr(module, function)(idx, weight, targets, reduction=reduction) for module in (functional, reference)
+        )
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+    if num_rows < 10:
+        tables = [weight.clone().requires_grad_() for _ in range(2)]
+        for table, module in zip(tables, (functional, reference), strict=True):
+            expanded = table[:1].expand(num_rows, num_classes)
+            module.embedding_cross_entropy(idx, expanded, targets, reduction=reduction).sum().backward()
+        torch.testing.assert_close(tables[0].grad, tables[1].grad)
+
+
+@pytest.mark.parametrize("num_rows", [2**40, 2**61, 2**62])
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_kernels_of_tables_larger_than_their_memory(num_rows: int, num_classes: int) -> None:
+    """Asked for directly, they raise an error, of the memory that each row would take."""
+    weight = torch.zeros(1, num_classes).expand(num_rows, num_classes)
+    idx, targets = torch.tensor([0]), torch.tensor([-100])
+    forward = torch.ops.bigramx.embedding_cross_entropy_forward
+    for compute_grad in (False, True):
+        with pytest.raises(RuntimeError):
+            forward(idx, weight, targets, compute_grad=compute_grad)
+    with pytest.raises(RuntimeError):
+        torch.ops.bigramx.embedding_cross_entropy_backward(torch.ones(()), idx, weight, targets)
+
+
+def test_the_stride_of_a_single_row_means_nothing() -> None:
+    weight = torch.randn(1, 5)
+    far = weight.as_strided((1, 5), (2**62, 1)).requires_grad_()
+    idx, targets = torch.tensor([0, 0]), torch.tensor([3, 1])
+    actual = functional.embedding_cross_entropy_with_logits(idx, far, targets)
+    torch.testing.assert_close(actual, reference.embedding_cross_entropy_with_logits(idx, weight, targets))
+
+
 IDX, TARGETS, WEIGHT = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.randn(5, 5)
 
 
@@ -763,6 +863,10 @@ IDX, TARGETS, WEIGHT = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.randn(5
         ({"label_smoothing": 1.5}, RuntimeError, r"label_smoothing must be between 0.0 and 1.0. Got: 1.5"),
         ({"label_smoothing": float("nan")}, RuntimeError, r"label_smoothing must be between"),
         ({"z_loss": -1.0}, ValueError, r"z_loss must be finite and >= 0, got -1"),
+        ({"label_smoothing": float("inf")}, RuntimeError, r"label_smoothing must be between"),
+        ({"z_loss": float("inf")}, ValueError, r"z_loss must be finite and >= 0, got inf"),
+        ({"z_loss": float("nan")}, ValueError, r"z_loss must be finite and >= 0, got nan"),
+        ({"ignore_index": 2**63}, (TypeError, RuntimeError), r"ignore_index|int"),
         ({"padding_idx": 5}, AssertionError, r"Padding_idx must be within num_embeddings.*got 5"),
         ({"padding_idx": -6}, AssertionError, r"Padding_idx must be within num_embeddings"),
         ({"idx": [0, 1]}, TypeError, r"'Tensor' for argument 'idx'"),

@@ -444,10 +444,40 @@ def test_a_call_ends_after_the_step_that_exceeds_its_time() -> None:
         ({"tokens": torch.zeros(3, 3).long()}, RuntimeError, r"tokens to be 1-D, got shape \[3, 3\]"),
         ({"tokens": torch.full((100,), 5)}, IndexError, "idx holds 5"),
         ({"block_size": 100}, ValueError, "more than block_size = 100 tokens, got 100"),
-        ({"step": torch.tensor(-1.0)}, ValueError, "step >= 1, got 0"),
+        ({"step": torch.tensor(-1.0)}, ValueError, "step to be >= 0, got -1"),
+        ({"step": torch.tensor(float("nan"))}, ValueError, "step to be >= 0, got nan"),
+        ({"step": torch.tensor(0)}, RuntimeError, "step .*got Long"),
+        ({"batch_size": 2**61, "block_size": 8}, RuntimeError, r"batch_size \* block_size .*, got 2305843009213693952"),
+        ({"batch_size": 2**57, "block_size": 8}, RuntimeError, r"memory"),
+        ({"batch_size": -(2**63)}, ValueError, "batch_size and block_size >= 1, got -9223372036854775808"),
+        ({"padding_idx": 5}, ValueError, "padding_idx must be within the 5 rows"),
+        ({"padding_idx": -(2**63)}, ValueError, "padding_idx must be within the 5 rows"),
+        ({"beta1": 1.0}, ValueError, "0 <= beta1 < 1, got 1"),
+        ({"weight": torch.zeros(5, 1).expand(5, 5)}, RuntimeError, "weight: .*more than one element"),
+        ({"exp_avg_sq": torch.zeros(1).expand(5, 5)}, RuntimeError, "exp_avg_sq: .*more than one element"),
+        ({"losses": torch.zeros(1, dtype=torch.float64).expand(4)}, RuntimeError, "losses: .*more than one element"),
+        ({"losses": torch.zeros(4, dtype=torch.float64, requires_grad=True)}, RuntimeError, "losses requires grad"),
     ],
     ids=str,
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fit_op(**changes)
+
+
+@pytest.mark.parametrize("written", ["weight", "exp_avg", "exp_avg_sq", "step", "losses"])
+@pytest.mark.parametrize("other", ["weight", "exp_avg", "exp_avg_sq", "step", "losses", "tokens"])
+def test_tensors_that_overlap(written: str, other: str) -> None:
+    if written == other:
+        return
+    memory = torch.zeros(200, dtype=torch.float64)
+    parts = {
+        "step": memory[24],
+        "losses": memory[24:28],
+        "tokens": memory.view(torch.int64)[20:80],
+        **{name: memory[:25].view(5, 5) for name in ("weight", "exp_avg", "exp_avg_sq")},
+    }
+    tables = {name: torch.zeros(5, 5, dtype=torch.float64) for name in ("weight", "exp_avg", "exp_avg_sq")}
+    with pytest.raises(RuntimeError, match=r"and the written-to tensor \w+ refer to a single memory location"):
+        fit_op(**{**tables, written: parts[written], other: parts[other]})
+    assert not memory.any()

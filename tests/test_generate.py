@@ -543,3 +543,35 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
 def test_tokens_out_of_range(idx: torch.Tensor, message: str) -> None:
     with raises_in_kernel("generate", IndexError, message):
         functional.generate(idx, WEIGHT, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_new_tokens": 2**63 - 1}, RuntimeError, r"T \+ max_new_tokens to be less than 2\^63, got 1 \+ 92233"),
+        ({"max_new_tokens": 2**63 - 2}, RuntimeError, r"Storage size calculation overflowed"),
+        ({"max_new_tokens": 2**62, "idx": torch.zeros(4, 1).long()}, RuntimeError, r"B \* \(T \+ max_new_tokens\)"),
+        ({"max_new_tokens": 2**50}, RuntimeError, r"memory"),
+        ({"max_new_tokens": -(2**63)}, ValueError, r"max_new_tokens >= 0, got -9223372036854775808"),
+        ({"max_new_tokens": 2**63}, TypeError, r"max_new_tokens"),
+        ({"top_k": -(2**63)}, ValueError, r"top_k >= 1, got -9223372036854775808"),
+        ({"stop": -(2**63)}, ValueError, r"0 <= stop < 5, got -9223372036854775808"),
+        ({"stop": 2**63 - 1}, ValueError, r"0 <= stop < 5, got 9223372036854775807"),
+        ({"temperature": float("inf")}, ValueError, r"temperature to be finite"),
+        ({"top_p": float("nan")}, ValueError, r"0 < top_p <= 1, got nan"),
+        ({"min_p": float("nan")}, ValueError, r"0 <= min_p <= 1, got nan"),
+        ({"min_p": float("inf")}, ValueError, r"0 <= min_p <= 1, got inf"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = {"idx": IDX, "weight": WEIGHT, "max_new_tokens": 3, **arguments}
+    with pytest.raises(error, match=message):
+        functional.generate(**{name: on_device(value) for name, value in call.items()})
+
+
+def test_the_largest_top_k_keeps_all() -> None:
+    torch.manual_seed(1)
+    every = functional.generate(IDX, WEIGHT, 5)
+    torch.manual_seed(1)
+    assert torch.equal(functional.generate(IDX, WEIGHT, 5, top_k=2**63 - 1), every)

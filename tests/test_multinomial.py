@@ -508,3 +508,18 @@ def test_probs_that_require_grad(num_samples: int) -> None:
 def test_bad_generator() -> None:
     with pytest.raises(TypeError, match="generator"):
         functional.multinomial(torch.ones(3), 1, generator=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "replacement", "message"),
+    [
+        (2**62, True, r"num_samples times the number of rows to be less than 2\^63, got 4611686018427387904 \* 3"),
+        (2**60, True, "Storage size calculation overflowed"),
+        (2**50, True, "memory"),
+        (-(2**63), True, "num_samples <= 0 samples, got -9223372036854775808"),
+        (2**63 - 1, False, r"num_samples > probs.size\(-1\)"),
+    ],
+)
+def test_numbers_of_samples_out_of_range(num_samples: int, replacement: bool, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        functional.multinomial(torch.ones(3, 5), num_samples, replacement)

@@ -11,7 +11,7 @@ from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigramx
-from bigramx import BigramLanguageModel, functional
+from bigramx import BigramLanguageModel, functional, ops
 from tests import processes
 from tests.devices import on_device
 
@@ -81,6 +81,188 @@ def test_opcheck_fit() -> None:
         OPS.fit_.default(
             *(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments)
         )
+
+
+# ----------------------------------------------------------------------------------------- what tensors may be
+
+Arguments = dict[str, Any]
+
+
+def arguments_of(op: str) -> Arguments:
+    """Of a call that succeeds, and draws the same each time."""
+    idx, targets = pairs()
+    loss = {"idx": idx, "weight": weight(False), "targets": targets, "class_weight": torch.rand(5)}
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    drawn = {"generator": torch.Generator().manual_seed(1)}
+    tables = {name: torch.rand(5, 5) for name in ("exp_avg", "exp_avg_sq")}
+    tokens = {"tokens": idx.flatten()}
+    batch = {**tokens, "batch_size": 2, "block_size": 3, **drawn}
+    return {
+        "embedding_cross_entropy": loss,
+        "embedding_cross_entropy_forward": {**loss, "compute_grad": True},
+        "embedding_cross_entropy_backward": {"grad_loss": torch.ones(()), **loss},
+        "multinomial": {"probs": torch.rand(5, 5), "num_samples": 2, **drawn},
+        "generate": {"idx": idx, "weight": weight(False), "max_new_tokens": 4, **drawn},
+        "count_bigrams": {**tokens, "vocab_size": 5},
+        "get_batch": batch,
+        "adamw_": {
+            **{name: torch.rand(4) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")},
+            "step": torch.tensor(1.0),
+            **numbers,
+            "maximize": False,
+        },
+        "fit_": {
+            "weight": torch.rand(5, 5),
+            **tables,
+            "step": torch.tensor(0.0),
+            "losses": torch.zeros(2, dtype=torch.float64),
+            **batch,
+            "padding_idx": -1,
+            **numbers,
+            "max_seconds": 100.0,
+        },
+    }[op]
+
+
+def schema_of(op: str) -> list[Any]:
+    schema: list[Any] = getattr(OPS, op).default._schema.arguments
+    return schema
+
+
+def call_op(op: str, entry: str, arguments: Arguments) -> Any:
+    """By torch.ops, or by the function that this package calls, which passes them by."""
+    values = [arguments.get(argument.name, argument.default_value) for argument in schema_of(op)]
+    return getattr(OPS, op)(*values) if entry == "torch.ops" else getattr(ops, op)(*values)
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    results = result if isinstance(result, tuple) else (result,)
+    return [value for value in results if isinstance(value, torch.Tensor)]
+
+
+DIRECT_OPS = ["embedding_cross_entropy", "multinomial", "generate", "count_bigrams", "get_batch", "adamw_", "fit_"]
+KERNEL_OPS = ["embedding_cross_entropy_forward", "embedding_cross_entropy_backward"]
+TENSORS = [
+    pytest.param(
+        op, argument.name, entry, id=f"{op}-{argument.name}-{entry}", marks=[pytest.mark.cpu_only] * (op == "fit_")
+    )
+    for op in DIRECT_OPS + KERNEL_OPS
+    for argument in schema_of(op)
+    if "Tensor" in str(argument.type)
+    for entry in (("torch.ops", "direct") if op in DIRECT_OPS else ("torch.ops",))
+]
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def shrunk(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(tensor.nbytes - 1)
+    return tensor
+
+
+def past_the_end(tensor: torch.Tensor) -> torch.Tensor:
+    """The second of two tensors in a storage that was cut between them."""
+    _first, second = torch.stack((tensor, tensor))
+    second.untyped_storage().resize_(tensor.nbytes)
+    return second
+
+
+@pytest.mark.parametrize("spoil", [freed, shrunk, past_the_end], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(("op", "name", "entry"), TENSORS)
+def test_memory_that_does_not_hold_a_tensor(op: str, name: str, entry: str, spoil: Any) -> None:
+    arguments = arguments_of(op)
+    arguments[name] = spoil(arguments[name])
+    with pytest.raises(RuntimeError, match=f"expected the storage of {name} to hold its elements"):
+        call_op(op, entry, arguments)
+
+
+def quantized(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
+
+
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([tensor, tensor])
+
+
+LAYOUTS = {
+    "sparse": torch.Tensor.to_sparse,
+    "csr": lambda tensor: tensor.reshape(-1, 1).to_sparse_csr(),
+    "mkldnn": lambda tensor: tensor.float().reshape(-1, 1).to_mkldnn(),
+    "quantized": quantized,
+    "nested": nested,
+}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore")  # of torch, about layouts that are young or old
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(("op", "name", "entry"), TENSORS)
+def test_layouts_without_kernels_are_named(op: str, name: str, entry: str, make: Any) -> None:
+    arguments = arguments_of(op)
+    arguments[name] = make(arguments[name])
+    with pytest.raises(NotImplementedError, match=f"not implemented for {name} of layout .*; expected a dense tensor"):
+        call_op(op, entry, arguments)
+
+
+def is_written(op: str, name: str) -> bool:
+    return any(argument.name == name and argument.alias_info for argument in schema_of(op))
+
+
+@pytest.mark.parametrize(("op", "name", "entry"), TENSORS)
+def test_lazy_views(op: str, name: str, entry: str) -> None:
+    """A view that negates, and zeros without memory, give what their numbers give; none is written to."""
+    for make in (torch.neg, torch.zeros_like):
+        arguments, lazy = arguments_of(op), arguments_of(op)
+        for given in (arguments, lazy):  # the same numbers, drawn once
+            given.update({key: value.clone() for key, value in arguments.items() if isinstance(value, torch.Tensor)})
+        plain = arguments[name]
+        value = make(plain)
+        lazy[name] = (
+            torch._neg_view(plain)
+            if make is torch.neg
+            else torch._efficientzerotensor(plain.shape, dtype=plain.dtype, device=plain.device)
+        )
+        arguments[name] = value
+        if is_written(op, name):
+            with pytest.raises(RuntimeError, match=f"expected {name}, which is written, to hold its numbers in memory"):
+                call_op(op, entry, lazy)
+            continue
+        try:
+            expected = call_op(op, entry, arguments)
+        except (IndexError, ValueError) as error:  # of numbers out of range
+            with pytest.raises(type(error)):
+                call_op(op, entry, lazy)
+            continue
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=str(error)[:20]):
+                call_op(op, entry, lazy)
+            continue
+        torch.testing.assert_close(tensors_of(call_op(op, entry, lazy)), tensors_of(expected), equal_nan=True)
+        for key, value in arguments.items():
+            if is_written(op, key):
+                torch.testing.assert_close(lazy[key], value, equal_nan=True)
+
+
+@pytest.mark.parametrize(("op", "name", "entry"), TENSORS)
+def test_what_is_no_tensor_or_elsewhere(op: str, name: str, entry: str) -> None:
+    arguments = arguments_of(op)
+    optional = next(argument for argument in schema_of(op) if argument.name == name).type.kind() == "OptionalType"
+    bad: list[Any] = [[1.0], 1, "x", *([] if optional else [None])]
+    for value in bad:
+        with pytest.raises(
+            (TypeError, RuntimeError), match=f"argument '{name}'|expected {name} to be a Tensor, got None|no tensor arg"
+        ):
+            call_op(op, entry, {**arguments, name: value})
+    if len([value for value in arguments.values() if isinstance(value, torch.Tensor)]) > 1:
+        with pytest.raises(
+            (RuntimeError, NotImplementedError), match=f"same device, .*{name}|{name} to be on|fit_: not"
+        ):
+            call_op(op, entry, {**arguments, name: arguments[name].to("meta")})
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
@@ -161,6 +343,28 @@ def test_fake_tensors_have_the_shapes_of_real_ones() -> None:
         assert losses.shape == idx.shape
         assert functional.generate(idx, fake_weight, 7, sampler="philox").shape == (2, 10)
         assert functional.multinomial(fake_weight, 2).shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("embedding_cross_entropy", "weight"),
+        ("embedding_cross_entropy_forward", "weight"),
+        ("embedding_cross_entropy_backward", "weight"),
+        ("multinomial", "probs"),
+        ("generate", "idx"),
+        ("generate", "weight"),
+        ("count_bigrams", "tokens"),
+        ("get_batch", "tokens"),
+    ],
+)
+def test_dimensions_are_checked_without_memory(op: str, name: str) -> None:
+    arguments = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in arguments_of(op).items()
+    }
+    arguments[name] = torch.empty(2, 2, 2, dtype=arguments[name].dtype, device="meta")
+    with pytest.raises(RuntimeError, match=rf"expected {name} to be .-D.*got shape \[2, 2, 2\]"):
+        call_op(op, "torch.ops", arguments)
 
 
 @pytest.mark.cpu_only

@@ -7,9 +7,10 @@
 
 namespace bigramx {
 
-// Registers, for each op with a CPU kernel and each other device without a kernel, an error that names the
-// device. Call it once all ops are registered.
-void refuse_devices_without_kernels();
+// Registers, for each op with a CPU kernel, an error for each other device and for each layout without a
+// kernel; and for ops that write to their arguments, that those with the conjugate or the negative bit are
+// resolved first. Call it once all ops are registered.
+void complete_registrations();
 
 }  // namespace bigramx
 

@@ -20,7 +20,9 @@ void adamw_kernel(const AdamWKernelParams<scalar_t>& params, int64_t begin, int6
             lanes.load(exp_avg_sq_row, none) * params.beta2 + params.one_minus_beta2 * grad * grad;
         Vector<scalar_t> largest = exp_avg_sq;
         if (largest_row != nullptr) {
-            largest = max(lanes.load(largest_row, none), exp_avg_sq);
+            const Vector<scalar_t> before = lanes.load(largest_row, none);
+            largest = before > exp_avg_sq ? before : exp_avg_sq;
+            largest = before == before ? largest : before;  // a NaN stays, as in torch.maximum
             lanes.store(largest_row, largest);
         }
         const Vector<scalar_t> denominator = sqrt(largest) * params.inverse_root_correction2 + params.eps;

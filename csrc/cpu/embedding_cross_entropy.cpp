@@ -98,7 +98,7 @@ KernelParams kernel_params(const EmbeddingCrossEntropyParams& params, const Pair
     const EmbeddingCrossEntropyOptions& options = params.options;
     KernelParams result{};
     result.weight = params.weight.const_data_ptr();
-    result.row_stride = params.weight.stride(0);
+    result.row_stride = params.row_stride();
     result.num_classes = params.weight.size(1);
     result.pairs = &pairs;
     result.padding_idx = options.padding_idx;
@@ -210,9 +210,10 @@ at::Tensor gather_logits(const EmbeddingCrossEntropyParams& params) {
     const at::Tensor& weight = params.weight;
     const int64_t num_pairs = params.idx.numel(), element_size = static_cast<int64_t>(weight.element_size());
     at::Tensor logits = at::empty({num_pairs, weight.size(1)}, weight.options());
+    if (logits.numel() == 0) return logits;
     const GatherParams rows{params.idx.const_data_ptr<int64_t>(),
                             static_cast<const char*>(weight.const_data_ptr()),
-                            weight.stride(0) * element_size, weight.size(1) * element_size,
+                            params.row_stride() * element_size, weight.size(1) * element_size,
                             static_cast<char*>(logits.data_ptr())};
     const auto kernel = BIGRAMX_DISPATCH_TARGET(gather_kernel);
     const int64_t grain_size = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, rows.row_bytes));

@@ -201,9 +201,7 @@ class RowKernel {
         Vector<acc_t> target_logits = none;
         partial_[k] = exponentials_of(row, [&](Lanes<acc_t> lanes, Vector<acc_t> logits) {
             const Vector<acc_t> counts = load_counts(row, lanes);
-            const Vector<acc_t> weights =
-                class_weight_ != nullptr ? counts * load_class_weights(lanes) : counts;
-            target_logits += counts > none ? weights * logits : none;  // 0 times an infinity would be NaN
+            target_logits += counts > none ? weigh(counts, lanes) * logits : none;
         });
         target_logits_[k] = target_logits;
     }
@@ -212,7 +210,7 @@ class RowKernel {
         if (row.counts == nullptr) return;
         Vector<acc_t> weighted = broadcast(acc_t(0));
         for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
-            weighted += load_counts(row, lanes) * load_class_weights(lanes);
+            weighted += weigh(load_counts(row, lanes), lanes);
         });
         row.pairs.weighted = horizontal_sum<acc_t>(weighted);
     }
@@ -226,6 +224,13 @@ class RowKernel {
 
     Vector<acc_t> load_class_weights(Lanes<acc_t> lanes) const {
         return class_weight_ != nullptr ? lanes.load(class_weight_, acc_t(0)) : broadcast(acc_t(1));
+    }
+
+    // counts * class_weight; 0 where there are none, whatever the weight: 0 times an infinity would be NaN.
+    Vector<acc_t> weigh(Vector<acc_t> counts, Lanes<acc_t> lanes) const {
+        if (class_weight_ == nullptr) return counts;
+        const Vector<acc_t> none = broadcast(acc_t(0));
+        return counts > none ? counts * load_class_weights(lanes) : none;
     }
 
     double weight_of(int64_t target) const { return class_weight_ != nullptr ? class_weight_[target] : 1.0; }
@@ -274,6 +279,24 @@ class RowKernel {
         return horizontal_sum<acc_t>(sums);
     }
 
+    // The sum of class_weight[target] (lse - W[i, target]).
+    double target_losses(const Row& row) const {
+        if (std::isfinite(row.pairs.weighted)) return row.pairs.weighted * row.log_sum - row.target_logits;
+        double total = 0;  // of a pair at a time, as the sums have infinities that cancel
+        const auto add = [&](int64_t target, double count) {
+            const acc_t logit = static_cast<acc_t>(row.weight[target]) - row.max;
+            total += count * weight_of(target) * (row.log_sum - logit);
+        };
+        if (row.counts == nullptr) {
+            for_each_target(row, [&](int64_t, int64_t target) { add(target, 1); });
+        } else {
+            for (int64_t j = 0; j < params_.num_classes; ++j) {
+                if (row.counts[j] > 0) add(j, row.counts[j]);
+            }
+        }
+        return total;
+    }
+
     LossSums losses(const Row& row) const {
         const double smoothing_loss = params_.options.label_smoothing > 0
                                           ? smoothing_loss_of_row(params_.options, class_losses(row))
@@ -281,8 +304,7 @@ class RowKernel {
         const double z_loss = z_loss_of_row(params_.options, row.lse());
         if (params_.losses != nullptr) write_losses(row, smoothing_loss + z_loss);
         if (row.num_pairs == 0) return {};
-        return loss_of_row(params_.options, row.pairs, row.log_sum, row.target_logits, smoothing_loss,
-                           z_loss);
+        return loss_of_row(params_.options, row.pairs, target_losses(row), smoothing_loss, z_loss);
     }
 
     // The loss of each pair. shared: what all pairs of the row have in common.
@@ -334,7 +356,7 @@ class RowKernel {
         const Vector<acc_t> target_part = broadcast(static_cast<acc_t>(target));
         for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
             const Vector<acc_t> counts = load_counts(row, lanes);
-            lanes.store(gradient, spread(lanes) - counts * load_class_weights(lanes) * target_part);
+            lanes.store(gradient, spread(lanes) - weigh(counts, lanes) * target_part);
         });
     }
 

@@ -7,6 +7,7 @@
 #include <limits>
 #include <utility>
 
+#include "base/checked.h"
 #include "base/op_names.h"
 
 namespace bigramx::cpu {
@@ -19,8 +20,10 @@ constexpr int64_t kGrainSize = 1 << 15;  // pairs
 bool is_worth_counting(const EmbeddingCrossEntropyParams& params, int64_t stride) {
     constexpr int64_t kSmall = 1 << 14;
     const int64_t num_pairs = params.idx.numel();
+    int64_t entries = 0;
     return params.is_reduced() && num_pairs <= std::numeric_limits<int32_t>::max() &&
-           params.weight.size(0) * stride <= std::max(kSmall, 4 * num_pairs);
+           !c10::mul_overflows(params.weight.size(0), std::max<int64_t>(stride, 1), &entries) &&
+           entries <= std::max(kSmall, 4 * num_pairs);
 }
 
 // The batch as plain pointers, with range checks.
@@ -125,10 +128,8 @@ void Pairs::count(const EmbeddingCrossEntropyParams& params) {
 template <typename cursor_t>
 void Pairs::list(const EmbeddingCrossEntropyParams& params, Buffer<cursor_t>& cursors) {
     const Batch batch(params);
-    TORCH_CHECK(batch.num_classes <= std::numeric_limits<int32_t>::max(), kEmbeddingCrossEntropy,
-                ": expected weight to have at most 2147483647 columns, got ", batch.num_classes);
     const int64_t num_rows = batch.num_rows, num_chunks = num_chunks_of(batch.num_pairs);
-    cursors.resize(num_chunks * num_rows);
+    cursors.resize(checked_product(kEmbeddingCrossEntropy, "the cursors", num_chunks, num_rows));
     std::fill(cursors.begin(), cursors.end(), cursor_t(0));
     batch.for_each_pair(num_chunks, [&, first = cursors.begin()](int64_t chunk, int64_t n) {
         if (!batch.is_row(n)) return false;
@@ -136,7 +137,7 @@ void Pairs::list(const EmbeddingCrossEntropyParams& params, Buffer<cursor_t>& cu
         return true;
     });
 
-    row_begin.resize(num_rows + 1);
+    row_begin.resize(checked_sum(kEmbeddingCrossEntropy, "the rows", num_rows, 1));
     int64_t begin = 0;
     for (int64_t row = 0; row < num_rows; ++row) {
         row_begin[row] = begin;
@@ -160,6 +161,8 @@ void Pairs::list(const EmbeddingCrossEntropyParams& params, Buffer<cursor_t>& cu
 }
 
 void Pairs::group(const EmbeddingCrossEntropyParams& params) {
+    TORCH_CHECK(params.weight.size(1) <= std::numeric_limits<int32_t>::max(), kEmbeddingCrossEntropy,
+                ": expected weight to have at most 2147483647 columns, got ", params.weight.size(1));
     stride = padded(params.weight.size(1));
     counted = is_worth_counting(params, stride);
     if (counted) {

@@ -92,7 +92,8 @@ __device__ void step_elements(const Arrays<scalar_t>& arrays, const AdamWConstan
         mean = constants.from_exp_avg ? mean + difference * constants.one_minus_beta1
                                       : grad - difference * constants.beta1;
         mean_sq = mean_sq * constants.beta2 + constants.one_minus_beta2 * grad * grad;
-        if (!amsgrad || !(largest_sq > mean_sq)) largest_sq = mean_sq;
+        // A NaN stays, as in torch.maximum.
+        if (!amsgrad || largest_sq <= mean_sq || mean_sq != mean_sq) largest_sq = mean_sq;
         const scalar_t denominator =
             std::sqrt(largest_sq) * constants.inverse_root_correction2 + constants.eps;
         param.elements[k] = param.elements[k] * constants.decay - constants.step_size * mean / denominator;

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "base/checked.h"
+#include "base/checks.h"
 #include "base/op_names.h"
 #include "cuda/base/device.h"
 #include "cuda/embedding_cross_entropy_kernels.h"
@@ -25,10 +27,11 @@ KernelParams kernel_params(const EmbeddingCrossEntropyParams& params) {
                 ": expected fewer than 2^32 pairs on a GPU, got ", num_pairs);
     TORCH_CHECK(weight.size(1) <= std::numeric_limits<int32_t>::max(), kEmbeddingCrossEntropy,
                 ": expected weight to have at most 2147483647 columns, got ", weight.size(1));
+    checked_product(kEmbeddingCrossEntropy, "64 times the rows of weight", 64, weight.size(0));  // scratch
     KernelParams kernel{};
     kernel.type = cuda::float_type(weight);
     kernel.weight = weight.const_data_ptr();
-    kernel.row_stride = weight.stride(0);
+    kernel.row_stride = params.row_stride();
     kernel.num_rows = weight.size(0);
     kernel.num_classes = weight.size(1);
     kernel.idx = params.idx.const_data_ptr<int64_t>();
@@ -101,7 +104,7 @@ at::Tensor embedding_cross_entropy_scale_gradient_cuda(const at::Tensor& gradien
     const cuda::StreamGuard guard(gradient);
     const bool sparse = gradient.is_sparse();
     const at::Tensor values = sparse ? gradient._values() : gradient;
-    const at::Tensor scale = grad_loss.to(at::toOpMathType(values.scalar_type()));
+    const at::Tensor scale = materialized(grad_loss).to(at::toOpMathType(values.scalar_type()));
     if (values.scalar_type() != at::kHalf) {
         cuda::launch_scale_gradient(cuda::float_type(values), values.data_ptr(), values.numel(),
                                     scale.const_data_ptr(), guard.stream());

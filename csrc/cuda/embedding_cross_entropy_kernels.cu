@@ -42,7 +42,7 @@ struct SumScales {
         for (int64_t j = threadIdx.x; j < num_classes; j += blockDim.x) {
             uint64_t count = 0;
             for (int64_t row = 0; row < num_rows; ++row) count += counts[row * num_classes + j];
-            *weighted += static_cast<double>(count) * static_cast<double>(class_weight[j]);
+            if (count > 0) *weighted += static_cast<double>(count) * static_cast<double>(class_weight[j]);
             *all += static_cast<double>(class_weight[j]);
         }
         *weighted = block_sum(*weighted, scratch);

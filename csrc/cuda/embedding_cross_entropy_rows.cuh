@@ -160,12 +160,12 @@ __device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
 
 // The sums over the classes that the losses need.
 struct ClassSums {
-    double target_logits = 0;  // of class_weight_j s_j (W[i, j] - max)
+    double target_losses = 0;  // of class_weight_j s_j (lse - W[i, j])
     double class_losses = 0;   // of class_weight_j (lse - W[i, j]), for label smoothing
 
     __device__ friend ClassSums operator+(const ClassSums& a, const ClassSums& b) {
         ClassSums both;
-        both.target_logits = a.target_logits + b.target_logits;
+        both.target_losses = a.target_losses + b.target_losses;
         both.class_losses = a.class_losses + b.class_losses;
         return both;
     }
@@ -174,11 +174,11 @@ struct ClassSums {
 // The share of one thread: few terms, so acc_t is precise enough.
 template <typename T>
 struct OwnClassSums {
-    T target_logits = 0, class_losses = 0;
+    T target_losses = 0, class_losses = 0;
 
     __device__ ClassSums wide() const {
         ClassSums sums;
-        sums.target_logits = static_cast<double>(target_logits);
+        sums.target_losses = static_cast<double>(target_losses);
         sums.class_losses = static_cast<double>(class_losses);
         return sums;
     }
@@ -202,7 +202,7 @@ struct MeasuredRow {
     template <typename sum_t>
     __device__ void add_losses(OwnClassSums<acc_t>& sums, acc_t logit, acc_t class_weight, sum_t s) const {
         if (s != sum_t(0)) {  // 0 times an infinity would be NaN
-            sums.target_logits += class_weight * static_cast<acc_t>(s) * (logit - max);
+            sums.target_losses += class_weight * static_cast<acc_t>(s) * (log_sum - (logit - max));
         }
         if (params.smooths()) sums.class_losses += class_weight * (max + log_sum - logit);
     }
@@ -218,8 +218,7 @@ struct MeasuredRow {
     }
 
     __device__ LossSums loss(const PairSums& pairs, const ClassSums& sums) const {
-        return loss_of_row(params.options, pairs, static_cast<double>(log_sum), sums.target_logits,
-                           smoothing_loss(sums), z_loss());
+        return loss_of_row(params.options, pairs, sums.target_losses, smoothing_loss(sums), z_loss());
     }
 };
 
@@ -243,8 +242,10 @@ struct GradientTerms {
 
     template <typename sum_t>
     __device__ acc_t element(acc_t logit, acc_t class_weight, sum_t s) const {
-        return scale * exponential<typename Params::scalar_t>(logit, max) -
-               class_weight * (smoothing + target * static_cast<acc_t>(s));
+        const acc_t spread = scale * exponential<typename Params::scalar_t>(logit, max);
+        // A class without a share may have an infinite weight: 0 times that would be NaN.
+        if (smoothing == 0 && s == sum_t(0)) return spread;
+        return spread - class_weight * (smoothing + target * static_cast<acc_t>(s));
     }
 };
 

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "base/checked.h"
+
 namespace bigramx::cpu {
 
 template <typename T>
@@ -16,8 +18,10 @@ class Buffer {
 
     // Keeps the memory, and its contents, where it is large enough.
     void resize(int64_t size) {
+        TORCH_CHECK(size >= 0, "bigramx: expected a size of scratch memory >= 0, got ", size);
         if (size > capacity_) {
-            memory_ = c10::GetCPUAllocator()->allocate(static_cast<size_t>(size) * sizeof(T));
+            const int64_t bytes = checked_product("bigramx", "the size of scratch memory", size, sizeof(T));
+            memory_ = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
             capacity_ = size;
         }
         size_ = size;

@@ -1,0 +1,55 @@
+// Where in memory the elements of a tensor lie.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/safe_numerics.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace bigramx {
+
+// How far the elements of a tensor that has some reach, in bytes from the beginning of its storage. The
+// largest number where that is more than 64 bits can say.
+inline int64_t bytes_of_storage(const at::Tensor& tensor) {
+    int64_t elements = tensor.storage_offset();
+    bool overflows = false;
+    if (tensor.is_contiguous()) {
+        overflows = c10::add_overflows(elements, tensor.numel(), &elements);
+    } else {
+        overflows = c10::add_overflows(elements, int64_t{1}, &elements);
+        for (int64_t d = 0; d < tensor.dim(); ++d) {
+            int64_t distance = 0;
+            overflows |= c10::mul_overflows(tensor.size(d) - 1, tensor.stride(d), &distance);
+            overflows |= c10::add_overflows(elements, distance, &elements);
+        }
+    }
+    int64_t bytes = 0;
+    overflows |= c10::mul_overflows(elements, static_cast<int64_t>(tensor.element_size()), &bytes);
+    return overflows ? std::numeric_limits<int64_t>::max() : bytes;
+}
+
+// Whether the storage has not been freed or shrunk, as FSDP does between its uses, and a kernel can read it.
+inline bool is_allocated(const at::Tensor& tensor) {
+    if (tensor.numel() == 0) return true;
+    const c10::Storage& storage = tensor.storage();
+    return storage.data() != nullptr && bytes_of_storage(tensor) <= static_cast<int64_t>(storage.nbytes());
+}
+
+// The addresses of the elements of an allocated tensor, from the first to behind the last.
+struct Extent {
+    Extent() = default;
+    explicit Extent(const at::Tensor& tensor) {
+        if (tensor.numel() == 0) return;
+        const auto* const memory = static_cast<const char*>(tensor.storage().data());
+        begin = memory + tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
+        end = memory + bytes_of_storage(tensor);
+    }
+
+    bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
+
+    const char* begin = nullptr;
+    const char* end = nullptr;
+};
+
+}  // namespace bigramx
