@@ -28,6 +28,9 @@ from bigramx.storage import checksum
 # As they were at import: who replaces one of them later wants to see the calls.
 _FORWARD, _ADAMW_STEP, _ADAMW_ZERO_GRAD = BigramLanguageModel.forward, AdamW.step, AdamW.zero_grad
 
+_MOST_STEPS = 1 << 14  # of a native call, for each of which there is memory
+_NOT_TAKEN = -1.0  # in place of a loss
+
 
 def module_in(model: object) -> BigramLanguageModel:
     """The model, without what wraps it.
@@ -143,6 +146,7 @@ class Steps:
     block_size: int
     generator: torch.Generator | None
     is_saving_checked: bool = False
+    is_torn: bool = False  # a step of the optimizer or of the scheduler was left in its middle
 
     def begin(self, lr: float | None) -> None:
         """Goes on where the history ends, at the learning rate ``lr`` if one is given.
@@ -159,6 +163,10 @@ class Steps:
         self._check_saving()
 
     def _check_resume(self) -> None:
+        if self.history.table_checksum is None:
+            raise ValueError(
+                "resume: the history is not of this model: its run ended within a step, or the table could not be read"
+            )
         if self.history.table_checksum != _checksum(self.model):
             raise ValueError("resume: the history is not of this model: its run ended with another table")
         for what, given, expected in (
@@ -202,12 +210,15 @@ class Steps:
             history.scheduler_state = _local(self.scheduler.state_dict())
             history.scheduler_name = type(self.scheduler).__name__
         history.generator_state = _get_state(self.generator)
-        history.table_checksum = _checksum(self.model)
+        history.table_checksum = None if self.is_torn else _checksum(self.model)
 
     def take(self, most: int) -> None:
-        """Takes at least one step and at most ``most``, as long as Ctrl-C may wait; records the losses."""
+        """Takes at least one step and at most ``most``, as long as Ctrl-C may wait; records the losses.
+
+        An exception leaves table, states, losses and generator at the same step, or ``is_torn`` says that it did not.
+        """
         if self.has_native_steps():
-            self._take_native(most)
+            self._take_native(min(most, _MOST_STEPS))
         else:
             self._take_one()
         if not self.is_saving_checked:  # the first step makes the optimizer's states
@@ -236,51 +247,74 @@ class Steps:
         table, (group,) = self.module.token_embedding_table, self.optimizer.param_groups
         table.weight.grad = None
         state = state_of(self.optimizer, table.weight, group)
-        losses = torch.empty(most, dtype=torch.float64, device="cpu")
-        num_steps = ops.fit_(
-            table.weight,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            losses,
-            self.tokens.cpu(),
-            self.batch_size,
-            self.block_size,
-            ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
-            group["lr"],
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            max_seconds,
-            self.generator,
-        )
-        self.history.losses += losses[:num_steps].tolist()
+        losses = torch.full((most,), _NOT_TAKEN, dtype=torch.float64, device="cpu")
+        try:
+            ops.fit_(
+                table.weight,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                state["step"],
+                losses,
+                self.tokens.cpu(),
+                self.batch_size,
+                self.block_size,
+                ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                max_seconds,
+                self.generator,
+            )
+        finally:  # a signal handler may raise between two steps
+            self.history.losses += losses[losses != _NOT_TAKEN].tolist()
 
     @torch.enable_grad()
     def _take_one(self) -> None:
         """Takes one step, for a model on any device, with any table and optimizer."""
-        before = _get_state(self.generator)
+        before, marks = _get_state(self.generator), None
         try:
-            loss = self._loss_of_a_batch()
+            pairs, loss = self._loss_of_a_batch()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self._clip_gradients()
             value = loss.item()
+            marks = self._marks(pairs)
+            self.is_torn = True
             self.optimizer.step()
         except BaseException:
-            _set_state(self.generator, before)  # the step was not taken: the next one draws its batch
+            if marks is not None:
+                self.is_torn = not _are_equal(marks, self._marks(pairs))
+            if not self.is_torn:
+                _set_state(self.generator, before)  # the step was not taken: the next one draws its batch
             raise
         self.history.losses.append(value)
+        self.history.scheduler_is_due = self.scheduler is not None
+        self.is_torn = False
         self._step_scheduler(value)
 
-    def _loss_of_a_batch(self) -> Tensor:
+    def _loss_of_a_batch(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         device = next(self.model.parameters()).device
         idx, targets = get_batch(self.tokens, self.batch_size, self.block_size, generator=self.generator)
         # Where nobody sees the logits they are spared; a forward of a subclass may not know the option.
         options = {"return_logits": False} if self.module.is_fused and not _have_hooks(self.model) else {}
-        _logits, loss = self.model(idx.to(device), targets.to(device), **options)
+        pairs = idx.to(device), targets.to(device)
+        _logits, loss = self.model(*pairs, **options)
         mean: Tensor = loss.mean() if isinstance(self.model, nn.DataParallel) else loss  # over several devices
-        return mean
+        return pairs, mean
+
+    def _marks(self, pairs: tuple[Tensor, Tensor]) -> tuple[list[object], Tensor] | None:
+        """What tells whether a step of the optimizer has changed anything; None where nothing can tell.
+
+        The numbers of its states, and how often its tensors were written; as writes through ``.data`` are not counted,
+        the entries of the table that have a gradient as well.
+        """
+        weight = self.module.token_embedding_table.weight
+        if not is_plain_tensor(weight) or fsdp_in(self.model) is not None:
+            return None
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        values = itertools.chain(*(group["params"] for group in self.optimizer.param_groups), states)
+        return [value._version if isinstance(value, Tensor) else value for value in values], weight.detach()[pairs]
 
     def _clip_gradients(self) -> None:
         if self.max_grad_norm is None:
@@ -291,16 +325,31 @@ class Steps:
             nn.utils.clip_grad_norm_(_parameters(self.model), self.max_grad_norm)
 
     def _step_scheduler(self, loss: float) -> None:
+        """Lets the scheduler follow a step, for which it is due; one that raises is put back, and stays due."""
         if self.scheduler is None:
             return
         before = dict(self.scheduler.state_dict())
-        self.history.scheduler_is_due = True
+        groups = [_options_of(group) for group in self.optimizer.param_groups]
         try:
             self.scheduler.step(*[loss] if isinstance(self.scheduler, ReduceLROnPlateau) else [])
         except BaseException:
+            self.is_torn = True
             self.scheduler.load_state_dict(before)
+            for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(options)
+            self.is_torn = False
             raise
         self.history.scheduler_is_due = False
+
+
+def _options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what a scheduler may change in a group of parameters."""
+    options = {name: value for name, value in group.items() if name != "params"}
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
+
+
+def _are_equal(marks: tuple[list[object], Tensor], others: tuple[list[object], Tensor] | None) -> bool:
+    return others is not None and marks[0] == others[0] and torch.equal(marks[1], others[1])
 
 
 def _have_hooks(model: nn.Module) -> bool:
@@ -414,11 +463,8 @@ def _checksum(model: nn.Module) -> int:
 
 
 def _get_state(generator: torch.Generator | None) -> Tensor:
-    return torch.get_rng_state() if generator is None else generator.get_state()
+    return (generator or torch.default_generator).get_state()
 
 
 def _set_state(generator: torch.Generator | None, state: Tensor) -> None:
-    if generator is None:
-        torch.set_rng_state(state)
-    else:
-        generator.set_state(state)
+    (generator or torch.default_generator).set_state(state)

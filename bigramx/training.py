@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,33 +32,95 @@ Callback = Callable[[History], object]
 
 
 class _Interrupt:
-    """Records Ctrl-C during the steps, to be checked between two of them; a second Ctrl-C ends the steps at once.
+    """Holds back SIGINT while a run lasts, and hands it to the handler that was there where all states agree.
 
-    Only in the main thread, where Python delivers it, and only in place of Python's own handler. A KeyboardInterrupt
-    from elsewhere ends the steps, too.
+    Only in the main thread, where Python delivers it, and only where a handler of Python's or of the user's would be
+    called. In between the handler does nothing but note the time, so that no bytecode of a step is the last.
     """
 
+    _PATIENCE = 1.0  # seconds after which another SIGINT breaks what has not ended
+    _ECHO = 0.1  # seconds after the SIGINT that ends the run in which others are the same: many senders send two
+    _OWN = ("bigramx.training", "bigramx.steps", "bigramx.history")  # never broken: what they do belongs together
+
     def __init__(self) -> None:
-        self.requested = False
+        self._history: History | None = None  # once the run is over
+        self._handler: Any = None
+        self._since: float | None = None  # when the first came that has not been handed over
+        self._ended: float | None = None  # when the handler was given the one that it raised at
 
     def __enter__(self) -> _Interrupt:
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        self._installed = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._installed:
-            signal.signal(signal.SIGINT, self._remember)
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(signal.SIGINT, self._hold)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> bool:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        ended_at_once = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.requested |= ended_at_once
-        return ended_at_once
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        if self._handler is None:
+            return
+        if self._ended is not None:
+            time.sleep(max(0.0, self._ended + self._ECHO - time.monotonic()))
+        try:
+            if signal.getsignal(signal.SIGINT) == self._hold:  # else the user has set another one
+                signal.signal(signal.SIGINT, self._handler)  # which may be called at once, and raise
+            self.hand_over()
+        except BaseException as error:
+            if self._history is None or kind is not None or not isinstance(error, KeyboardInterrupt):
+                _add_history(error, self._history)
+                raise
+            self._history.interrupted = True
 
-    def _remember(self, *_signal: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+    def end(self, history: History) -> None:
+        """Breaks nothing from here on: what the run did is recorded."""
+        self._history = history
+
+    def hand_over(self) -> None:
+        """Calls the handler if there was a SIGINT. To be called where all states agree, as it may raise."""
+        if self._since is not None:
+            self._since, self._ended = None, time.monotonic()
+            self._handler(signal.SIGINT, sys._getframe())
+            self._ended = None
+
+    def _hold(self, _signal: int, frame: types.FrameType | None) -> None:
+        now = time.monotonic()
+        if self._ended is not None and now - self._ended < self._ECHO:
+            return
+        if self._since is None:
+            self._since = now
+        elif now - self._since > self._PATIENCE and self._may_break(frame):
+            self.hand_over()
+
+    def _may_break(self, frame: types.FrameType | None) -> bool:
+        return self._history is None and frame is not None and frame.f_globals.get("__name__") not in self._OWN
+
+
+class _Recorded:
+    """Brings the history up to date when the run ends, whatever ended it; a KeyboardInterrupt goes no further."""
+
+    def __init__(self, steps: Steps, interrupt: _Interrupt) -> None:
+        self._steps, self._interrupt = steps, interrupt
+        self._grad_mode = torch.is_grad_enabled()
+
+    def __enter__(self) -> None:
+        self._steps.history._update = self._steps.record  # type: ignore[method-assign]
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        history = self._steps.history
+        self._interrupt.end(history)
+        torch._C._set_grad_enabled(self._grad_mode)  # a step may have been broken where this is due
+        history.interrupted = isinstance(error, KeyboardInterrupt)
+        try:
+            self._steps.record()
+        except Exception as of_record:
+            if error is None or history.interrupted:
+                _add_history(of_record, history)
+                raise
+        finally:
+            del vars(history)["_update"]
+        if error is not None and not history.interrupted:
+            _add_history(error, history)
+        return history.interrupted
 
 
 class _Bar:
@@ -131,8 +194,11 @@ def fit(
     The steps up to the next evaluation are one native call where nothing can tell the difference: a plain model on the
     CPU, float32 or float64, the default optimizer, no hooks. Otherwise they run in Python.
 
-    Ctrl-C ends the run between two steps: the history records it, and the run can be resumed. A second Ctrl-C ends it
-    at once. Any other exception that leaves the run has the history as its attribute ``history``, to be resumed, too.
+    Ctrl-C ends the run between two steps: the history records it, and the run can be resumed. In the main thread
+    ``fit`` holds SIGINT back until then; a handler other than Python's is called then, too, and an exception of it ends
+    the run. If a callback, a forward pass or an evaluation lasts, another Ctrl-C more than a second later interrupts
+    it where it is; but for an optimizer's step that has begun, the run can be resumed after that as well. Any other
+    exception that leaves the run has the history as its attribute ``history``, to be resumed, too.
 
     Args:
         model: A BigramLanguageModel, trained in place; or one in DistributedDataParallel, DataParallel,
@@ -173,41 +239,42 @@ def fit(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("fit: nothing can be trained under torch.inference_mode()")
-    module = module_in(model)
-    batch_size, block_size = _integer("batch_size", batch_size), _integer("block_size", block_size)
-    max_steps, eval_interval = _integer("max_steps", max_steps), _integer("eval_interval", eval_interval)
-    if max_steps < 0 or eval_interval < 1:
-        raise ValueError(f"expected max_steps >= 0 and eval_interval >= 1, got {max_steps} and {eval_interval}")
-    lr, max_grad_norm = _number("lr", lr), _number("max_grad_norm", max_grad_norm)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"expected max_grad_norm > 0, got {max_grad_norm}")
-    _check_types(val_tokens, generator, resume)
-    _check_callables(optimizer=optimizer, scheduler=scheduler, on_progress=on_progress, on_evaluation=on_evaluation)
-    get_batch(train_tokens, batch_size, block_size, generator=torch.Generator())  # raises what a step would
-    _check_memory(module, [tokens for tokens in (train_tokens, val_tokens) if tokens is not None], optimizer, resume)
+    with _Interrupt() as interrupt:
+        module = module_in(model)
+        batch_size, block_size = _size("batch_size", batch_size), _size("block_size", block_size)
+        max_steps, eval_interval = _integer("max_steps", max_steps), _integer("eval_interval", eval_interval)
+        if max_steps < 0 or eval_interval < 1:
+            raise ValueError(f"expected max_steps >= 0 and eval_interval >= 1, got {max_steps} and {eval_interval}")
+        lr, max_grad_norm = _number("lr", lr), _number("max_grad_norm", max_grad_norm)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"expected max_grad_norm > 0, got {max_grad_norm}")
+        _check_types(val_tokens, generator, resume)
+        _check_callables(optimizer=optimizer, scheduler=scheduler, on_progress=on_progress, on_evaluation=on_evaluation)
+        get_batch(train_tokens, batch_size, block_size, generator=torch.Generator())  # raises what a step would
+        corpora = [tokens for tokens in (train_tokens, val_tokens) if tokens is not None]
+        _check_memory(module, corpora, optimizer, resume)
 
-    history = History() if resume is None else copy.deepcopy(resume)
-    history.interrupted = history.stopped = False
-    made_optimizer = new_optimizer(model, optimizer, lr)
-    made_scheduler = None if scheduler is None else new_scheduler(scheduler, made_optimizer)
-    steps = Steps(
-        model,
-        module,
-        made_optimizer,
-        made_scheduler,
-        max_grad_norm,
-        history,
-        train_tokens,
-        batch_size,
-        block_size,
-        generator,
-    )
-    evaluation = _Evaluation(steps, train_tokens, val_tokens, on_evaluation)
-    steps.begin(lr)
-    history._update = steps.record  # type: ignore[method-assign]
-    try:
-        with _Bar(progress, history, max_steps) as bar, _Interrupt() as interrupt:
-            while history.step < max_steps and not (interrupt.requested or history.stopped):
+        history = History() if resume is None else copy.deepcopy(resume)
+        history.interrupted = history.stopped = False
+        made_optimizer = new_optimizer(model, optimizer, lr)
+        made_scheduler = None if scheduler is None else new_scheduler(scheduler, made_optimizer)
+        steps = Steps(
+            model,
+            module,
+            made_optimizer,
+            made_scheduler,
+            max_grad_norm,
+            history,
+            train_tokens,
+            batch_size,
+            block_size,
+            generator,
+        )
+        evaluation = _Evaluation(steps, train_tokens, val_tokens, on_evaluation)
+        steps.begin(lr)
+        with _Recorded(steps, interrupt), _Bar(progress, history, max_steps) as bar:
+            while history.step < max_steps and not history.stopped:
+                interrupt.hand_over()
                 if history.step % eval_interval == 0 and evaluation.run():
                     history.stopped = True
                     break
@@ -215,27 +282,20 @@ def fit(
                 bar.report()
                 if on_progress is not None and _is_true(on_progress(history)):
                     history.stopped = history.step < max_steps
-            if not interrupt.requested:
-                evaluation.run()
-        history.interrupted = interrupt.requested
-        steps.record()
-    except BaseException as error:
-        _add_history(error, steps)
-        raise
-    finally:
-        del vars(history)["_update"]
+            interrupt.hand_over()
+            evaluation.run()
     return history
 
 
-def _add_history(error: BaseException, steps: Steps) -> None:
+def _add_history(error: BaseException, history: History | None) -> None:
     """Adds the history to an exception that leaves the run, and a note that says so."""
-    with contextlib.suppress(Exception):  # after an error of the device, nothing can be read from it
-        steps.record()
+    if history is None:
+        return
     with contextlib.suppress(Exception):  # an exception may be frozen
-        error.history = steps.history  # type: ignore[attr-defined]
-        can_resume = steps.history.step > 0 and steps.history.table_checksum is not None
+        error.history = history  # type: ignore[attr-defined]
+        can_resume = history.step > 0 and history.table_checksum is not None
         if can_resume and sys.version_info >= (3, 11):
-            error.add_note(f"fit took {steps.history.step} steps; fit(..., resume=error.history) goes on from there")
+            error.add_note(f"fit took {history.step} steps; fit(..., resume=error.history) goes on from there")
 
 
 def _integer(name: str, value: object) -> int:
@@ -245,6 +305,14 @@ def _integer(name: str, value: object) -> int:
         with contextlib.suppress(TypeError):
             return operator.index(value)  # type: ignore[arg-type]
     raise TypeError(f"expected {name} to be an int, got {value!r}")
+
+
+def _size(name: str, value: object) -> int:
+    """As ``_integer``, of what a kernel is given."""
+    size = _integer(name, value)
+    if not -(2**63) <= size < 2**63:
+        raise OverflowError(f"expected {name} to be an int of 64 bits, got {size}")
+    return size
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -342,13 +410,14 @@ class _Evaluation:
         history = self._steps.history
         if history.steps and history.steps[-1] == history.step:
             return False
+        step = history.step
         with _whole_parameters(self._steps.model):
             train_loss = self._train.loss()
             val_loss = float("nan") if self._val is None else self._val.loss()
         if self._val is not None or history.val_losses:
             missing = len(history.steps) - len(history.val_losses)  # where earlier runs had no validation tokens
             history.val_losses += [float("nan")] * missing + [val_loss]
-        history.steps.append(history.step)
+        history.steps.append(step)
         history.train_losses.append(train_loss)
         return self._on_evaluation is not None and _is_true(self._on_evaluation(history))
 

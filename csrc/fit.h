@@ -23,7 +23,8 @@ struct FitParams {
 };
 
 // Takes a step for each element of losses, the loss of its batch before the step, and counts it in
-// adamw.step. Returns the number of steps, at least one.
+// adamw.step. Returns the number of steps, at least one. An exception, of a signal handler for example, comes
+// between two steps, and finds the generator where the last one left it.
 int64_t fit_cpu(const FitParams& params);
 
 // The op.

@@ -75,17 +75,6 @@ template <typename Token>
                                    " is out of range: expected 0 <= token < ", vocab_size));
 }
 
-// Lets other threads run Python during work on many tokens.
-class ReleasedGil {
-  public:
-    explicit ReleasedGil(int64_t num_tokens) {
-        if (num_tokens > kChunk) released_.emplace();
-    }
-
-  private:
-    std::optional<py::gil_scoped_release> released_;
-};
-
 // ------------------------------------------------------------------------------------------------ kernels
 
 template <typename char_t>
@@ -160,7 +149,8 @@ at::Tensor Alphabet::encode(py::handle text) const {
     int64_t* const data = tokens.mutable_data_ptr<int64_t>();
     int32_t bits = 0;
     visit_characters(text, [&](const auto* characters) {
-        const ReleasedGil others_run(length);
+        std::optional<ReleasedGil> others_run;
+        if (length > kChunk) others_run.emplace();
         for_each_chunk(length, kChunk, [&](int64_t begin, int64_t end) {
             bits |=
                 encode_kernel(characters + begin, end - begin, pages_.data(), tokens_.data(), data + begin);
@@ -180,7 +170,8 @@ py::object Alphabet::decode(const at::Tensor& tokens) const {
     const int64_t num_tokens = contiguous.numel();
     const auto decode_as = [&](const auto* data) {
         return new_str(num_tokens, largest_, [&](auto* characters) {
-            const ReleasedGil others_run(num_tokens);
+            std::optional<ReleasedGil> others_run;
+            if (num_tokens > kChunk) others_run.emplace();
             uint32_t bits = 0;
             for_each_chunk(num_tokens, kChunk, [&](int64_t begin, int64_t end) {
                 bits |= decode_kernel(data + begin, end - begin, code_points_.data(), vocab_size(),
@@ -212,7 +203,7 @@ py::object Alphabet::decode_sequence(py::handle tokens) const {
             bits = more.has_value() ? std::optional(*bits | *more) : std::nullopt;
             if (!signals.is_due()) continue;
             {
-                const py::gil_scoped_release others_run;
+                const ReleasedGil others_run;
                 signals.handle();
             }
             if (PySequence_Fast_GET_SIZE(tokens.ptr()) != num_tokens) {

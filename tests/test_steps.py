@@ -548,8 +548,84 @@ def test_a_history_whose_states_could_not_be_read_is_not_resumed() -> None:
     assert history.step == len(history.losses) == 4
     assert history.table_checksum is None
     assert not hasattr(caught.value, "__notes__")
-    with pytest.raises(ValueError, match="the history is not of this model"):
+    with pytest.raises(ValueError, match=r"the history is not of this model: .* could not be read"):
         fit(new_model(), TOKENS, max_steps=9, resume=history)
+
+
+class TornOptimizer(torch.optim.SGD):
+    """Fails in its fifth step, somewhere in its middle."""
+
+    def __init__(self, params: Any, tear: Callable[[Tensor, dict[str, Any]], object]) -> None:
+        super().__init__(params, lr=1.0, momentum=0.9)
+        self.tear, self.calls = tear, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        if self.calls == 5:
+            (weight,) = self.param_groups[0]["params"]
+            self.tear(weight, self.state[weight])
+            raise LostError
+        return super().step(closure)
+
+
+def in_place(weight: Tensor, _state: dict[str, Any]) -> None:
+    assert weight.grad is not None
+    with torch.no_grad():
+        weight.sub_(weight.grad)
+
+
+TEARS: dict[str, Callable[[Tensor, dict[str, Any]], object]] = {
+    "in place": in_place,
+    "through .data": lambda weight, _: weight.data.mul_(0.9),
+    "a state": lambda _, state: state["momentum_buffer"].mul_(0.9),
+    "another state": lambda _, state: state.update(momentum_buffer=state["momentum_buffer"] * 0.9),
+    "a number": lambda _, state: state.update(count=5),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS.values(), ids=TEARS)
+@pytest.mark.parametrize("through_file", [False, True])
+def test_a_step_left_in_its_middle_is_not_resumed(tmp_path: Path, tear: Any, through_file: bool) -> None:
+    model = new_model()
+    with pytest.raises(LostError) as caught:
+        fit(model, TOKENS, max_steps=9, optimizer=partial(TornOptimizer, tear=tear))
+    history: History = caught.value.history  # type: ignore[attr-defined]
+    assert (history.step, history.table_checksum) == (4, None)
+    assert not hasattr(caught.value, "__notes__")
+    if through_file:
+        history.save(tmp_path / "history")
+        history = History.load(tmp_path / "history")
+    with pytest.raises(ValueError, match="its run ended within a step"):
+        fit(model, TOKENS, max_steps=9, optimizer=partial(TornOptimizer, tear=tear), resume=history)
+
+
+@pytest.mark.parametrize("new_rate", [float, torch.tensor])
+def test_a_scheduler_left_in_its_middle_is_put_back(new_rate: Callable[[float], Any]) -> None:
+    class Torn(lr_scheduler.ExponentialLR):
+        """Multiplies the learning rates, then fails, once."""
+
+        torn = False
+
+        def step(self, epoch: int | None = None) -> None:
+            super().step(epoch)
+            if self.last_epoch == 5 and not Torn.torn:
+                Torn.torn = True
+                raise LostError
+
+    options: dict[str, Any] = {
+        "max_steps": 9,
+        "optimizer": lambda params: torch.optim.SGD(params, lr=new_rate(1.0)),
+        "scheduler": partial(Torn, gamma=0.5),
+    }
+    model, whole_model = new_model(), new_model()
+    with pytest.raises(LostError) as caught:
+        fit(model, TOKENS, generator=seeded(), **options)
+    history: History = caught.value.history  # type: ignore[attr-defined]
+    assert (history.step, history.scheduler_is_due) == (5, True)
+    resumed = fit(model, TOKENS, generator=torch.Generator(), resume=history, **options)
+    whole = fit(whole_model, TOKENS, generator=seeded(), **options)
+    assert resumed.losses == whole.losses
+    assert torch.equal(weight_of(model), weight_of(whole_model))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import re
 import signal
 import sys
 import threading
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -143,6 +144,215 @@ def test_runs_resumed_after_ctrl_c_at_any_moment_equal_one(keyboard_interrupt: N
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class EndedError(Exception):
+    """Raised by a handler of SIGINT."""
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[..., object], number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    try:
+        yield
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(number, before)
+
+
+def interrupt_at(*steps: int) -> Callable[[History], None]:
+    """A callback that sends SIGINT once, twice at a time, after each of these numbers of steps."""
+
+    def callback(history: History) -> None:
+        if history.step in steps:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    return callback
+
+
+def test_a_handler_of_the_users_is_called_where_all_states_agree() -> None:
+    tokens, model = torch.randint(20, (500,)), BigramLanguageModel(20)
+    calls: list[tuple[Any, ...]] = []
+    options: dict[str, Any] = {"max_steps": 30, "eval_interval": 5, "on_progress": interrupt_at(10, 20, 30)}
+
+    def handle(number: int, frame: types.FrameType) -> None:
+        calls.append((number, type(frame), model.evaluate(tokens)))
+
+    with handled_by(handle):
+        history = fit(model, tokens, **options)
+    assert (history.step, history.interrupted) == (30, False)
+    losses = [history.train_losses[step // 5] for step in (10, 20, 30)]
+    assert [call[:2] for call in calls] == [(signal.SIGINT, types.FrameType)] * 3
+    assert [call[2] for call in calls] == losses
+
+
+def test_an_exception_of_a_handler_of_the_users_has_the_history() -> None:
+    def handle(*_: object) -> None:
+        raise EndedError
+
+    tokens = torch.randint(20, (500,))
+    model, whole_model = BigramLanguageModel(20), BigramLanguageModel(20)
+    whole_model.load_state_dict(model.state_dict())
+    options: dict[str, Any] = {"max_steps": 30, "eval_interval": 5}
+    for last in (10, 30):
+        with handled_by(handle), pytest.raises(EndedError) as caught:
+            fit(model, tokens, generator=torch.Generator(), on_progress=interrupt_at(last), **options)
+        history: History = caught.value.history  # type: ignore[attr-defined]
+        assert history.step == last
+        resumed = fit(model, tokens, resume=history, **options)
+        whole = fit(whole_model, tokens, generator=torch.Generator(), **options)
+        assert resumed.losses == whole.losses
+        assert torch.equal(model.token_embedding_table.weight, whole_model.token_embedding_table.weight)
+
+
+def test_a_handler_that_is_set_during_a_run_stays() -> None:
+    def handle(*_: object) -> None:
+        raise AssertionError
+
+    with handled_by(signal.default_int_handler):
+        fit(
+            BigramLanguageModel(20),
+            torch.randint(20, (500,)),
+            max_steps=3,
+            on_evaluation=lambda _: signal.signal(signal.SIGINT, handle) and None,
+        )
+        assert signal.signal(signal.SIGINT, signal.default_int_handler) is handle
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler])
+def test_nothing_is_installed_where_python_runs_no_handler(handler: Any) -> None:
+    seen: list[object] = []
+
+    def run() -> None:
+        tokens = torch.randint(20, (500,))
+        fit(BigramLanguageModel(20), tokens, max_steps=3, on_evaluation=lambda _: seen.append(is_there()))
+
+    def is_there() -> bool:
+        return signal.getsignal(signal.SIGINT) is handler
+
+    with handled_by(handler):
+        if callable(handler):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        else:
+            run()
+    assert seen == [True, True]
+
+
+def test_an_interrupt_before_the_first_step_and_after_the_last(keyboard_interrupt: None) -> None:
+    tokens = torch.randint(20, (500,))
+    model = BigramLanguageModel(20)
+
+    def factory(params: Any) -> torch.optim.Optimizer:
+        signal.raise_signal(signal.SIGINT)
+        return torch.optim.SGD(params, lr=1.0)
+
+    history = fit(model, tokens, max_steps=6, optimizer=factory)
+    assert (history.interrupted, history.step, history.steps) == (True, 0, [])
+    history = fit(model, tokens, max_steps=6, optimizer=torch.optim.SGD, on_evaluation=interrupt_at(6), resume=history)
+    assert (history.interrupted, history.step, history.steps) == (True, 6, [0, 6])
+    assert fit(model, tokens, max_steps=9, optimizer=torch.optim.SGD, resume=history).step == 9
+
+
+HANGS = ("forward", "progress", "evaluation", "optimizer", "scheduler")
+
+
+@pytest.mark.parametrize("where", HANGS)
+def test_another_interrupt_breaks_what_hangs(
+    keyboard_interrupt: None, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr("bigramx.training._Interrupt._PATIENCE", 0.05)
+    monkeypatch.setattr("bigramx.training._Interrupt._ECHO", 0.001)
+    hung: list[str] = []
+
+    def hang(place: str) -> None:
+        if place != where or hung or len(calls) < 3:
+            return
+        hung.append(place)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same one
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.1:
+            pass
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not broken")
+
+    class Model(BigramLanguageModel):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            hang("forward" if torch.is_grad_enabled() else "evaluation")
+            return super().forward(*arguments, **options)
+
+    class SGD(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            hang("optimizer")
+
+    class Schedule(torch.optim.lr_scheduler.ExponentialLR):
+        def step(self, epoch: int | None = None) -> None:
+            super().step(epoch)
+            hang("scheduler")
+
+    def on_progress(_: History) -> None:
+        hang("progress")
+        calls.append(1)
+
+    def run(model: BigramLanguageModel, resume: History | None = None) -> History:
+        return fit(
+            model,
+            tokens,
+            max_steps=9,
+            eval_interval=4,
+            optimizer=lambda params: SGD(params, lr=1.0, momentum=0.9),
+            scheduler=lambda made: Schedule(made, gamma=0.9),
+            generator=torch.Generator(),
+            on_progress=on_progress,
+            resume=resume,
+        )
+
+    tokens = torch.randint(20, (500,))
+    calls: list[int] = []
+    model, whole_model = Model(20), Model(20)
+    whole_model.load_state_dict(model.state_dict())
+    history = run(model)
+    assert hung == [where]
+    assert history.interrupted
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if where == "optimizer":
+        with pytest.raises(ValueError, match="its run ended within a step"):
+            run(model, history)
+    else:
+        assert run(model, history).losses == run(whole_model).losses
+        assert torch.equal(model.token_embedding_table.weight, whole_model.token_embedding_table.weight)
+
+
+@pytest.mark.cpu_only
+def test_other_signals_whose_handlers_raise_between_native_steps() -> None:
+    def handle(*_: object) -> None:
+        raise EndedError
+
+    tokens = torch.randint(65, (5000,))
+    options: dict[str, Any] = {"eval_interval": 10**6, "generator": torch.Generator()}
+    model, whole_model = BigramLanguageModel(65), BigramLanguageModel(65)
+    whole_model.load_state_dict(model.state_dict())
+    options["generator"].manual_seed(1)
+
+    def on_progress(history: History) -> None:
+        if history.step < 20_000:
+            signal.setitimer(signal.ITIMER_REAL, 0.045)  # handlers run 40 ms after the next native call began
+
+    with handled_by(handle, signal.SIGALRM), pytest.raises(EndedError) as caught:
+        fit(model, tokens, max_steps=10**6, on_progress=on_progress, **options)
+    history: History = caught.value.history  # type: ignore[attr-defined]
+    assert (history.optimizer_state or {})["state"][0]["step"] == history.step == len(history.losses) > 0
+    options["generator"].manual_seed(1)
+    whole = fit(whole_model, tokens, max_steps=history.step, **options)
+    assert torch.equal(model.token_embedding_table.weight, whole_model.token_embedding_table.weight)
+    assert history.losses == whole.losses
+    assert torch.equal(*[each.generator_state for each in (history, whole)])  # type: ignore[arg-type]
+
+
 def test_resume_checks_that_the_history_belongs_to_the_model() -> None:
     tokens = torch.randint(20, (500,))
     model = BigramLanguageModel(20)
@@ -205,6 +415,16 @@ def test_other_forms_of_the_same_numbers(tmp_path: Path) -> None:
     assert results[1:] == results[:1] * 3
 
 
+class Whole:
+    """A whole number that is no int."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
 BAD_NUMBERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     *[
         ({name: value}, TypeError, f"expected {name} to be an int, got ")
@@ -234,6 +454,12 @@ BAD_NUMBERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eval_interval": 0}, ValueError, "eval_interval >= 1, got 3000 and 0"),
     ({"batch_size": 0}, ValueError, "expected batch_size and block_size >= 1, got 0 and 8"),
     ({"block_size": torch.tensor(-2)}, ValueError, "expected batch_size and block_size >= 1, got 32 and -2"),
+    *[
+        ({name: kind(value)}, OverflowError, f"expected {name} to be an int of 64 bits, got {value}")
+        for name in ("batch_size", "block_size")
+        for value in (2**63, -(2**63) - 1, 10**30)
+        for kind in (int, Whole)
+    ],
     ({"block_size": 500}, ValueError, "more than block_size = 500 tokens, got 500"),
     ({"train_tokens": [1, 2, 3]}, TypeError, "'tokens'"),
     ({"train_tokens": numpy.arange(100)}, TypeError, "'tokens'"),
@@ -242,6 +468,16 @@ BAD_NUMBERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"val_tokens": [1, 2, 3]}, TypeError, "expected val_tokens to be a Tensor, got list"),
     ({"val_tokens": torch.rand(100)}, RuntimeError, "expected tokens to be uint8"),
 ]
+
+
+@pytest.mark.parametrize("value", [10**12, numpy.int64(2**63 - 1), 2**70])
+@pytest.mark.parametrize("name", ["max_steps", "eval_interval"])
+def test_what_is_never_reached_takes_no_memory(name: str, value: Any) -> None:
+    options: dict[str, Any] = {"max_steps": 10**12, "eval_interval": 10**12, name: value}
+    history = fit(
+        BigramLanguageModel(20), torch.randint(20, (500,)), on_progress=lambda h: h.step > 3, progress=True, **options
+    )
+    assert (history.stopped, history.steps[1:]) == (True, [history.step])
 
 
 @pytest.mark.cpu_only

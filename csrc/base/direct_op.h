@@ -9,6 +9,8 @@
 
 #include <string>
 
+#include "base/python.h"
+
 namespace bigramx {
 
 template <typename Signature>
@@ -23,7 +25,7 @@ struct DirectOp<Return(Arguments...)> {
             c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), "").typed<Return(Arguments...)>();
         m.def(
             name, [handle](Arguments... arguments) { return handle.call(arguments...); },
-            pybind11::call_guard<pybind11::gil_scoped_release>());
+            pybind11::call_guard<ReleasedGil>());
     }
 };
 

@@ -3,8 +3,11 @@
 #include <ATen/ops/empty.h>
 
 #include <chrono>
+#include <mutex>
 
+#include "base/interrupt.h"
 #include "cpu/embedding_cross_entropy_workspace.h"
+#include "sampling/generator.h"
 
 namespace bigramx {
 namespace {
@@ -17,6 +20,30 @@ void increment(const at::Tensor& step) {
         ++*step.data_ptr<double>();
     }
 }
+
+// Puts the generator back where a step raises before it changes anything: its batch is still to be drawn.
+class DrawsOfStep {
+  public:
+    explicit DrawsOfStep(at::CPUGeneratorImpl* generator) : generator_(generator), engine_(engine()) {}
+
+    ~DrawsOfStep() {
+        if (is_taken_) return;
+        const std::lock_guard<std::mutex> lock(generator_->mutex_);
+        generator_->set_engine(engine_);
+    }
+
+    void take() { is_taken_ = true; }
+
+  private:
+    at::mt19937 engine() const {
+        const std::lock_guard<std::mutex> lock(generator_->mutex_);
+        return generator_->engine();
+    }
+
+    at::CPUGeneratorImpl* const generator_;
+    const at::mt19937 engine_;
+    bool is_taken_ = false;
+};
 
 }  // namespace
 
@@ -36,10 +63,14 @@ int64_t fit_cpu(const FitParams& params) {
     const at::Tensor& losses = params.losses;
     double* const losses_of_steps = losses.data_ptr<double>();
     const bool single = params.adamw.param.scalar_type() == at::kFloat;
+    SignalCheck signals;
     for (int64_t k = 0; k < losses.size(0); ++k) {
         if (k > 0 && Clock::now() - start > limit) return k;
+        signals.poll();  // here all agree
+        DrawsOfStep draws(cpu_generator(params.batch.generator));
         get_batch_cpu(params.batch, loss_params.idx, loss_params.targets);
         const double loss = cpu::embedding_cross_entropy_step(loss_params, params.adamw.grad, workspace);
+        draws.take();
         increment(params.adamw.step);
         adamw_cpu(params.adamw);
         losses_of_steps[k] = single ? static_cast<float>(loss) : loss;
