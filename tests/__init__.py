@@ -1,4 +1,8 @@
-"""With BIGRAMX_SIMT, loads the extension built for the GPU emulator (tests/simt) in place of the package's own."""
+"""With BIGRAMX_EXTENSION, loads that extension in place of the package's own.
+
+Those are built into a folder of their own in build/: simt for the GPU emulator (tests/simt), asan and tsan for the
+sanitizers (tests/trust/sanitizers.py).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import sys
 
 import torch  # noqa: F401  (loads the libraries that the extension needs)
 
-if simt_module := os.environ.get("BIGRAMX_SIMT"):
-    spec = importlib.util.spec_from_file_location("bigramx._C", simt_module)
+if extension := os.environ.get("BIGRAMX_EXTENSION"):
+    spec = importlib.util.spec_from_file_location("bigramx._C", extension)
     assert spec is not None
     assert spec.loader is not None
     sys.modules["bigramx._C"] = importlib.util.module_from_spec(spec)

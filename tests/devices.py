@@ -8,13 +8,15 @@ without a device are on the GPU. Marks restrict that:
     device_assertion    an error on the CPU, which ends the process on a GPU; test_cuda.py runs such in subprocesses
     cuda                needs a GPU, not the emulator, and places its tensors itself
 
-With BIGRAMX_SIMT in the environment, the emulator (tests/simt) runs the CUDA kernels on the CPU's tensors.
+With BIGRAMX_EXTENSION=build/simt/_C.so in the environment, the emulator (tests/simt) runs the CUDA kernels on the CPU's
+tensors.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from bigramx import ops
 
-IN_SIMT = bool(os.environ.get("BIGRAMX_SIMT"))
+IN_SIMT = Path(os.environ.get("BIGRAMX_EXTENSION", "")).parent.name == "simt"
 MARKS = ("cpu_only", "gpu_only", "device_assertion", "cuda")
 
 _Value = TypeVar("_Value")

@@ -238,7 +238,7 @@ def test_narrow_types(faults: InjectedFaults, name: str, dtype: torch.dtype) -> 
 def run_tests(module: Path, arguments: list[str]) -> CompletedProcess[str]:
     """Runs pytest in the emulator, with the CUDA kernels of the module."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "BIGRAMX_SIMT": str(module), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "BIGRAMX_EXTENSION": str(module), "OMP_NUM_THREADS": "1"}
     return processes.run(command, cwd=ROOT, env=environment, seconds=3600)
 
 

@@ -1,0 +1,202 @@
+"""Runs the tests of the ops, the tokenizer and the storage with the extension compiled for a sanitizer.
+
+python -m tests.trust.sanitizers asan    # memory and undefined behaviour, under each CPU capability
+python -m tests.trust.sanitizers tsan    # data races
+
+The extension is built apart from the package's own, into build/asan or build/tsan, by setup.py's sources and flags, and
+GCC's sanitizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from tests import processes, tree
+from tests.test_capability import CAPABILITIES, can_run
+from tests.trust import report
+
+HERE = Path(__file__).parent
+TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "tokenizer", "storage")]
+SECONDS = 7200.0  # for one test file; sanitized code takes many times as long
+# Reports name lines. Python's own flags may have -fwrapv, with which a signed overflow is nothing to report.
+FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv")
+FINDING = re.compile(r"runtime error: |SUMMARY: (?!Undefined)|FATAL: |CHECK failed")
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    """How the extension is compiled, and how Python is started with it.
+
+    Attributes:
+        name: Of the make target, and of its folder in build/.
+        checks: For -fsanitize.
+        libraries: The compiler's, which must be loaded before all others.
+        options: The libraries' own, by variables of the environment.
+        capabilities: Those under which the tests run.
+        sources: What is linked besides csrc/.
+        link_flags: How.
+    """
+
+    name: str
+    checks: str
+    libraries: tuple[str, ...]
+    options: dict[str, dict[str, object]]
+    capabilities: tuple[str, ...]
+    sources: tuple[str, ...] = ("planted_faults.cpp",)
+    link_flags: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        """For the compiler and the linker."""
+        return [*FLAGS, f"-fsanitize={self.checks}"]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is built."""
+        return tree.ROOT / "build" / self.name
+
+
+ASAN = Sanitizer(
+    "asan",
+    "address,undefined,float-cast-overflow",
+    ("asan", "stdc++"),  # whose __cxa_throw it wraps
+    {
+        # Python and torch keep memory to the end of the process, by design. Tests ask for more memory than there is.
+        "ASAN_OPTIONS": {"detect_leaks": 0, "allocator_may_return_null": 1, "detect_stack_use_after_return": 1},
+        "UBSAN_OPTIONS": {"print_stacktrace": 1},
+    },
+    tuple(CAPABILITIES),
+)
+TSAN = Sanitizer(
+    "tsan",
+    "thread",
+    ("tsan",),
+    # What Python and torch do is known only where it passes through pthreads and the allocator.
+    {"TSAN_OPTIONS": {"ignore_noninstrumented_modules": 1, "die_after_fork": 0, "suppressions": HERE / "tsan.supp"}},
+    ("avx512", "avx2", "default"),
+    ("planted_faults.cpp", "tsan_openmp.cpp"),
+    ("-Wl,--wrap=GOMP_parallel",),
+)
+SANITIZERS = {sanitizer.name: sanitizer for sanitizer in (ASAN, TSAN)}
+
+
+def build(sanitizer: Sanitizer) -> None:
+    """Compiles what has changed since the last time."""
+    command = [sys.executable, "-m", __spec__.name, sanitizer.name, "--build"]
+    environment = {**os.environ, "BIGRAMX_CUDA": "0"}
+    result = processes.run(command, cwd=tree.ROOT, env=environment, seconds=SECONDS)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def compile_extension(sanitizer: Sanitizer) -> None:
+    """The same in this process, which was started in the root of the project."""
+    from setuptools import Distribution
+
+    import setup
+
+    extension, builder = setup.extension_and_builder()
+    extension.sources = [*extension.sources, *(f"tests/trust/{source}" for source in sanitizer.sources)]
+    extension.extra_compile_args = [*extension.extra_compile_args, *sanitizer.flags]
+    extension.extra_link_args = [*extension.extra_link_args, *sanitizer.flags, *sanitizer.link_flags]
+    command = builder(Distribution({"name": "bigramx", "ext_modules": [extension]}))
+    command.build_temp, command.build_lib = str(sanitizer.folder / "objects"), str(sanitizer.folder)
+    command.ensure_finalized()
+    command.run()
+
+
+def extension_of(sanitizer: Sanitizer) -> Path:
+    """What ``build`` has made."""
+    (path,) = (sanitizer.folder / "bigramx").glob("_C*.so")
+    return path
+
+
+def run(sanitizer: Sanitizer, capability: str, command: Sequence[str]) -> tuple[CompletedProcess[str], list[str]]:
+    """Runs a Python command in the root of the project with the instrumented extension; also what was reported."""
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {
+            "BIGRAMX_EXTENSION": str(extension_of(sanitizer)),
+            "ATEN_CPU_CAPABILITY": capability,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONMALLOC": "malloc",  # an allocation each, whose ends are known
+        }
+        for name, options in sanitizer.options.items():
+            variables[name] = ":".join(
+                f"{option}={value}" for option, value in {**options, "log_path": f"{folder}/report"}.items()
+            )
+        preloaded = f"LD_PRELOAD={' '.join(map(library, sanitizer.libraries))}"
+        start = [*fixed_addresses(), "env", preloaded, sys.executable, *command]
+        result = processes.run(start, cwd=tree.ROOT, env={**os.environ, **variables}, seconds=SECONDS)
+        logs = [path.read_text(errors="replace") for path in Path(folder).iterdir()]
+        return result, findings_in(result.stderr, *logs)
+
+
+def library(name: str) -> str:
+    """The path of one of the compiler's libraries."""
+    compiler = os.environ.get("CXX", "c++")
+    path = subprocess.run([compiler, f"-print-file-name=lib{name}.so"], stdout=subprocess.PIPE, text=True, check=True)
+    found = path.stdout.strip()
+    if not os.path.isabs(found):
+        sys.exit(f"{compiler} has no lib{name}.so; name a GCC with CXX=...")
+    return found
+
+
+def fixed_addresses() -> list[str]:
+    """What starts a command without address space randomisation, which may place it where shadow memory must be."""
+    start = ["setarch", "-R"]
+    return start if shutil.which(start[0]) and processes.run([*start, "true"]).returncode == 0 else []
+
+
+def findings_in(*logs: str) -> list[str]:
+    """One line for each fault that the sanitizers told of."""
+    lines = [line.replace(f"{tree.ROOT}/", "") for log in logs for line in log.splitlines()]
+    return sorted({line for line in lines if FINDING.search(line)})
+
+
+def run_tests(sanitizer: Sanitizer, capability: str, name: str) -> tuple[int, list[str]]:
+    """How many tests of a file passed, and the findings; a test that fails is one, too."""
+    # Uncaptured (-s), as libubsan writes to standard error, beside libasan even with a log_path. The sanitizer's
+    # handler of SIGSEGV tells more than that of pytest.
+    command = ["-m", "pytest", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", name]
+    result, findings = run(sanitizer, capability, command)
+    print(f"make {sanitizer.name}: {capability}, {name}: {result.stdout.strip().splitlines()[-1:]}", flush=True)
+    if result.returncode != 0:
+        failed = re.findall(r"^(?:FAILED|ERROR) .*$", result.stdout, re.MULTILINE)
+        findings += failed or [f"{name} ends with {result.returncode}: {result.stderr[-500:]}"]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    return int(passed[1]) if passed else 0, [f"{capability}: {finding}" for finding in findings]
+
+
+def trial(sanitizer: Sanitizer) -> tuple[dict[str, int], list[str]]:
+    """Runs all tests under each capability."""
+    build(sanitizer)
+    capabilities = [capability for capability in sanitizer.capabilities if can_run(capability)]
+    results = [run_tests(sanitizer, capability, name) for capability in capabilities for name in TESTS]
+    tried = {"tests": sum(passed for passed, _findings in results), "CPU capabilities": len(capabilities)}
+    return tried, [finding for _passed, findings in results for finding in findings]
+
+
+def main() -> None:
+    """Builds, and runs the tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sanitizer", choices=SANITIZERS)
+    parser.add_argument("--build", action="store_true", help="build alone")
+    arguments = parser.parse_args()
+    sanitizer = SANITIZERS[arguments.sanitizer]
+    if arguments.build:
+        compile_extension(sanitizer)
+    else:
+        report.run(f"make {sanitizer.name}", lambda: trial(sanitizer))
+
+
+if __name__ == "__main__":
+    main()

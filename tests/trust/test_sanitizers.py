@@ -1,0 +1,90 @@
+"""The sanitizers find faults that are planted, in the kernels of each CPU target."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.test_capability import CAPABILITIES, can_run
+from tests.trust import sanitizers
+from tests.trust.sanitizers import ASAN, TSAN, Sanitizer
+
+HERE = next(capability for capability in reversed(CAPABILITIES) if can_run(capability))
+PLANTED = """
+import tests
+import ctypes
+import torch
+from bigramx import _C, ops
+
+planted = ctypes.CDLL(_C.__file__)
+values = torch.zeros(8, dtype=torch.int64)
+torch.set_num_threads(2)
+"""
+# Tokens that claim to be one more than what was allocated.
+READ_OUT_OF_BOUNDS = """
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+tokens = (ctypes.c_uint8 * 10_001).from_address(libc.malloc(ctypes.c_size_t(10_000)))
+ctypes.memset(tokens, 0, 10_000)
+ops.count_bigrams(torch.frombuffer(tokens, dtype=torch.uint8), 4)
+"""
+# Two threads of Python change the same tensors, without waiting for each other.
+RACES = """
+import threading
+tensors = [torch.ones(10_000) for _ in range(4)]
+
+def update(step):
+    for _ in range(20):
+        ops.adamw_(*tensors, None, step, 0.1, 0.9, 0.99, 1e-8, 0.0, False)
+
+threads = [threading.Thread(target=update, args=[torch.ones(())]) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+planted.race(ctypes.c_void_p(values.data_ptr()))
+"""
+OVERFLOWS = """
+planted.overflow(ctypes.c_int64(2**63 - 1))
+planted.to_integer(ctypes.c_double(1e30))
+"""
+
+
+@functools.cache
+def build_once(name: str) -> None:
+    """Builds at the first test that needs it."""
+    sanitizers.build(sanitizers.SANITIZERS[name])
+
+
+def findings(sanitizer: Sanitizer, capability: str, script: str) -> list[str]:
+    """What is reported of a script."""
+    build_once(sanitizer.name)
+    return sanitizers.run(sanitizer, capability, ["-c", PLANTED + script])[1]
+
+
+@pytest.mark.parametrize("capability", [*filter(can_run, CAPABILITIES)])
+def test_finds_a_read_out_of_bounds_in_a_kernel(capability: str) -> None:
+    (found,) = findings(ASAN, capability, READ_OUT_OF_BOUNDS)
+    target = {"default": "portable"}.get(capability, capability)
+    assert "AddressSanitizer: heap-buffer-overflow csrc/cpu/count_bigrams_kernels.h" in found
+    assert f" bigramx::cpu::{target}::" in found
+
+
+def test_finds_undefined_behaviour() -> None:
+    found = [line.partition(": runtime error: ")[2] for line in findings(ASAN, HERE, OVERFLOWS)]
+    assert {text.partition(":")[0] for text in found} == {
+        "signed integer overflow",
+        "1e+30 is outside the range of representable values of type 'long int'",
+    }
+
+
+def test_finds_races() -> None:
+    found = {line.partition(" in ")[0].rpartition(":")[0] for line in findings(TSAN, HERE, RACES)}
+    assert "SUMMARY: ThreadSanitizer: data race tests/trust/planted_faults.cpp" in found
+    in_kernels = {line for line in found if "ThreadSanitizer: data race csrc/cpu/" in line}
+    assert len(in_kernels) == len(found) - 1 > 0
+
+
+def test_knows_what_happens_before_and_after_a_parallel_region() -> None:
+    assert findings(TSAN, HERE, "for _ in range(1000): planted.sum_in_parallel()") == []
