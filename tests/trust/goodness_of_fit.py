@@ -75,22 +75,26 @@ def p_values(counts: Tensor, probs: Tensor) -> dict[str, Tensor]:
     counts: (..., R, C), how often each category was drawn in each of R circumstances. probs: (R, C), the distribution
     in each. Totals are taken as given, circumstance by circumstance.
     """
-    counts = counts.double()
-    totals = counts.sum(-1, keepdim=True)
-    never_drawn = (counts * (probs == 0)).sum((-2, -1)) == 0
-    table = {"Pearson": torch.ones_like(never_drawn.double())}
-    large = totals * probs >= MIN_EXPECTED
-    cells = torch.cat((counts * large, (counts * ~large).sum(-1, keepdim=True)), dim=-1)
-    shares = torch.cat((probs * large, (probs * ~large).sum(-1, keepdim=True)), dim=-1)
+    totals = counts.sum(-1, keepdim=True).double()
+    is_possible = counts.masked_fill(probs > 0, 0).sum((-2, -1)) == 0
+    # Of many categories most are too rare, and no copies are made of them.
+    frequent = totals.amax() * probs.amax(-2) >= MIN_EXPECTED
+    cells, shares = counts[..., frequent].double(), probs[:, frequent]
+    is_cell = totals * shares >= MIN_EXPECTED
+    rest = probs.masked_fill(frequent, 0).sum(-1, keepdim=True) + (shares * ~is_cell).sum(-1, keepdim=True)
+    shares = torch.cat((shares * is_cell, rest), dim=-1)
+    cells = torch.cat((cells * is_cell, totals - (cells * is_cell).sum(-1, keepdim=True)), dim=-1)
     kept = totals * shares >= MIN_EXPECTED
     rare = poisson_p_value((cells * ~kept).sum((-2, -1)), (totals * shares * ~kept).sum((-2, -1)))
     observed, shares = cells * kept, shares * kept
     expected = observed.sum(-1, keepdim=True) * shares / shares.sum(-1, keepdim=True).clamp(min=1e-300)
     degrees = (kept.sum(-1) - 1).clamp(min=0).sum(-1)
     positive = expected.clamp(min=1e-300)
-    table["Pearson"] = chi_square_tail(((observed - expected).square() / positive).sum((-2, -1)), degrees)
-    table["G"] = chi_square_tail(2 * torch.special.xlogy(observed, observed / positive).sum((-2, -1)), degrees)
-    table["rare"] = torch.where(never_drawn, rare, 0.0)
+    table = {
+        "Pearson": chi_square_tail(((observed - expected).square() / positive).sum((-2, -1)), degrees),
+        "G": chi_square_tail(2 * torch.special.xlogy(observed, observed / positive).sum((-2, -1)), degrees),
+        "rare": torch.where(is_possible, rare, 0.0),
+    }
     if probs.size(-2) == 1:
         distance = ((counts / totals).cumsum(-1) - probs.cumsum(-1)).abs().amax((-2, -1))
         table["Kolmogorov-Smirnov"] = (2 * (-2 * totals[..., 0, 0] * distance.square()).exp()).clamp(max=1)

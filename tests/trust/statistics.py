@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigramx import data, functional
@@ -45,7 +46,7 @@ CALL = 1 << 18  # draws
 SAMPLERS: tuple[Sampler, ...] = ("torch", "philox")
 
 Draw = Callable[[torch.Generator], Tensor]
-Binning = Callable[[], Tensor]
+Binning = Callable[[Tensor], Tensor]  # a number for each category, (1, C) -> their sums over coarser ones, (1, bins)
 
 
 class View(Protocol):
@@ -77,7 +78,7 @@ class Counts:
         name: Of what is counted.
         probs: (R, C) float64.
         index: Draws -> int64, circumstance * C + category.
-        binnings: (C) int64 each: coarser categories, for more of them than there are draws.
+        binnings: Coarser categories, for more of them than there are draws.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Counts:
     @property
     def degrees(self) -> int:
         if self.binnings:
-            return max(int(bins().max()) for bins in self.binnings.values())
+            return max(binning(self.probs).size(1) for binning in self.binnings.values()) - 1
         return int((self.probs > 0).sum()) - len(self.probs)
 
     def observe(self, draws: Tensor) -> Tensor:
@@ -104,13 +105,8 @@ class Counts:
     def p_values(self, total: Tensor) -> dict[str, float]:
         counts = total.view(self.probs.shape)
         tables = {self.name: (counts, self.probs)}
-        for name, bins in self.binnings.items():
-            where = bins()
-            shape = (1, int(where.max()) + 1)
-            tables[f"{self.name}, {name}"] = (
-                counts.new_zeros(shape).index_add_(1, where, counts),
-                self.probs.new_zeros(shape).index_add_(1, where, self.probs),
-            )
+        for name, binning in self.binnings.items():
+            tables[f"{self.name}, {name}"] = (binning(counts), binning(self.probs))
         return {
             f"{table}, {test}": float(p)
             for table, (counts, probs) in tables.items()
@@ -235,10 +231,10 @@ def joint(first: Tensor, second: Tensor) -> Tensor:
 
 def scores_of(probs: Tensor) -> Tensor:
     """(1, V) -> (V): a number for each token, of mean 0 and variance 1."""
-    scores = torch.arange(probs.size(1), dtype=torch.float64)
+    scores: Tensor = torch.arange(probs.size(1), dtype=torch.float64)
     scores -= scores @ probs[0]
-    deviation: Tensor = (scores.square() @ probs[0]).sqrt()
-    return scores / deviation
+    variance: Tensor = scores.square() @ probs[0]
+    return scores * variance.rsqrt()
 
 
 def pairs(vocab_size: int, axis: int, lag: int = 1, start: int = 0) -> Callable[[Tensor], Tensor]:
@@ -246,7 +242,7 @@ def pairs(vocab_size: int, axis: int, lag: int = 1, start: int = 0) -> Callable[
 
     def index(draws: Tensor) -> Tensor:
         length = (draws.size(axis) - start) // (2 * lag) * (2 * lag)
-        blocks = draws.narrow(axis, start, length).unflatten(axis, (-1, 2, lag))
+        blocks: Tensor = draws.narrow(axis, start, length).unflatten(axis, (-1, 2, lag))
         return blocks.select(axis + 1, 0) * vocab_size + blocks.select(axis + 1, 1)
 
     return index
@@ -275,27 +271,44 @@ def pair_views(probs: Tensor, lags: Mapping[str, tuple[int, Sequence[int]]]) -> 
     return views
 
 
-def residues(vocab_size: int, *moduli: int) -> dict[str, Binning]:
+def residues(*moduli: int) -> dict[str, Binning]:
     """Binnings of many tokens: their low bits and residues, and 16 parts in order."""
-    return {
-        **{f"modulo {modulus}": modulo(vocab_size, modulus) for modulus in moduli or (2, 3, 5, 7, 16)},
-        "in order": lambda: torch.arange(vocab_size) * 16 // vocab_size,
-    }
+    return {**{f"modulo {modulus}": modulo(modulus) for modulus in moduli or (2, 3, 5, 7, 16)}, "in order": parts(16)}
 
 
-def modulo(vocab_size: int, modulus: int) -> Binning:
-    """A binning by the residue."""
-    return lambda: torch.arange(vocab_size) % modulus
+def modulo(modulus: int) -> Binning:
+    """By the residue."""
+    return lambda values: F.pad(values, (0, -values.size(1) % modulus)).view(1, -1, modulus).sum(1)
 
 
-def equal_mass(probs: Tensor, num_bins: int) -> Binning:
-    """A binning of tokens in order by the probability before them."""
-    return lambda: ((probs[0].cumsum(0) - probs[0] / 2) * num_bins).long().clamp(max=num_bins - 1)
+def parts(number: int) -> Binning:
+    """Neighbours, as many in each bin."""
+    return lambda values: F.pad(values, (0, -values.size(1) % number)).view(1, number, -1).sum(2)
 
 
-def weight_classes(probs: Tensor) -> Binning:
-    """A binning by the power of two under the probability, the largest first."""
-    return lambda: (torch.frexp(probs.max()).exponent - torch.frexp(probs[0]).exponent).long()
+def tail(values: Tensor) -> Tensor:
+    """The first token, and all others."""
+    return torch.stack((values[:, 0], values[:, 1:].sum(1)), dim=1)
+
+
+def by_bins(bins: Callable[[], Tensor]) -> Binning:
+    """By the bin of each token, (V)."""
+
+    def binning(values: Tensor) -> Tensor:
+        where = bins()
+        return values.new_zeros(1, int(where.max()) + 1).index_add_(1, where, values)
+
+    return binning
+
+
+def equal_mass(probs: Tensor, number: int) -> Tensor:
+    """(V): bins of tokens in order, as likely as each other."""
+    return ((probs[0].cumsum(0) - probs[0] / 2) * number).long().clamp(max=number - 1)
+
+
+def weight_classes(probs: Tensor) -> Tensor:
+    """(V): bins by the power of two under the probability, the largest first."""
+    return (torch.frexp(probs.max()).exponent - torch.frexp(probs[0]).exponent).long()
 
 
 # ------------------------------------------------------------------------------------------------- cases
@@ -538,14 +551,14 @@ def first_steps_case(weight: Tensor, sampler: Sampler, num_chains: int, num_step
         tokens: Tensor = torch.ops.bigramx.generate(idx, weight, num_steps, sampler=sampler, generator=generator)
         return tokens[:, -1]
 
-    view = Counts("last tokens", probs, binnings={"in order": equal_mass(probs, 16)})
+    view = Counts("last tokens", probs, binnings={"in order": by_bins(lambda: equal_mass(probs, 16))})
     return Case(f"generate, {sampler}, {num_chains} x {num_steps} of {len(weight)}", draw, [view], bias)
 
 
 def tail_of_logits_case() -> Case:
-    """One logit of 0 beside many of -22."""
+    """One logit of 0 beside many of -21.6."""
     vocab_size = 2048
-    table = torch.full((vocab_size, vocab_size), -22.0)
+    table = torch.full((vocab_size, vocab_size), -21.6)
     table[:, 0] = 0
 
     def draw(generator: torch.Generator) -> Tensor:
@@ -553,12 +566,7 @@ def tail_of_logits_case() -> Case:
         return functional.generate(idx, table, 8, sampler="philox", generator=generator)[:, 1:]
 
     probs = table[:1].double().softmax(-1)
-    return Case("generate, philox, logits of -22", draw, [Counts("tokens", probs, binnings={"tail": tail(vocab_size)})])
-
-
-def tail(vocab_size: int) -> Binning:
-    """A binning: the first token, and all others."""
-    return lambda: (torch.arange(vocab_size) > 0).long()
+    return Case("generate, philox, logits of -21.6", draw, [Counts("tokens", probs, binnings={"tail": tail})])
 
 
 def large_cases() -> Iterator[Case]:
@@ -597,16 +605,17 @@ def uneven_weights_cases() -> Iterator[Case]:
 
 def many_case(name: str, weights: Tensor, probs: Tensor, sampler: Sampler, bias: float = BIAS) -> Case:
     """With replacement, of more tokens than there are draws."""
-    binnings = residues(probs.size(1))
+    binnings = residues()
     if weights.min() != weights.max():
-        binnings |= {"by weight": weight_classes(probs), "equal mass": equal_mass(probs, 16)}
+        binnings["by weight"] = by_bins(lambda: weight_classes(probs))
+        binnings["equal mass"] = by_bins(lambda: equal_mass(probs, 16))
     view = Counts("tokens", probs, binnings=binnings)
     return multinomial_case(name, weights, 16 * CALL, [view], sampler=sampler, replacement=True, bias=bias)
 
 
 def one_of_many_case(name: str, weights: Tensor, sampler: Sampler) -> Case:
     """A few hundred draws, each from all weights: below and above the median."""
-    bins = equal_mass(exact(weights), 2)()
+    bins = equal_mass(exact(weights), 2)
     probs = torch.zeros(1, 2, dtype=torch.float64).index_add_(1, bins, exact(weights))
     view = Counts("halves", probs, lambda draws: bins[draws])
     return multinomial_case(name, weights, 1, [view], sampler=sampler, bias=0.5)
@@ -627,7 +636,7 @@ def tiny_cases() -> Iterator[Case]:
 def tail_case(vocab_size: int, weight: float, sampler: Sampler) -> Case:
     """Of one 1.0 beside many of a tiny weight."""
     weights = torch.full((vocab_size,), weight, dtype=torch.float64).index_fill(0, torch.tensor(0), 1)
-    view = Counts("tokens", exact(weights), binnings={"tail": tail(vocab_size)})
+    view = Counts("tokens", exact(weights), binnings={"tail": tail})
     name = f"one 1.0 beside {vocab_size - 1} of {weight}"
     return multinomial_case(name, weights, 16 * CALL, [view], sampler=sampler, replacement=True)
 
@@ -653,7 +662,7 @@ def get_batch_case(num_offsets: int) -> Case:
     name = f"get_batch, {num_offsets} offsets"
     if num_offsets <= 3:
         return Case(name, draw, pair_views(probs, {"batch": (0, (1, 2, 3, 4))}))
-    binnings = residues(num_offsets, 2, 3, 16) if num_offsets >= 1000 else {}
+    binnings = residues(2, 3, 16) if num_offsets >= 1000 else {}
     return Case(name, draw, [Counts("offsets", probs, binnings=binnings)])
 
 
