@@ -10,12 +10,13 @@ printed.
 No false alarms: with m = 2000, and no more tests than that in a round, a p-value under 10^-4 / m (Bonferroni) makes the
 case draw once more, from a fresh seed and ten times as much, and only a test that is under that bound again is a
 finding. Sound samplers fall with a probability of at most m (10^-4 / m)^2 = 5 10^-12 a round; of 5 10^-11 if the tails
-of the tests are three times too heavy.
-Seeds are fresh, and printed; --seed draws the same again. With SECONDS, rounds go on until the time is over.
+of the tests are three times too heavy. Seeds are fresh, and printed; --seed draws the same again. With SECONDS, rounds
+go on until the time is over.
 
-"torch" is held to what torch.multinomial draws, as it replays it: in 16 bits the first of tied ratios; from float32
-with replacement the rounded cumulative sums, which at 3 * 2^22 equal weights are off by a third; torch.randint's 32-bit
-words modulo the range. Where these are exact, so is the distribution.
+"torch" replays what torch.multinomial draws, and is held to that where it is not what the weights mean: in 16 bits
+the first of tied ratios wins (of equal weights in bfloat16 the first is 0.7 % likelier than the last); cumulative sums
+in float32 are rounded (of 3 * 2^22 equal weights tokens are off by a quarter or a half). So do batches and
+torch.randint: a 32-bit word modulo the range.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Correlations:
 
 @dataclass(frozen=True)
 class Case:
-    """A sampler, what is looked at, and which bias of half of the probability is found: a share of it."""
+    """A sampler, what is looked at, and the bias that is found, relative, of half of the probability."""
 
     name: str
     draw: Draw
@@ -200,7 +201,7 @@ def judge(case: Case, seed: int) -> tuple[list[str], int, float]:
         again, more = examine(case, random.Random(seed).getrandbits(63), times=10)
         size += more
         findings = [
-            f"{case.name}: {test}: p = {p_values[test]:.1e}, then {again[test]:.1e} (seed {seed})"
+            f"{case.name}: {test}: p = {p_values[test]:.1e}, then {again[test]:.1e}"
             for test in suspects
             if not again[test] >= ALPHA
         ]
@@ -690,11 +691,11 @@ def run(seconds: float | None, seed: int, only: str) -> tuple[dict[str, int], li
         for case in (case for case in cases() if only in case.name):
             if seconds is not None and time.monotonic() - begin > seconds:
                 return tried, findings
-            found, size, smallest = judge(case, random.Random(f"{seed} {number} {case.name}").getrandbits(63))
+            found, size, smallest = judge(case, random.Random(f"{seed + number} {case.name}").getrandbits(63))
             tried["cases"] += 1
             tried["tests"] += case.num_tests
             tried["samples"] += size
-            findings += found
+            findings += [f"{finding} (--seed {seed + number})" for finding in found]
             print(
                 f"{case.name}: {size:,} samples find a bias of {case.bias:.1%}; {case.num_tests} tests, smallest p "
                 f"{smallest:.1e}{': FOUND' if found else ''}",
