@@ -18,6 +18,16 @@ from tests.trust.statistics import ALPHA, BIAS, SOUGHT_POWER, Case, Correlations
 
 pytestmark = pytest.mark.cpu_only
 
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On a busy machine several threads wait long for each other in calls as short as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CASES = [
     statistics.multinomial_cases,
     statistics.independence_cases,
