@@ -32,11 +32,12 @@ FLAGS = ["-O3", "-g0", "-fvisibility=hidden", *WARNINGS]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
 NVCC_FLAGS += ["--fatbin-options", "-compress-all"]  # a quarter of the size
 # at::parallel_for is a header: compiled without OpenMP it runs everything in one thread.
-OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
+ON_LINUX = sys.platform.startswith("linux")
+OPENMP = ["-fopenmp"] if ON_LINUX else []
 OPTIONS: dict[str, Any] = {
     "depends": [*HEADERS, "setup.py"],
     "include_dirs": [os.path.abspath("csrc")],  # includes name files from there
-    "extra_link_args": OPENMP,
+    "extra_link_args": ["-lgomp"] if ON_LINUX else [],  # torch's runtime, with Clang too (csrc/base/openmp.cpp)
 }
 
 OLDEST_TORCH = (2, 11)

@@ -26,6 +26,9 @@
 
 namespace bigramx {
 
+static_assert(sizeof(void*) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "bigramx needs a processor with 64-bit addresses and the least significant byte first");
+
 inline std::map<std::string, std::string> build_info() {
     return {{"compiler", BIGRAMX_COMPILER},
             {"parallel", BIGRAMX_PARALLEL},
