@@ -300,7 +300,7 @@ def _add_history(error: BaseException, history: History | None) -> None:
 
 def _integer(name: str, value: object) -> int:
     """A Python int from an int of Python, NumPy or PyTorch."""
-    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in {"bool", "torch.bool"}
     if not is_bool:
         with contextlib.suppress(TypeError):
             return operator.index(value)  # type: ignore[arg-type]

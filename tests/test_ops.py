@@ -285,9 +285,18 @@ def test_compile_fullgraph(return_logits: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compile_with_sparse_gradients_raises() -> None:
-    with pytest.raises(Exception, match=r"sparse gradients are not implemented under torch\.compile"):
-        torch.compile(BigramLanguageModel(5, sparse=True), fullgraph=True)(*pairs())
+def test_compile_with_sparse_gradients_raises_or_is_right() -> None:
+    """How torch.compile traces decides which: torch 2.11 computes them, 2.13 does not."""
+    model, (idx, targets) = BigramLanguageModel(5, sparse=True), pairs()
+    weight = model.token_embedding_table.weight
+    try:
+        loss = torch.compile(model, fullgraph=True)(idx, targets)[1]
+    except Exception as error:
+        if "sparse gradients are not implemented under torch.compile" not in str(error):
+            raise
+    else:
+        gradients = [torch.autograd.grad(each, weight)[0].to_dense() for each in (loss, model(idx, targets)[1])]
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.filterwarnings("ignore")

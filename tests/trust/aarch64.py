@@ -52,7 +52,7 @@ def unpack_python(root: Path, log: Path) -> str:
     apt = ["apt-get", "-q", "-y", *(f"-o{name}={value}" for name, value in settings.items())]
     environments.run([*apt, "update"], FOLDER, log)
     options = ["--download-only", "--no-install-recommends"]
-    environments.run([*apt, *options, "install", "python3", "libpython3-dev"], FOLDER, log)
+    environments.run([*apt, *options, "install", "python3", "libpython3-dev", "libstdc++6"], FOLDER, log)
     for package in (lists / "archives").glob("*.deb"):
         environments.run(["dpkg-deb", "-x", package, root], FOLDER, log)
     for name, text in (("proc/cpuinfo", CPUINFO), (IDENTIFICATION, "0x00000000410fd083\n")):
