@@ -11,10 +11,8 @@ from tests import processes, tree
 
 FOLDER = tree.ROOT / "build" / "portability"
 LARGEST_DOWNLOAD = 600  # MB, of one wheel
-TESTS = [
-    *(f"test_{op}.py" for op in tree.OPS),
-    *(f"test_{name}.py" for name in ("ops", "model", "training", "storage")),
-]
+TESTS_OF_OPS = [f"tests/test_{op}.py" for op in tree.OPS]
+TESTS = [*TESTS_OF_OPS, *(f"tests/test_{name}.py" for name in ("ops", "model", "training", "storage"))]
 TOOLS = ["hypothesis>=6.100", "ninja", "numpy", "pybind11", "pytest>=8", "safetensors", "setuptools>=77", "tqdm"]
 REQUIREMENTS = """
 import importlib.metadata, sys
@@ -54,8 +52,8 @@ def run(command: Command, folder: Path, log: Path, variables: Mapping[str, str] 
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(map(str, command))}\n{output}\n")
     if result.returncode != 0:
-        lines = [line for line in output.splitlines() if line.strip()]
-        raise BrokenError(f"{' '.join(map(str, command[:4]))}: {lines[-1] if lines else result.returncode}; see {log}")
+        said = (result.stdout.strip() or result.stderr.strip() or f"exit status {result.returncode}").splitlines()
+        raise BrokenError(f"{' '.join(map(str, command[:4]))}: {said[-1]}; see {log}")
     return output
 
 
@@ -65,9 +63,11 @@ def compile_sources(command: Command, folder: Path, log: Path, variables: Mappin
         raise BrokenError(f"{warning[0]}; see {log}")
 
 
-def run_tests(python: str | Path, sources: Path, log: Path, variables: Mapping[str, str]) -> int:
-    """Runs TESTS; returns how many passed. Raises BrokenError where one failed, or none ran."""
-    output = run([python, "-m", "pytest", *(f"tests/{name}" for name in TESTS)], sources, log, variables)
+def run_tests(
+    python: str | Path, sources: Path, log: Path, variables: Mapping[str, str], tests: Sequence[str] = TESTS
+) -> int:
+    """Runs tests; returns how many passed. Raises BrokenError where one failed, or none ran."""
+    output = run([python, "-m", "pytest", "-p", "no:cacheprovider", *tests], sources, log, variables)
     passed = re.search(r"(\d+) passed", output)
     if passed is None:
         raise BrokenError(f"pytest ran no test; see {log}")
