@@ -173,10 +173,13 @@ def train(
     train_tokens, val_tokens = data.split(tokens)
     if min(len(train_tokens), len(val_tokens)) <= block_size:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")
-    _print(f"{len(tokens):,} tokens, a vocabulary of {model.vocab_size:,}; the first {len(train_tokens):,} to train on")
-    checkpoint = _Checkpoint(model, out / _MODEL, checkpoint_interval)
+    progress = _Progress(steps)
+    checkpoint = _Checkpoint(model, out / _MODEL, checkpoint_interval, progress)
     checkpoint.check(steps)
-    with _Signals() as signals, _Progress(steps) as progress:
+    with _Signals() as signals, progress:
+        progress.print(
+            f"{len(tokens):,} tokens, a vocabulary of {model.vocab_size:,}; the first {len(train_tokens):,} to train on"
+        )
 
         def on_progress(history: History) -> None:
             progress.show(history)
@@ -242,8 +245,8 @@ def _print_written(out: Path, *names: str) -> None:
 class _Checkpoint:
     """The file of a run, model and history, which is replaced while the run lasts and at its end."""
 
-    def __init__(self, model: BigramLanguageModel, path: Path, interval: float) -> None:
-        self._model, self._path, self._interval = model, path, interval
+    def __init__(self, model: BigramLanguageModel, path: Path, interval: float, progress: _Progress) -> None:
+        self._model, self._path, self._interval, self._progress = model, path, interval, progress
         self._next_time = time.monotonic() + interval
 
     def check(self, steps: int) -> None:
@@ -263,8 +266,7 @@ class _Checkpoint:
         try:
             self.save(history)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                _print(f"step {history.step}: not saved: {error}")
+            self._progress.print(f"step {history.step}: not saved: {error}")
         self._next_time = time.monotonic() + self._interval
 
 
@@ -337,11 +339,14 @@ class _Progress:
                 self._bar.update(self._task, completed=history.step, refresh=True)
 
     def show_evaluation(self, history: History) -> None:
+        self.print(
+            f"step {history.step:>{self._width}}: train loss {history.train_losses[-1]:.4f}, "
+            f"val loss {history.val_losses[-1]:.4f}; optimum {history.optimum:.4f}"
+        )
+
+    def print(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            _print(
-                f"step {history.step:>{self._width}}: train loss {history.train_losses[-1]:.4f}, "
-                f"val loss {history.val_losses[-1]:.4f}; optimum {history.optimum:.4f}"
-            )
+            _print(text)
 
 
 def _draw(model: BigramLanguageModel, history: History | None, out: Path) -> list[str]:
@@ -491,7 +496,8 @@ def _prepare_streams() -> None:
         pass  # it takes the lowest descriptor that is free, which a file of ours would get
     os.close(handle)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open to the end
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

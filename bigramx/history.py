@@ -174,6 +174,9 @@ class History:
             if isinstance(value, list) and not all(type(number) in (int, float) for number in value):
                 raise ValueError(f"{name} holds what is no number")
         float(self.optimum)
+        state = self.generator_state
+        if state is not None and (state.dim() != 1 or state.dtype != torch.uint8):
+            raise ValueError(f"generator_state has dtype {state.dtype} and shape {tuple(state.shape)}")
 
 
 def _is_of_history(kind: str, name: str) -> bool:

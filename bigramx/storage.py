@@ -430,7 +430,7 @@ def parse_header(content: bytes) -> tuple[list[Entry], dict[str, str]]:
     entries, position = [], 0
     for (begin, end), entry in sorted((_parse_entry(name, value) for name, value in header.items()), key=_offsets):
         if begin != position:
-            raise ValueError(f"{printable(entry.name)}: the data begin at {begin}, expected {position}")
+            raise ValueError(f"{_clipped(entry.name)}: the data begin at {begin}, expected {position}")
         entries.append(entry)
         position = end
     return entries, metadata
@@ -450,18 +450,23 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _parse_entry(name: str, value: object) -> tuple[tuple[int, int], Entry]:
     """The offsets of a tensor's data, and what the header says of it."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{printable(name)}: expected dtype, shape and data_offsets")
+        raise ValueError(f"{_clipped(name)}: expected dtype, shape and data_offsets")
     dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        raise ValueError(f"{printable(name)}: an unknown dtype")
+        raise ValueError(f"{_clipped(name)}: an unknown dtype")
     shape, offsets = value["shape"], value["data_offsets"]
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(shape) <= _MOST_DIMS and len(offsets) == 2):
-        raise ValueError(f"{printable(name)}: shape or data_offsets are no sizes")
+        raise ValueError(f"{_clipped(name)}: shape or data_offsets are no sizes")
     num_bytes = math.prod(shape) * dtype.itemsize
     # The strides of an empty tensor are products of the sizes that are not 0.
     if math.prod(max(size, 1) for size in shape) * dtype.itemsize > _MOST or offsets[1] - offsets[0] != num_bytes:
-        raise ValueError(f"{printable(name)}: shape and data_offsets disagree")
+        raise ValueError(f"{_clipped(name)}: shape and data_offsets disagree")
     return (offsets[0], offsets[1]), Entry(name, dtype, shape, num_bytes)
+
+
+def _clipped(name: str) -> str:
+    """The name of a tensor, which may be as long as a header, for an error."""
+    return printable(name[:100])
 
 
 def _are_sizes(values: object) -> bool:
@@ -503,14 +508,14 @@ def read_tensors(
 def _read_safetensors(
     file: IO[bytes], size: int | None, kinds: Collection[str], is_wanted: Callable[[str, str], bool]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    content = _read_header(file, size)
     try:
-        content = _read_header(file, size)
         entries, metadata = parse_header(content)
-        num_bytes = 8 + len(content) + sum(entry.num_bytes for entry in entries)
-        if size is not None and size != num_bytes:
-            raise ValueError(f"expected {num_bytes} bytes, got {size}")
     except ValueError as error:
         raise _damaged(error) from None
+    num_bytes = 8 + len(content) + sum(entry.num_bytes for entry in entries)
+    if size is not None and size != num_bytes:
+        raise _damaged(f"expected {num_bytes} bytes, got {size}")
     kind = metadata.get("kind", "")
     if metadata.get("format") != _FORMAT or kind not in kinds:
         raise ValueError(f"not a {' or '.join(kinds)} that bigramx saved")
@@ -521,9 +526,9 @@ def _read_safetensors(
         tensor = tensors.get(entry.name)
         crc = _fill_from(file, entry.num_bytes, None if tensor is None else _bytes_of(tensor))
         if metadata.get(f"crc32.{entry.name}") != str(crc):
-            raise ValueError(f"damaged: the checksum of {printable(entry.name)} does not match")
+            raise ValueError(f"damaged: the checksum of {_clipped(entry.name)} does not match")
         if tensor is not None and tensor.dtype == torch.bool and tensor.view(torch.uint8).gt(1).any():
-            raise ValueError(f"damaged: {printable(entry.name)} holds what is neither true nor false")
+            raise ValueError(f"damaged: {_clipped(entry.name)} holds what is neither true nor false")
     if _chunk(file, 1):
         raise _damaged("more bytes follow")
     return tensors, metadata
@@ -538,7 +543,7 @@ def _read_header(file: IO[bytes], size: int | None) -> bytes:
     _fill_from(file, 8, memoryview(length))
     num_bytes = int.from_bytes(length, "little")
     if num_bytes > (_MOST_HEADER if size is None else min(_MOST_HEADER, size - 8)):
-        raise ValueError(f"a header of {num_bytes} bytes")
+        raise _damaged(f"a header of {num_bytes} bytes")
     content = bytearray(num_bytes)
     _fill_from(file, num_bytes, memoryview(content))
     return bytes(content)
@@ -550,7 +555,7 @@ def _allocate(file: IO[bytes], entry: Entry) -> Tensor:
         return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     except (MemoryError, RuntimeError):
         _fill_from(file, entry.num_bytes, None)  # raises, if the file does not hold what it promises
-        raise MemoryError(f"no memory for {printable(entry.name)}, {entry.num_bytes:,} bytes") from None
+        raise MemoryError(f"no memory for {_clipped(entry.name)}, {entry.num_bytes:,} bytes") from None
 
 
 def _fill_from(file: IO[bytes], num_bytes: int, memory: memoryview | None) -> int:

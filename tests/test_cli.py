@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
+import re
+import select
+import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,12 @@ COMMAND = [sys.executable, "-m", "bigramx"]
 class Console(io.TextIOWrapper):
     """A standard output of some encoding."""
 
-    def __init__(self, encoding: str) -> None:
+    def __init__(self, encoding: str, is_terminal: bool) -> None:
         super().__init__(io.BytesIO(), encoding=encoding, newline="")
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
 
     def getvalue(self) -> str:
         self.flush()
@@ -41,9 +50,9 @@ class Console(io.TextIOWrapper):
         return content.decode(self.encoding)
 
 
-def bigramx(*arguments: str, cwd: Path, code: int = 0, encoding: str = "utf-8") -> str:
+def bigramx(*arguments: str, cwd: Path, code: int = 0, encoding: str = "utf-8", on_terminal: bool = False) -> str:
     """Runs a command in this process, which is faster than in another; returns what it printed, stderr last."""
-    output, errors = Console(encoding), io.StringIO()
+    output, errors = Console(encoding, on_terminal), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(output),
@@ -253,6 +262,146 @@ def test_consoles_that_lack_characters(tmp_path: Path, encoding: str) -> None:
     )
     assert "No such file or directory" in run("generate", "日.safetensors", code=1)
     assert "Invalid value" in run("train", "--steps", "日", code=2)
+
+
+def test_control_characters_are_escaped_on_terminals(tmp_path: Path) -> None:
+    controls = "\x00\x07\x08\x0b\r\x1b\x7f\x80\x9b\x9f"
+    (tmp_path / "text.txt").write_text(f"a\n\tb日{controls}[31m" * 40, encoding="utf-8", newline="")
+    bigramx("train", "text.txt", "--steps", "3", "--out", "a\x1b[31m", cwd=tmp_path)
+    command = ["generate", "a\x1b[31m/model.safetensors", "-n", "400", "--seed", "1", "--prompt", "\x1b[31m\n"]
+    plain = bigramx(*command, cwd=tmp_path)
+    assert plain.startswith("\x1b[31m\n")
+    assert set(controls) <= set(plain)
+    shown = bigramx(*command, cwd=tmp_path, on_terminal=True)
+    assert shown == "".join(f"\\x{ord(c):02x}" if c in controls else c for c in plain).replace("\\x0d", "\\r")
+    assert "wrote a\\x1b[31m/loss.png\n" in bigramx("plot", "a\x1b[31m", cwd=tmp_path, on_terminal=True)
+    assert "wrote a\x1b[31m/loss.png\n" in bigramx("plot", "a\x1b[31m", cwd=tmp_path)
+
+
+def test_control_characters_are_escaped_in_errors(tmp_path: Path) -> None:
+    (tmp_path / "\x1b[31m\n\x9b").write_text("")
+    shown = "bigramx: \\x1b[31m\\n\\x9b: "
+    for command in (["train"], ["generate"], ["evaluate"]):
+        assert bigramx(*command, "\x1b[31m\n\x9b", cwd=tmp_path, code=1).startswith(shown)
+    model = BigramLanguageModel(2)
+    model.save(tmp_path / "\x1b\n")
+    message = "bigramx: \\x1b\\n: this model was saved without a tokenizer, and works on .bin tokens alone\n"
+    assert bigramx("generate", "\x1b\n", cwd=tmp_path, code=1) == message
+    model.tokenizer = CharTokenizer("ab")
+    model.save(tmp_path / "model")
+    message = "bigramx: unknown character '\\x1b' at position 0: expected one of the tokenizer's 2 characters\n"
+    assert bigramx("generate", "model", "--prompt", "\x1b", cwd=tmp_path, code=1) == message
+
+
+class Terminal:
+    """A pseudoterminal that becomes the controlling one of a command."""
+
+    def __init__(self) -> None:
+        self.master, self._slave = pty.openpty()
+
+    def command(self, command: Sequence[str | Path]) -> list[str | Path]:
+        return ["sh", "-c", 'exec "$@" <"$0" >"$0"', os.ttyname(self._slave), *command]
+
+    def read_until(self, process: subprocess.Popen[str], text: bytes | None) -> str:
+        """What is shown, up to the text; without one, until the process has ended."""
+        output = b""
+        while text is None or text not in output:
+            ready, _, _ = select.select([self.master], [], [], 0.1)
+            if ready:
+                output += os.read(self.master, 4096)
+            elif process.poll() is not None:
+                assert text is None, (output, process.communicate()[1])
+                break
+        return output.decode()
+
+    def hang_up(self) -> None:
+        for handle in (self.master, self._slave):
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.hang_up()
+
+
+def test_a_terminal_that_hangs_up(tmp_path: Path, terminal: Terminal) -> None:
+    """The run is saved, although nothing can be printed any more; NO_COLOR was honoured until then."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [*COMMAND, "train", "text.txt", "--steps", "1000000000", "--eval-interval", "100000"]
+    env = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1"}
+    with processes.start(terminal.command(command), cwd=tmp_path, env=env) as process:
+        shown = terminal.read_until(process, b"step     100000")
+        terminal.hang_up()
+        _output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert re.fullmatch(r"bigramx: interrupted after \d+ steps; saved in runs; go on with --resume\n", errors)
+    assert History.load(tmp_path / "runs" / "model.safetensors").interrupted
+    assert "\x1b[?25l" in shown  # there is a bar
+    assert not re.search(r"\x1b\[[0-9;]*[349][0-9][0-9;]*m", shown)
+
+
+IN_A_HARSH_PLACE = """
+import os, sys
+from pathlib import Path
+from bigramx.__main__ import main
+
+MAY_MOUNT = sys.argv[1] == "mount"
+OUT = os.fsdecode(b"\\xe6\\x97\\xa5")  # as it comes from a command line
+
+def mounted(*arguments):
+    return MAY_MOUNT and os.spawnlp(os.P_WAIT, "mount", "mount", *arguments) == 0
+
+def run(*arguments):
+    sys.argv = ["bigramx", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        print("->", ended.code, file=sys.stderr)
+
+run("train", "text.txt", "--steps", "20", "--eval-interval", "20", "--out", OUT)
+run("generate", f"{OUT}/model.safetensors", "--seed", "1", "-n", "20")
+run("generate", OUT + "\\x1b")
+os.mkdir("full")
+os.mkdir("fixed")
+if mounted("-t", "tmpfs", "-o", "size=8k", "tmpfs", "full") and mounted("--bind", "fixed", "fixed"):
+    run("train", "text.txt", "--out", "full")
+    if mounted("-o", "remount,bind,ro", "fixed"):
+        os.chdir("fixed")
+        run("train", "../text.txt")
+        run("generate", f"../{OUT}/model.safetensors", "--seed", "1", "-n", "20")
+"""
+
+
+def test_harsh_places(tmp_path: Path, terminal: Terminal) -> None:
+    """A dumb terminal, the C locale, no home, a full disk, a folder that cannot be written to."""
+    (tmp_path / "text.txt").write_text(FOREIGN + "\x1b[31m", encoding="utf-8", newline="")
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HOME": "/none"}
+    env |= {"TERM": "dumb", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IN_A_HARSH_PLACE]
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    may_mount = shutil.which("unshare") is not None and processes.run([*unshare, "true"]).returncode == 0
+    command = [*unshare, *command, "mount"] if may_mount else [*command, "no mount"]
+    with processes.start(terminal.command(command), cwd=tmp_path, env=env) as process:
+        shown = terminal.read_until(process, None)
+        errors = process.communicate()[1]
+    first, _, rest = errors.partition("-> 0\n")
+    assert first == ""
+    assert shown.isascii()
+    assert "\x1b" not in shown
+    assert "step 20: train loss" in shown
+    assert "wrote ???/table.png" in shown
+    expected = ["-> 0", r"bigramx: \[Errno 2\] No such file or directory: '.*x1b'", "-> 1"]
+    if may_mount and "Errno 28" in errors:
+        expected += [
+            r"bigramx: \[Errno 28\] [\d,]+ bytes to write, [\d,]+ bytes free: 'full/model.safetensors'",
+            "-> 1",
+        ]
+    if may_mount and "Errno 30" in errors:
+        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'runs'", "-> 1", "-> 0"]
+    assert re.fullmatch("".join(f"{line}\n" for line in expected), rest), errors
 
 
 def test_pictures_that_cannot_be_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

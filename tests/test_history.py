@@ -288,6 +288,100 @@ def test_files_of_another_version(tmp_path: Path, content: dict[str, str]) -> No
         History.load(tmp_path / "history")
 
 
+HOSTILE = (
+    "[]", "{}", "null", "true", "-1", "1e999", '"x"', "[[]]", "[1]", "[null]", '"\\ud800"', '{"a": 1, "b": 2}',
+    '{"tensor": "x"}', '{"tensor": []}', '{"tuple": 5}', '{"dict": [[{"dict": []}, 1]]}', '{"dict": [1]}',
+    '{"numpy": ["O", 1]}', '{"numpy": ["int8", 999]}', '{"numpy": [[], "x"]}', '{"sparse_coo": [1]}',
+    '{"sparse_coo": [{"tensor": "losses"}, {"tensor": "losses"}, [4611686018427387904, 2], true]}',
+    "1" + "0" * 4000, "9" * 5000, "[" * 100_000, '{"tuple":' * 100_000, "NaN", "{",
+)  # fmt: skip
+
+
+def error_of(call: Callable[[], Any]) -> tuple[Exception | None, Any]:
+    """The error of a call, or its value."""
+    try:
+        return None, call()
+    except Exception as error:
+        return error, None
+
+
+def file_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> io.BytesIO:
+    file = io.BytesIO()
+    storage.write_tensors(file, "history", tensors, metadata)
+    file.seek(0)
+    return file
+
+
+def test_hostile_values_are_refused_or_harmless() -> None:
+    """In the place of each value; the checksums are right."""
+    part = fit(new_model(), TOKENS, TOKENS, max_steps=3)
+    tensors, metadata = part.parts()
+    values = json.loads(metadata["history"])
+    refused = 0
+    for hostile in HOSTILE:
+        for name in values:
+            content = json.dumps(values | {name: "here"}).replace('"here"', hostile)
+            error, loaded = error_of(partial(History.load, file_of(tensors, {"history": content})))
+            if error is not None:
+                refused += 1
+                assert type(error) is ValueError  # and none of those that are made of it
+                assert str(error).isprintable()
+            else:
+                repr(loaded)
+                loaded.save(io.BytesIO())
+        with pytest.raises(ValueError, match="a history of another version"):
+            History.load(file_of(tensors, {"history": hostile}))
+    assert refused > 0.8 * len(HOSTILE) * len(values)
+
+
+@pytest.mark.parametrize("name", ["losses", "steps", "train_losses", "val_losses", "generator_state"])
+def test_hostile_tensors_are_refused(name: str) -> None:
+    tensors, metadata = fit(new_model(), TOKENS, TOKENS, max_steps=3).parts()
+    for hostile in (torch.zeros(2, 2), torch.zeros(()), torch.zeros(2, dtype=torch.bool), torch.zeros(3).bfloat16()):
+        with pytest.raises(ValueError, match="a history of another version"):
+            History.load(file_of({**tensors, name: hostile}, metadata))
+
+
+def test_a_history_in_its_models_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model, whole_model = new_model(), new_model()
+    part = fit(model, TOKENS, max_steps=7, generator=torch.Generator().manual_seed(1))
+    model.save(path, history=part)
+    loaded, history = BigramLanguageModel.load(path), History.load(path)
+    assert vars(loaded).keys() == vars(model).keys()
+    assert torch.equal(loaded.token_embedding_table.weight, model.token_embedding_table.weight)
+    for name, value in vars(part).items():
+        assert_same(getattr(history, name), value)
+    whole = fit(whole_model, TOKENS, max_steps=20, generator=torch.Generator().manual_seed(1))
+    assert fit(loaded, TOKENS, max_steps=20, generator=torch.Generator(), resume=history).losses == whole.losses
+    assert torch.equal(loaded.token_embedding_table.weight, whole_model.token_embedding_table.weight)
+    content = path.read_bytes()
+    for read in (BigramLanguageModel.load, History.load):  # each checks all of the file
+        for position in range(0, len(content), 53):
+            damaged = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+            with pytest.raises(ValueError, match="BytesIO: "):
+                read(io.BytesIO(damaged))
+    file = io.BytesIO()
+    model.save(file, history=history)
+    assert len(file.getvalue()) == len(content)
+
+
+def test_a_callback_saves_model_and_history_at_once(tmp_path: Path) -> None:
+    model = new_model()
+
+    def save(history: History) -> bool:
+        model.save(tmp_path / "checkpoint", history=history)
+        return history.step == 7
+
+    fit(model, TOKENS, max_steps=20, eval_interval=7, generator=torch.Generator().manual_seed(1), on_progress=save)
+    loaded, history = BigramLanguageModel.load(tmp_path / "checkpoint"), History.load(tmp_path / "checkpoint")
+    whole_model = new_model()
+    whole = fit(whole_model, TOKENS, max_steps=20, eval_interval=7, generator=torch.Generator().manual_seed(1))
+    resumed = fit(loaded, TOKENS, max_steps=20, eval_interval=7, generator=torch.Generator(), resume=history)
+    assert resumed.losses == whole.losses
+    assert torch.equal(loaded.token_embedding_table.weight, whole_model.token_embedding_table.weight)
+
+
 def test_files_of_another_kind(tmp_path: Path) -> None:
     BigramLanguageModel(2).save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="not a history"):

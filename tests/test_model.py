@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from bigramx import BigramLanguageModel, CharTokenizer, data, functional, optimal_loss, reference
+from bigramx.storage import write_tensors
 from tests.devices import on_device, raises_in_kernel
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -478,6 +480,60 @@ class TestSaving:
             BigramLanguageModel(3, sparse=sparse).save(tmp_path / "model.safetensors")
             loaded = BigramLanguageModel.load(tmp_path / "model.safetensors")
             assert loaded.token_embedding_table.sparse == sparse
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            *(
+                ("ignore_index", value)
+                for value in ("", "[", "1.5", "true", "null", '"1"', str(2**63), "9" * 5000, "[" * 10**5)
+            ),
+            *(
+                ("label_smoothing", value)
+                for value in ("", "1", "NaN", "-0.5", "1.5", "1e999", "null", "[0.1]", "[" * 10**5)
+            ),
+            *(("tokenizer", value) for value in ("", "null", "[" * 10**5, CharTokenizer("abcd").to_json())),
+            *(
+                ("tokenizer", json.dumps({"format": "bigramx.CharTokenizer", "code_points": points}))
+                for points in (
+                    None,
+                    "abc",
+                    [97, 97, 98],
+                    [1.0, 2, 3],
+                    [True, 2, 3],
+                    [-1, 2, 3],
+                    [0x110000, 2, 3],
+                    [10**30, 2, 3],
+                )
+            ),
+        ],
+        ids=lambda value: repr(value[-30:]),
+    )
+    def test_hostile_metadata(self, tmp_path: Path, name: str, content: str) -> None:
+        path = tmp_path / "model"
+        write_tensors(path, "model", {"token_embedding_table.weight": torch.zeros(3, 3)}, {name: content})
+        with pytest.raises(ValueError, match="/model: ") as raised:
+            BigramLanguageModel.load(path)
+        assert type(raised.value) is ValueError
+
+    @pytest.mark.parametrize(
+        "tensors",
+        [
+            {},
+            {"weight": torch.zeros(3, 3)},
+            *({"token_embedding_table.weight": torch.zeros(shape)} for shape in ((), (3,), (3, 2), (3, 3, 1))),
+            {"token_embedding_table.weight": torch.zeros(3, 3, dtype=torch.int64)},
+            *(
+                {"token_embedding_table.weight": torch.zeros(3, 3), "class_weight": weight}
+                for weight in (torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
+            ),
+        ],
+        ids=repr,
+    )
+    def test_hostile_tensors(self, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(tmp_path / "model", "model", tensors, {})
+        with pytest.raises(ValueError, match="/model: expected "):
+            BigramLanguageModel.load(tmp_path / "model")
 
     def test_foreign_files(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gzip
 import io
+import json
 import os
+import resource
 import select
 import shutil
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
-import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -23,21 +27,20 @@ import pytest
 import safetensors.torch
 import torch
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, storage
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, memory, storage
 from tests import processes
 
 SAVE_FOREVER = """
-import sys, torch, bigramx
-models = []
-for value in (1.0, 2.0):
+import sys, threading, torch, bigramx
+def save(value):
     model = bigramx.BigramLanguageModel(300)
     torch.nn.init.constant_(model.token_embedding_table.weight, value)
-    models.append(model)
-models[0].save(sys.argv[1])
-print("saving", flush=True)
-while True:
-    for model in models:
+    model.save(sys.argv[1])
+    print("saving", flush=True)
+    while True:
         model.save(sys.argv[1])
+for value in (1.0, 2.0, 3.0, 4.0):
+    threading.Thread(target=save, args=[value]).start()
 """
 
 
@@ -54,19 +57,72 @@ def fail_with(number: int) -> Callable[..., None]:
     return fail
 
 
+def values_in(path: Path) -> list[float]:
+    values: list[float] = BigramLanguageModel.load(path).token_embedding_table.weight.unique().tolist()
+    return values
+
+
 @pytest.mark.parametrize("through_a_link", [False, True])
-def test_a_kill_while_saving_leaves_a_whole_file(tmp_path: Path, through_a_link: bool) -> None:
+def test_four_writers_that_are_killed_leave_a_whole_file_and_no_others(tmp_path: Path, through_a_link: bool) -> None:
     path = tmp_path / "model.safetensors"
     target = tmp_path / "link" if through_a_link else path
     if through_a_link:
         target.symlink_to(path)
-    for delay in (0.003,) if through_a_link else (0.0, 0.003, 0.011, 0.02):
-        with processes.start([sys.executable, "-c", SAVE_FOREVER, target]) as process:
-            processes.read_until(process, "saving")
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-        weight = BigramLanguageModel.load(path).token_embedding_table.weight
-        assert weight.unique().tolist() in ([1.0], [2.0])
+    with processes.start([sys.executable, "-c", SAVE_FOREVER, target]) as process:
+        processes.read_until(process, "saving")
+        for _ in range(30):
+            assert values_in(target) in ([1.0], [2.0], [3.0], [4.0])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert values_in(path) in ([1.0], [2.0], [3.0], [4.0])
+    BigramLanguageModel(2).save(target)
+    assert names_in(tmp_path) == {path.name, target.name}
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """And no others: those of processes that live are locked."""
+    tmp_path.joinpath(".bigramx-0123456789abcdef.tmp").write_text("left")
+    others = {".0123456789abcdef.tmp", ".bigramx-", ".bigramx-0.txt", "bigramx-0.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("")
+    (tmp_path / ".bigramx-1.tmp").symlink_to("bigramx-0.tmp")
+    (tmp_path / ".bigramx-2.tmp").mkdir()
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"first")
+        storage.write_text(tmp_path / "second", "second")  # as another process would
+        assert os.path.exists(file.name)
+
+    storage.write_with(tmp_path / "first", write)
+    assert (tmp_path / "first").read_text() == "first"
+    assert (tmp_path / "second").read_text() == "second"
+    assert names_in(tmp_path) == {"first", "second", ".bigramx-1.tmp", ".bigramx-2.tmp", *others}
+
+
+def test_a_temporary_file_that_was_removed_before_it_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+    calls: list[int] = []
+
+    def late(file: Any, operation: int) -> None:
+        if not calls:
+            os.unlink(file.name)
+        calls.append(operation)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    storage.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert names_in(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    (tmp_path / ".bigramx-0.tmp").write_text("perhaps in use")
+    monkeypatch.setattr(fcntl, "flock", fail_with(number))
+    storage.write_text(tmp_path / "file", "new")
+    assert names_in(tmp_path) == {"file", ".bigramx-0.tmp"}
 
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
@@ -323,6 +379,74 @@ def test_pipes(tmp_path: Path, through_a_link: bool) -> None:
     assert torch.equal(loaded.token_embedding_table.weight, model.token_embedding_table.weight)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert names_in(tmp_path) == {"pipe", "link"}
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "model": BigramLanguageModel.load,
+    "history": History.load,
+    "tokenizer": CharTokenizer.load,
+    "text": data.read_text,
+    "tokens": data.read_bin,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path, name: str) -> None:
+    """It may never end."""
+    read, pipe = READERS[name], tmp_path / "a\x1b pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"expected a regular file, got a FIFO: '.*/a.x1b pipe'$"):
+        read(pipe)
+    for device in ("/dev/zero", "/dev/null"):
+        with pytest.raises(OSError, match=f"expected a regular file, got a device: '{device}'$"):
+            read(Path(device))
+    with pytest.raises(IsADirectoryError):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none")
+    with pytest.raises(OSError, match="no process reads from this FIFO"):
+        BigramLanguageModel(2).save(pipe)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no /dev/fd here")
+def test_pipes_that_the_process_has_open_are_read() -> None:
+    """Such as /dev/stdin."""
+    tokenizer = CharTokenizer("ab")
+    source, sink = os.pipe()
+    os.write(sink, tokenizer.to_json().encode())
+    os.close(sink)
+    try:
+        assert CharTokenizer.load(f"/dev/fd/{source}") == tokenizer
+    finally:
+        os.close(source)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "text", "model"])
+def test_files_larger_than_the_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda _device: 99)
+    BigramLanguageModel(20).save(tmp_path / "file")
+    with pytest.raises(MemoryError, match=r"/file: .* bytes"):
+        READERS[name](tmp_path / "file")
+
+
+def test_places_without_room_are_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    for _ in range(2):
+        storage.check_writable(path, 1)
+        with pytest.raises(OSError, match=r"bytes to write, [\d,]+ bytes free: '.*file'") as raised:
+            storage.check_writable(path, 2**80)
+        assert raised.value.errno == errno.ENOSPC
+        with monkeypatch.context() as patch:
+            patch.setattr(resource, "getrlimit", lambda _which: (10, 10))
+            with pytest.raises(OSError, match=r"11 bytes to write, limited to 10 bytes a file: '.*file'") as raised:
+                storage.check_writable(path, 11)
+            assert raised.value.errno == errno.EFBIG
+        path.write_text("old")
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == {"file"}
+    for place, error in (("none/file", FileNotFoundError), ("", IsADirectoryError), ("file/file", NotADirectoryError)):
+        with pytest.raises(error):
+            storage.check_writable(tmp_path / place, 1)
 
 
 def test_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,6 +707,200 @@ def test_a_dtype_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"^a: expected a dtype that can be saved, got torch\.complex128"):
         storage.write_tensors(tmp_path / "file", "model", {"a": torch.zeros(1, dtype=torch.complex128)}, {})
     assert names_in(tmp_path) == set()
+
+
+def safetensors_file(header: object, content: bytes = b"", length: int | None = None) -> bytes:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + content
+
+
+def entry(begin: Any = 0, end: Any = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+NO_SHAPES: list[Any] = [
+    [-2], [-1, -2], [2.0], [True, 2], ["2"], None, 2, "2", [3], [2**63], [2**62, 2**62], [2**61 + 1, 8], [10**100],
+    [0, 2], [2] * 65, [1] * 64 + [2],
+]  # fmt: skip
+NO_OFFSETS: list[Any] = [
+    [0], [0, 8, 8], [8, 0], [0, 7], [-8, 0], [0.0, 8.0], [False, 8], None, {}, "08", [2**63, 2**63 + 8],
+    [10**400, 10**400 + 8],
+]  # fmt: skip
+NO_ENTRIES: list[Any] = [None, 5, "F32", [], {}, {"dtype": "F32"}]
+NO_DTYPES: list[Any] = ["F4", "", 5, None, [], {}]
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "half a length": b"\x08\0\0",
+    "no header": safetensors_file(b""),
+    "a length beyond the end": safetensors_file({}, length=100),
+    "a length of 2**63": safetensors_file({}, length=2**63),
+    "the largest length": safetensors_file({}, length=2**64 - 1),
+    "no JSON": safetensors_file(b"{"),
+    "no UTF-8": safetensors_file(b'{"\xff": 1}'),
+    "UTF-16": safetensors_file("{}".encode("utf-16")),
+    "NaN": safetensors_file(b'{"a": NaN}'),
+    "deep lists": safetensors_file(b"[" * 100_000),
+    "deep objects": safetensors_file(b'{"a":' * 100_000),
+    "a huge number": safetensors_file(b'{"a": ' + b"9" * 100_000 + b"}"),
+    "a list": safetensors_file([]),
+    "a number": safetensors_file(5),
+    "two keys": safetensors_file(b'{"a": 1, "a": 1}'),
+    "two keys in an entry": safetensors_file(
+        b'{"a": {"dtype": "F32", "dtype": "F64", "shape": [], "data_offsets": [0,4]}}'
+    ),
+    "metadata of numbers": safetensors_file({"__metadata__": {"format": 5}}),
+    "a list of metadata": safetensors_file({"__metadata__": []}),
+    "metadata of null": safetensors_file({"__metadata__": None}),
+    **{f"an entry {value!r}": safetensors_file({"a": value}) for value in NO_ENTRIES},
+    "too much in an entry": safetensors_file({"a": entry() | {"b": 1}}, bytes(8)),
+    **{f"dtype {dtype!r}": safetensors_file({"a": entry(dtype=dtype)}, bytes(8)) for dtype in NO_DTYPES},
+    **{f"shape {shape!r:.40}": safetensors_file({"a": entry(shape=shape)}, bytes(8)) for shape in NO_SHAPES},
+    "an empty shape that overflows": safetensors_file({"a": entry(0, 0, [0, 2**62, 2**62])}),
+    **{
+        f"offsets {offsets!r:.40}": safetensors_file({"a": entry(shape=[2]) | {"data_offsets": offsets}}, bytes(8))
+        for offsets in NO_OFFSETS
+    },
+    "a hole": safetensors_file({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
+    "a hole at the beginning": safetensors_file({"a": entry(4, 12)}, bytes(12)),
+    "an overlap": safetensors_file({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+    "the same twice": safetensors_file({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)),
+    "too few bytes": safetensors_file({"a": entry(0, 8)}, bytes(7)),
+    "too many bytes": safetensors_file({"a": entry(0, 8)}, bytes(9)),
+    "2**60 bytes": safetensors_file({"a": entry(0, 2**60, [2**58])}, bytes(8)),
+    "a name that acts on a terminal": safetensors_file({"\x1b[31m\ud800" + "n" * 10**5: 5}),
+}
+
+
+class Stream(io.RawIOBase):
+    """A file object of unknown size, which reads less than it is asked for."""
+
+    def __init__(self, content: bytes) -> None:
+        self.rest = content
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        most = min(size, 5)
+        chunk, self.rest = self.rest[:most], self.rest[most:]
+        return chunk
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_headers_that_lie(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    sources: list[Any] = [tmp_path / "file", io.BytesIO(content), Stream(content)]
+    for source in sources:
+        for read in (BigramLanguageModel.load, History.load):
+            with pytest.raises(
+                ValueError, match=r"damaged, cut short, or no safetensors file|not a (model|history)"
+            ) as raised:
+                read(source)
+            assert str(raised.value).isprintable()
+            assert len(str(raised.value)) < 1000
+            if isinstance(source, io.BytesIO):
+                source.seek(0)
+
+
+def sealed(header: dict[str, Any], content: bytes) -> bytes:
+    """A file whose checksums are right, as those of a liar are."""
+    metadata = {"format": "bigramx", "kind": "model"}
+    for name, described in header.items():
+        begin, end = described["data_offsets"]
+        metadata[f"crc32.{name}"] = str(zlib.crc32(content[begin:end]))
+    metadata["crc32"] = storage._header_checksum(metadata)
+    return safetensors_file({"__metadata__": metadata, **header}, content)
+
+
+def test_files_of_a_liar(tmp_path: Path) -> None:
+    """Sizes, ends and values are checked even where all checksums match."""
+    header = {"b": entry(8, 16), "a": entry(), "none": entry(8, 8, [0, 3]), "scalar": entry(16, 17, [], "BOOL")}
+    content = struct.pack("<4f", 1, 2, 3, 4) + b"\1"
+    whole = sealed(header, content)
+    (tmp_path / "file").write_bytes(whole)
+    for source in (tmp_path / "file", io.BytesIO(whole), Stream(whole)):
+        tensors, _metadata = storage.read_tensors(source, "model")  # type: ignore[arg-type]
+        assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+            "a": [1, 2],
+            "b": [3, 4],
+            "none": [],
+            "scalar": True,
+        }
+    for size in range(len(whole)):
+        (tmp_path / "file").write_bytes(whole[:size])
+        for source in (tmp_path / "file", io.BytesIO(whole[:size])):
+            with pytest.raises(ValueError, match="damaged, cut short"):
+                storage.read_tensors(source, "model")
+    for wrong in (
+        whole + b"\0",
+        sealed(header, content[:-1] + b"\2"),
+        sealed({"a": entry(0, 2**60, [2**58])}, bytes(8)),
+    ):
+        (tmp_path / "file").write_bytes(wrong)
+        for source in (tmp_path / "file", io.BytesIO(wrong), Stream(wrong)):
+            with pytest.raises(ValueError, match="damaged"):
+                storage.read_tensors(source, "model")  # type: ignore[arg-type]
+
+
+class Odd(io.RawIOBase):
+    """A file object whose reading gives what it should not."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def read(self, _size: int = -1, /) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("text", TypeError),
+        (5, TypeError),
+        (None, BlockingIOError),
+        (bytes(100), ValueError),
+        (OSError(5, "of its own"), OSError),
+        (io.UnsupportedOperation("read"), io.UnsupportedOperation),
+    ],
+)
+def test_odd_file_objects(answer: Any, error: type[Exception]) -> None:
+    with pytest.raises(error) as raised:
+        BigramLanguageModel.load(Odd(answer))  # type: ignore[arg-type]
+    assert type(raised.value) is error
+    with pytest.raises(TypeError, match="expected a binary file object, got one that reads str"):
+        History.load(io.StringIO("12345678"))  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_rewritten_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short or replaced after its header was read: an error or the old content, and no signal."""
+    path, chunk = tmp_path / "model", storage._chunk
+    model = BigramLanguageModel(600)
+    calls: list[int] = []
+
+    def disturbed(file: IO[bytes], most: int) -> bytes:
+        calls.append(most)
+        if len(calls) == 3:
+            disturb()
+        return chunk(file, most)
+
+    monkeypatch.setattr(storage, "_chunk", disturbed)
+    for action in ("truncate", "replace", "remove"):
+        calls.clear()
+        model.save(path)
+        disturb: Callable[[], object] = {
+            "truncate": lambda: os.truncate(path, 1000),
+            "replace": lambda: BigramLanguageModel(3).save(path),
+            "remove": path.unlink,
+        }[action]
+        if action == "truncate":
+            with pytest.raises(ValueError, match="damaged, cut short"):
+                BigramLanguageModel.load(path)
+        else:
+            loaded = BigramLanguageModel.load(path)
+            assert torch.equal(loaded.token_embedding_table.weight, model.token_embedding_table.weight)
+        assert len(calls) > 3
 
 
 def test_kinds_of_files_are_distinguished(tmp_path: Path) -> None:

@@ -296,7 +296,42 @@ def test_saves_and_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"format": "bigramx.CharTokenizer", "code_points": 5}', '"x"']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '"x"',
+        "NaN",
+        "5",
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        "9" * 5000,
+        "\ufeff{}",
+        "\x00",
+        '{"format": "bigramx.CharTokenizer"}',
+        *(
+            '{"format": "bigramx.CharTokenizer", "code_points": ' + points + "}"
+            for points in (
+                "5",
+                "null",
+                '"ab"',
+                "{}",
+                '["a"]',
+                "[[97]]",
+                "[97.0]",
+                "[true]",
+                "[-1]",
+                "[1114112]",
+                "[1e999]",
+                "[NaN]",
+                "[" + "9" * 4000 + "]",
+                "[" + "9" * 5000 + "]",
+            )
+        ),
+    ],
+    ids=lambda content: repr(content[:60]),
 )
 def test_foreign_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
