@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigramx import data
+from bigramx import data, storage
 
 
 def test_split() -> None:
@@ -52,6 +52,16 @@ def test_bin_is_mapped_and_never_written(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<2H", 1, 2))
     data.read_bin(path).zero_()
     assert path.read_bytes() == struct.pack("<2H", 1, 2)
+
+
+def test_bin_stays_as_it_was_when_it_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    path.write_bytes(struct.pack("<2H", 1, 2))
+    tokens = data.read_bin(path)
+    storage.write_with(path, lambda file: file.write(b"\0"))
+    assert tokens.tolist() == [1, 2]
+    path.unlink()
+    assert tokens.clone().tolist() == [1, 2]
 
 
 def test_counts_are_small_compared_with_the_tokens_and_the_memory() -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bigramx import BigramLanguageModel, CharTokenizer, data, functional, optimal_loss, reference
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, functional, fusion, optimal_loss, reference
 from bigramx.storage import write_tensors
 from tests.devices import on_device, raises_in_kernel
 
@@ -534,6 +534,12 @@ class TestSaving:
         write_tensors(tmp_path / "model", "model", tensors, {})
         with pytest.raises(ValueError, match="/model: expected "):
             BigramLanguageModel.load(tmp_path / "model")
+
+    def test_a_sharded_table_is_saved_without_a_history(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fusion, "any_dtensor", lambda *_tensors: True)
+        with pytest.raises(ValueError, match="each rank has a history of its own"):
+            BigramLanguageModel(2).save(tmp_path / "model", history=History())
+        assert not (tmp_path / "model").exists()
 
     def test_foreign_files(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
