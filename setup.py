@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 OLDEST_TORCH = (2, 11)
-DEPENDENCIES = ["numpy>=1.24", "safetensors>=0.4", "tqdm>=4.60"]  # torch warns at its import where numpy is missing
+DEPENDENCIES = ["numpy>=1.24", "tqdm>=4.60"]  # torch warns at its import where numpy is missing
 BUILDS = {"bdist_wheel", "dist_info", "editable_wheel"}  # the commands for what is compiled against the torch at hand
 
 NO_TORCH = """

@@ -93,7 +93,7 @@ def test_what_is_compiled_requires_the_torch_of_the_build(
         assert setup_py(checkout, *arguments).returncode == 0
     (metadata,) = [*tmp_path.rglob("METADATA"), *tmp_path.rglob("PKG-INFO")]
     assert required_torch(metadata) == expected
-    assert {"numpy", "safetensors", "tqdm"} <= set(re.findall(r"^Requires-Dist: (\w+)", metadata.read_text(), re.M))
+    assert {"numpy", "tqdm"} <= set(re.findall(r"^Requires-Dist: (\w+)", metadata.read_text(), re.M))
 
 
 def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ class TestOptimalLoss:
         def refuse(*args: object, **options: object) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-        monkeypatch.setattr(evaluation.mmap, "mmap", refuse)
+        monkeypatch.setattr("mmap.mmap", refuse)
         assert optimal_loss(tokens) == loss
 
     def test_from_counts(self) -> None:
