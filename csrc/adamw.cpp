@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/checks.h"
 #include "base/dispatch.h"
@@ -102,8 +103,8 @@ bool adamw_fits(const at::Tensor& param, const at::Tensor& grad, const OptionalT
     }
     c10::SmallVector<Extent, 6> extents;
     const auto is_apart = [&](const at::Tensor& tensor) {
-        if (!is_allocated(tensor)) return false;
         const Extent extent(tensor);
+        if (!extent.is_allocated) return false;
         for (const Extent& other : extents) {
             if (extent.overlaps(other)) return false;
         }
@@ -153,13 +154,9 @@ void bump_versions(const AdamWParams& params) {
 
 namespace {
 
-AdamWParams checked_params(AdamWParams params) {
-    check_adamw(kAdamW, params);
-    params.grad = params.grad.contiguous();
-    return params;
-}
-
-void run(const AdamWParams& params) {
+// Of parameters that have been checked.
+void take_step(AdamWParams&& params) {
+    if (!params.grad.is_contiguous()) params.grad = params.grad.contiguous();
     bump_versions(params);
     BIGRAMX_DISPATCH_DEVICE(params.param, adamw, params);
 }
@@ -180,31 +177,33 @@ void check_plain(const AdamWParams& params) {
 void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
            const std::optional<at::Tensor>& max_exp_avg_sq, const at::Tensor& step, double lr, double beta1,
            double beta2, double eps, double weight_decay, bool maximize) {
-    run(checked_params({param,
-                        grad,
-                        exp_avg,
-                        exp_avg_sq,
-                        max_exp_avg_sq.value_or(at::Tensor()),
-                        step,
-                        {lr, beta1, beta2, eps, weight_decay, maximize}}));
+    AdamWParams params{std::move(param),
+                       grad,
+                       std::move(exp_avg),
+                       std::move(exp_avg_sq),
+                       max_exp_avg_sq.value_or(at::Tensor()),
+                       step,
+                       {lr, beta1, beta2, eps, weight_decay, maximize}};
+    check_adamw(kAdamW, params);
+    take_step(std::move(params));
 }
 
 void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
                 const OptionalTensor& max_exp_avg_sq, at::Tensor step, double lr, double beta1, double beta2,
                 double eps, double weight_decay, bool maximize) {
     RECORD_FUNCTION("bigramx::adamw_", {});  // as the dispatcher would
-    const AdamWParams given{param,
-                            grad,
-                            exp_avg,
-                            exp_avg_sq,
-                            max_exp_avg_sq.value_or(at::Tensor()),
-                            step,
-                            {lr, beta1, beta2, eps, weight_decay, maximize}};
-    check_plain(given);
-    const AdamWParams params = checked_params(given);
+    AdamWParams params{std::move(param),
+                       grad,
+                       std::move(exp_avg),
+                       std::move(exp_avg_sq),
+                       max_exp_avg_sq.value_or(at::Tensor()),
+                       step,
+                       {lr, beta1, beta2, eps, weight_decay, maximize}};
+    check_plain(params);
+    check_adamw(kAdamW, params);
     count(step, 1);
     try {
-        run(params);
+        take_step(std::move(params));
     } catch (...) {
         count(step, -1);  // a step that was not taken does not count
         throw;

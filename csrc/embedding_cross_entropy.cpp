@@ -46,16 +46,19 @@ void check_options(const Options& options, int64_t num_rows) {
     check_padding(kName, options.padding_idx, num_rows);
 }
 
+// Calls visit(name, tensor) for each tensor that is given.
+template <typename Visit>
+void for_each_tensor(const Params& params, const Visit& visit) {
+    visit("idx", params.idx);
+    visit("weight", params.weight);
+    visit("targets", params.targets);
+    if (params.class_weight.defined()) visit("class_weight", params.class_weight);
+}
+
 void check_devices(const Params& params) {
-    check_dense(kName, "idx", params.idx);
-    check_dense(kName, "weight", params.weight);
-    check_dense(kName, "targets", params.targets);
-    check_same_device(kName, "idx", params.idx, "weight", params.weight);
-    check_same_device(kName, "targets", params.targets, "weight", params.weight);
-    if (params.class_weight.defined()) {
-        check_dense(kName, "class_weight", params.class_weight);
-        check_same_device(kName, "class_weight", params.class_weight, "weight", params.weight);
-    }
+    for_each_tensor(params, [&](const char* name, const at::Tensor& tensor) {
+        check_same_device(kName, name, tensor, "weight", params.weight);
+    });
 }
 
 // As F.cross_entropy: of the dtype of the logits, which under autocast are in the dtype of the loss.
@@ -82,17 +85,8 @@ void check_targets(const Params& params) {
                       params.targets.sym_sizes());
 }
 
-// Whether the tensor may be a tracer's (torch.compile, torch.export), whose values cannot be read.
-bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
-
 void check_params(const Params& params) {
     check_devices(params);
-    for (const NamedTensor& named : {NamedTensor{"idx", params.idx},
-                                     {"weight", params.weight},
-                                     {"targets", params.targets},
-                                     {"class_weight", params.class_weight}}) {
-        if (named.tensor.defined() && !is_traced(named.tensor)) check_tensor(kName, named.name, named.tensor);
-    }
     check_matrix(kName, "weight", params.weight);
     check_floating(kName, "weight", params.weight);
     check_dtype(kName, "idx", params.idx, {at::kLong, at::kInt});
@@ -103,6 +97,8 @@ void check_params(const Params& params) {
 
 // For the two kernels, which are ops too.
 void check_kernel_params(const Params& params) {
+    for_each_tensor(params,
+                    [](const char* name, const at::Tensor& tensor) { check_tensor(kName, name, tensor); });
     check_params(params);
     TORCH_CHECK(!params.has_soft_targets(), kName,
                 ": expected targets to be classes, got probabilities, of dtype ",
@@ -213,10 +209,20 @@ at::Tensor plain_embedding_backward(const at::Tensor& grad_logits, const at::Ten
                                          /*scale_grad_by_freq=*/false, options.sparse);
 }
 
+// Whether the tensor may be a tracer's (torch.compile, torch.export), whose values cannot be read.
+bool is_traced(const at::Tensor& tensor) { return at::isTensorSubclassLike(tensor); }
+
+void check_plain_params(const Params& params) {
+    for_each_tensor(params, [](const char* name, const at::Tensor& tensor) {
+        if (!is_traced(tensor)) check_tensor(kName, name, tensor);
+    });
+    check_params(params);
+}
+
 // Whether the table is larger than its memory, which then does not bound the number of rows: the kernels,
 // which group the pairs by row, take memory for each row.
 bool outgrows_memory(const at::Tensor& weight) {
-    if (is_traced(weight) || weight.dim() != 2) return false;
+    if (weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || weight.dim() != 2) return false;
     return weight.numel() == 0 || (weight.stride(0) == 0 && weight.size(0) > 1);
 }
 
@@ -401,10 +407,11 @@ std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::differen
     Option... option, bool return_logits) {
     Params params{idx,         weight,     targets,      class_weight.value_or(Tensor()),
                   {option...}, at::kFloat, return_logits};
+    for_each_tensor(params, [](const char* name, const Tensor& tensor) { check_dense(kName, name, tensor); });
     check_devices(params);  // before a tensor on another device picks the kernel
     apply_autocast(params);
     if (takes_plain_path(params)) {
-        check_params(params);
+        check_plain_params(params);
         const Tensor logits = plain_logits(params);
         return {plain_loss(logits, params), return_logits ? logits : at::empty({0}, weight.options())};
     }

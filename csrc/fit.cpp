@@ -43,6 +43,9 @@ int64_t fit(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Te
                  {"tokens", tokens}},
                 /*num_written=*/5);
     bump_versions(adamw);
+    for (const at::Tensor* counted : {&step, &losses}) {
+        if (!counted->is_inference()) counted->unsafeGetTensorImpl()->bump_version();
+    }
     return fit_cpu({batch, adamw, padding_idx, losses, max_seconds});
 }
 

@@ -767,3 +767,35 @@ def test_freed_memory_does_not_fit() -> None:
     assert ops.adamw_fits(*tensors, None, step)
     tensors[2].untyped_storage().resize_(4)
     assert not ops.adamw_fits(*tensors, None, step)
+
+
+NOT_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a negative view": lambda tensor: torch._neg_view(-tensor),
+    "zero lazily": lambda tensor: torch._efficientzerotensor(tensor.shape),
+    "sparse": Tensor.to_sparse,
+    "quantised": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+    "on meta": lambda tensor: tensor.to("meta"),
+    "expanded": lambda tensor: torch.zeros(()).expand(tensor.shape or (2,)),
+    "freed": lambda tensor: (copy := tensor.clone(), copy.untyped_storage().resize_(0))[0],
+    "of 16 bits": Tensor.half,
+}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore")  # of torch, about quantised tensors
+@pytest.mark.parametrize("make", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
+@pytest.mark.parametrize("name", ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"])
+def test_the_entry_past_the_dispatcher_refuses_what_does_not_fit(name: str, make: Callable[[Tensor], Tensor]) -> None:
+    """Whoever calls it: nothing is changed, and the step is not counted."""
+    tensors = {key: torch.rand(4, 5) for key in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    tensors["step"] = torch.tensor(3.0)
+    bad = {**tensors, name: make(tensors[name])}
+    is_like_the_others = name == "grad" and make is NOT_PLAIN["expanded"]
+    assert ops.adamw_fits(*tensors.values())
+    assert ops.adamw_fits(*bad.values()) == is_like_the_others
+    if is_like_the_others:
+        return
+    before = [tensor.clone() for tensor in tensors.values()]
+    with pytest.raises(RuntimeError, match=f"adamw_: .*({name}|expected plain tensors)"):
+        ops.adamw_step(*bad.values(), 0.1, 0.9, 0.99, 1e-8, 0.1, False)
+    assert_close(list(tensors.values()), before, rtol=0, atol=0)

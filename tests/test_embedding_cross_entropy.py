@@ -207,8 +207,8 @@ class TestEdges:
         case.check()
 
 
-# The pairs are counted; or listed, as the table is too large; or the gradient rows leave the caches.
-@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (70, 500), (300, 40), (2900, 40)])
+# The pairs are counted; or listed, as the table is too large.
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (70, 500), (300, 40)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 class TestInfinities:
     """In places where a product with zero would be NaN: each loss, and each gradient, is that of eager PyTorch."""

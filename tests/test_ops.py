@@ -97,7 +97,7 @@ def arguments_of(op: str) -> Arguments:
     tables = {name: torch.rand(5, 5) for name in ("exp_avg", "exp_avg_sq")}
     tokens = {"tokens": idx.flatten()}
     batch = {**tokens, "batch_size": 2, "block_size": 3, **drawn}
-    return {
+    arguments: dict[str, Arguments] = {
         "embedding_cross_entropy": loss,
         "embedding_cross_entropy_forward": {**loss, "compute_grad": True},
         "embedding_cross_entropy_backward": {"grad_loss": torch.ones(()), **loss},
@@ -121,7 +121,8 @@ def arguments_of(op: str) -> Arguments:
             **numbers,
             "max_seconds": 100.0,
         },
-    }[op]
+    }
+    return arguments[op]
 
 
 def schema_of(op: str) -> list[Any]:
@@ -167,7 +168,7 @@ def shrunk(tensor: torch.Tensor) -> torch.Tensor:
 
 def past_the_end(tensor: torch.Tensor) -> torch.Tensor:
     """The second of two tensors in a storage that was cut between them."""
-    _first, second = torch.stack((tensor, tensor))
+    second = torch.stack((tensor, tensor))[1]
     second.untyped_storage().resize_(tensor.nbytes)
     return second
 

@@ -38,19 +38,21 @@ inline at::Tensor materialized(const at::Tensor& tensor) { return is_lazy(tensor
 // For each tensor whose memory is read or written, before that.
 inline void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
     check_defined(op, name, tensor);
-    TORCH_CHECK(is_allocated(tensor), op, ": expected the storage of ", name, " to hold its elements, sizes ",
-                tensor.sizes(), ", strides ", tensor.strides(), ", offset ", tensor.storage_offset(),
-                ", got ", tensor.storage().data() == nullptr ? 0 : tensor.storage().nbytes(), " bytes");
+    TORCH_CHECK(Extent(tensor).is_allocated, op, ": expected the storage of ", name,
+                " to hold its elements, sizes ", tensor.sizes(), ", strides ", tensor.strides(), ", offset ",
+                tensor.storage_offset(), ", got ",
+                tensor.storage().data() == nullptr ? 0 : tensor.storage().nbytes(), " bytes");
 }
 
 // For each tensor that is written, in the words of PyTorch.
 inline void check_writable(const char* op, const char* name, const at::Tensor& tensor) {
     check_tensor(op, name, tensor);
     TORCH_CHECK(
-        at::has_internal_overlap(tensor) != at::MemOverlap::Yes, op, ": ", name,
+        tensor.is_non_overlapping_and_dense() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes, op,
+        ": ", name,
         ": unsupported operation: more than one element of the written-to tensor refers to a single memory "
         "location. Please clone() the tensor before performing the operation.");
-    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor.requires_grad(), op,
+    TORCH_CHECK(!tensor.requires_grad() || !at::GradMode::is_enabled(), op,
                 ": a leaf Variable that requires grad is being used in an in-place operation: ", name,
                 " requires grad");
     TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), op, ": ", name,

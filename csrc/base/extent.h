@@ -29,27 +29,27 @@ inline int64_t bytes_of_storage(const at::Tensor& tensor) {
     return overflows ? std::numeric_limits<int64_t>::max() : bytes;
 }
 
-// Whether the storage has not been freed or shrunk, as FSDP does between its uses, and a kernel can read it.
-inline bool is_allocated(const at::Tensor& tensor) {
-    if (tensor.numel() == 0) return true;
-    const c10::Storage& storage = tensor.storage();
-    return storage.data() != nullptr && bytes_of_storage(tensor) <= static_cast<int64_t>(storage.nbytes());
-}
-
-// The addresses of the elements of an allocated tensor, from the first to behind the last.
+// The addresses of a tensor's elements, from the first to behind the last.
 struct Extent {
     Extent() = default;
+
     explicit Extent(const at::Tensor& tensor) {
         if (tensor.numel() == 0) return;
-        const auto* const memory = static_cast<const char*>(tensor.storage().data());
+        const c10::Storage& storage = tensor.storage();
+        const auto* const memory = static_cast<const char*>(storage.data());
+        const int64_t bytes = bytes_of_storage(tensor);
+        is_allocated = memory != nullptr && bytes <= static_cast<int64_t>(storage.nbytes());
+        if (!is_allocated) return;
         begin = memory + tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
-        end = memory + bytes_of_storage(tensor);
+        end = memory + bytes;
     }
 
     bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
 
+    // Null if there are no elements.
     const char* begin = nullptr;
     const char* end = nullptr;
+    bool is_allocated = true;  // the storage has not been freed or shrunk, as FSDP does between its uses
 };
 
 }  // namespace bigramx

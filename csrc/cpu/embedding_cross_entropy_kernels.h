@@ -281,8 +281,13 @@ class RowKernel {
 
     // The sum of class_weight[target] (lse - W[i, target]).
     double target_losses(const Row& row) const {
-        if (std::isfinite(row.pairs.weighted)) return row.pairs.weighted * row.log_sum - row.target_logits;
-        double total = 0;  // of a pair at a time, as the sums have infinities that cancel
+        if (class_weight_ != nullptr && !std::isfinite(row.pairs.weighted)) return infinite_losses(row);
+        return row.pairs.weighted * row.log_sum - row.target_logits;
+    }
+
+    // The same, of a pair at a time: the sums have infinities that cancel.
+    __attribute__((noinline)) double infinite_losses(const Row& row) const {
+        double total = 0;
         const auto add = [&](int64_t target, double count) {
             const acc_t logit = static_cast<acc_t>(row.weight[target]) - row.max;
             total += count * weight_of(target) * (row.log_sum - logit);
