@@ -116,13 +116,18 @@ def multinomial(
         return torch.multinomial(probs, num_samples, replacement, generator=generator)
     seed = _draw_seed(generator)
     rows = probs if probs.dim() == 2 else probs[None]
-    weights = weights_of_probs(rows)
+    left, largest = rows.clone(), rows.amax(-1, keepdim=True)
     samples = torch.empty(len(rows), num_samples, dtype=torch.int64, device=probs.device)
     for k in range(num_samples):
-        r = philox(seed, torch.arange(len(rows), device=probs.device), k) >> 1
-        drawn = torch.searchsorted(fixed_point_cdf(weights), r[:, None], right=True)
+        weights = weights_of_probs(left, largest)
+        is_small = weights.sum(-1, keepdim=True) < 2**54  # less than the largest weight of any row
+        if not replacement and bool(is_small.any()):
+            largest = torch.where(is_small, left.amax(-1, keepdim=True), largest)
+            weights = weights_of_probs(left, largest)
+        r = draws(seed, torch.arange(len(rows), device=probs.device), k)
+        drawn = tokens_of_draws(weights, r[:, None]).clamp(max=rows.size(1) - 1)  # if none is left: overwritten below
         if not replacement:
-            weights.scatter_(1, drawn, 0)
+            left.scatter_(1, drawn, 0)
         samples[:, k] = drawn[:, 0]
     for b in range(len(rows) if not replacement else 0):  # then tokens of probability zero, in order
         num_positive = int((rows[b] > 0).sum())
@@ -194,6 +199,14 @@ def philox(seed: int, sequence: Tensor, position: int) -> Tensor:
     return words[position % 4]
 
 
+def draws(seed: int, sequence: Tensor, position: int) -> Tensor:
+    """Uniform numbers of 63 bits: 31 from the word at a position, 32 from that of the sequence with its top bit set.
+
+    sequence: int64 of any shape, not negative -> int64 of that shape.
+    """
+    return philox(seed, sequence, position) >> 1 << 32 | philox(seed, sequence | -(2**63), position)
+
+
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """The low and high words of the product of two 32-bit numbers, without leaving int64."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
@@ -207,10 +220,10 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def weights_of_logits(logits: Tensor) -> Tensor:
-    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^30, as csrc/sampling/fixed_point_cdf.h."""
+    """Logits (..., V) -> (..., V) int64: e^(logit - the largest) 2^55, as csrc/sampling/fixed_point_cdf.h."""
     if logits.dtype != torch.float64:
         logits = logits.float()
-    x = (logits - logits.amax(-1, keepdim=True)).float().clamp(min=-25)
+    x = (logits - logits.amax(-1, keepdim=True)).float().clamp(min=-39)
     shifted = _fma(x, float.fromhex("0x1.715476p0"), 1.5 * 2**23)
     n = shifted - 1.5 * 2**23
     r = _fma(n, -float.fromhex("0x1.62e400p-1"), x)
@@ -218,7 +231,7 @@ def weights_of_logits(logits: Tensor) -> Tensor:
     series = torch.full_like(x, 1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1, 1):
         series = _fma(series, r, coefficient)
-    return ((series * _power_of_two(n.long() + 30)).float() + 0.5).long()
+    return (series * _power_of_two(n.long() + 55)).long()
 
 
 def _fma(a: Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
@@ -234,11 +247,11 @@ def _fma(a: Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     return torch.where((error != 0) & is_even, odd, total).float()
 
 
-def weights_of_probs(probs: Tensor) -> Tensor:
-    """Probabilities (..., V) -> (..., V) int64: scaled so that the largest is from 2^29 to 2^30; 0 only for 0."""
-    exponent = torch.frexp(probs.double().amax(-1, keepdim=True)).exponent
-    scaled = probs * _power_of_two((30 - exponent) // 2) * _power_of_two((31 - exponent) // 2)
-    return torch.maximum((scaled.float() + 0.5).long(), (probs > 0).long())
+def weights_of_probs(probs: Tensor, largest: Tensor | None = None) -> Tensor:
+    """Probabilities (..., V) -> (..., V) int64: scaled so that the largest (..., 1) is from 2^54 to 2^55."""
+    largest = probs.amax(-1, keepdim=True) if largest is None else largest
+    shift = 55 - torch.frexp(largest.double()).exponent
+    return (probs * _power_of_two(shift // 2) * _power_of_two(shift - shift // 2)).long()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -246,10 +259,31 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def fixed_point_cdf(weights: Tensor) -> Tensor:
-    """Weights (..., V) -> (..., V) int64: r, 0 <= r < 2^31, draws the first token whose cdf is above it."""
-    sums = weights.cumsum(-1)
-    total = sums[..., -1:]
-    return torch.where(sums == total, 2**31, (sums.double() * (2**31 / total.double())).long())
+    """Weights (..., V) -> (..., V) int64: their cumulative sums, shifted right until the last has at most 63 bits."""
+    high, low = (weights >> 25).cumsum(-1), (weights & 2**25 - 1).cumsum(-1)
+    high, low = high + (low >> 25), low & 2**25 - 1
+    shift = torch.stack([high[..., -1:] >= 2 ** (38 + k) for k in range(25)]).sum(0)
+    return (high << 25 - shift) + (low >> shift)
+
+
+def tokens_of_draws(weights: Tensor, r: Tensor) -> Tensor:
+    """Weights (..., V), r (..., K) of 63 bits -> (..., K): the first token whose cdf is above r cdf[-1] / 2^63."""
+    cdf = fixed_point_cdf(weights)
+    return torch.searchsorted(cdf, share_of_total(r, cdf[..., -1:]), right=True)
+
+
+def share_of_total(r: Tensor, total: Tensor) -> Tensor:
+    """Floor(r total / 2^63), for int64 that are not negative, without leaving int64."""
+    mask = 2**31 - 1  # digits of 31, 31 and 1 bits
+    r_digits, total_digits = ([number >> 31 * k & mask for k in range(3)] for number in (r, total))
+    carry = torch.zeros_like(r + total)
+    digits = []
+    for k in range(5):
+        for i in range(max(k - 2, 0), min(k, 2) + 1):
+            carry = carry + r_digits[i] * total_digits[k - i]
+        digits.append(carry & mask)
+        carry = carry >> 31
+    return digits[2] >> 1 | digits[3] << 30 | digits[4] << 61
 
 
 def get_batch(
@@ -316,8 +350,8 @@ def continue_by(
         if temperature == 0:
             idx_next = logits.argmax(-1, keepdim=True)
         elif sampler == "philox":
-            r = philox(seed, torch.arange(idx.size(0), device=idx.device), t) >> 1
-            idx_next = torch.searchsorted(fixed_point_cdf(weights_of_logits(logits)), r[:, None], right=True)
+            r = draws(seed, torch.arange(idx.size(0), device=idx.device), t)
+            idx_next = tokens_of_draws(weights_of_logits(logits), r[:, None])
         else:
             idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         if stop is not None:

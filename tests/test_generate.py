@@ -16,7 +16,7 @@ from hypothesis import given
 
 from bigramx import functional, reference
 from tests import processes
-from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, runs_on_gpu
+from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, runs_on_gpu, skip_if_long
 from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -207,6 +207,30 @@ def test_philox_many_draws_equal_few(seed: int, vocab_size: int, dtype: torch.dt
     many = philox_chains(weight, 40 * vocab_size, seed=seed, **filters)
     few = philox_chains(weight, 20 * vocab_size, seed=seed, **filters)
     assert torch.equal(many[:, : few.size(1)], few)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("vocab_size", "num_chains", "num_steps"), [(4000, 20_000, 50), (200, 10_000, 20)])
+def test_philox_draws_of_whole_rows_equal_the_reference(vocab_size: int, num_chains: int, num_steps: int) -> None:
+    """Also where the high bits of a draw do not decide between two tokens: in rows of 4000, several of 10^6."""
+    row, seed = torch.randn(vocab_size), reference._draw_seed(torch.Generator().manual_seed(1))
+    tokens = philox_chains(row.expand(vocab_size, -1), num_steps, num_chains)
+    cdf = reference.fixed_point_cdf(reference.weights_of_logits(row))
+    bounds = (cdf.double() * (2**31 / int(cdf[-1]))).long()
+    num_undecided = 0
+    for step in range(num_steps):
+        r = reference.draws(seed, torch.arange(num_chains), step)
+        assert torch.equal(tokens[:, step], reference.tokens_of_draws(reference.weights_of_logits(row), r))
+        num_undecided += int(torch.isin(r >> 32, bounds).sum())
+    assert num_undecided > 0 or vocab_size < 4000
+
+
+def test_philox_draws_logits_far_below_the_largest() -> None:
+    """14 tokens of 10^6 are among the 50,256 unlikely ones."""
+    skip_if_long(10**6)
+    weight = torch.full((50_257,), -22.0).index_fill(0, torch.tensor([7]), 0).expand(50_257, -1)
+    unlikely = philox_chains(weight, 1_000_000) != 7
+    assert 7 <= unlikely.sum() <= 28
 
 
 def cycle_of(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -325,6 +325,63 @@ def test_philox_draws_all_of_many_tokens() -> None:
     assert torch.equal(philox_samples(probs, probs.size(1)).sort().values, torch.arange(probs.size(1)).expand(2, -1))
 
 
+def philox_draws(sequences: torch.Tensor, position: int = 0) -> torch.Tensor:
+    """What philox_samples draws for these rows."""
+    seed = reference._draw_seed(torch.Generator().manual_seed(1))
+    return reference.draws(seed, sequences, position)
+
+
+@pytest.mark.parametrize("offset", [0, 1, -1, 2**20, -(2**20), 2**33, -(2**33)])
+def test_philox_draws_near_the_bounds_of_tokens(offset: int) -> None:
+    """The high bits of the draws do not decide between the token that ends there and the one that begins there."""
+    draws = torch.stack([philox_draws(torch.tensor(0), k) for k in range(64)])
+    bounds = (draws + offset).clamp(1, 2**63 - 1).sort().values
+    steps = bounds.diff(prepend=torch.zeros(1, dtype=torch.int64), append=torch.tensor([2**63 - 1]))
+    probs = steps.double()
+    tokens = philox_samples(probs, len(draws), replacement=True)
+    expected = reference.tokens_of_draws(reference.weights_of_probs(probs), draws)
+    assert torch.equal(tokens, expected)
+    after = torch.searchsorted(bounds, draws, right=True)
+    assert ((tokens - after).abs() <= 1).all()
+
+
+def test_philox_one_likely_token_beside_many_tiny_ones() -> None:
+    """Each tail token weighs what it should, not the least that an integer can."""
+    skip_if_long(2**24)
+    probs = torch.full((2**24,), 1e-15).index_fill(0, torch.tensor([123]), 1)
+    assert (philox_samples(probs, 100_000, replacement=True) == 123).all()
+    likelier = torch.full((2**22,), 1e-9).index_fill(0, torch.tensor([123]), 1)
+    share = float((philox_samples(likelier, 1_000_000, replacement=True) != 123).double().mean())
+    assert share == pytest.approx(2**22 * 1e-9 / (1 + 2**22 * 1e-9), rel=0.1)
+
+
+def test_philox_many_equal_weights() -> None:
+    """Of 3 * 2^22, whose shares 31 bits of draws could not give alike."""
+    skip_if_long(3 * 2**22)
+    tokens = philox_samples(torch.ones(3 * 2**22), 4_000_000, replacement=True)
+    assert_follow(tokens // 2**10, torch.ones(3 * 2**12))
+    assert_follow(tokens % 2**10, torch.ones(2**10))
+    assert_follow(tokens % 3, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_philox_tiny_probs_without_replacement(dtype: torch.dtype) -> None:
+    """What is left is drawn in its own proportions, however little it is, and before what is impossible."""
+    num_rows = fewer(10_000)
+    probs = torch.tensor([1.0, 0.0, 3e-18, 1e-18, 2.0**-100, 3 * 2.0**-100], dtype=torch.float64).to(dtype)
+    samples = philox_samples(probs.expand(num_rows, -1), 6)
+    assert (samples[:, 0] == 0).all()
+    assert (samples[:, 5] == 1).all()
+    for k, pair in ((1, [2, 3]), (3, [4, 5])):
+        assert (samples[:, k : k + 2].sort().values == torch.tensor(pair)).all()
+        likelier = pair[int(probs[pair].argmax())]
+        share = float((samples[:, k] == likelier).double().mean())
+        assert share == pytest.approx(float(probs[likelier] / probs[pair].sum()), abs=2.5 / num_rows**0.5)
+    assert_equals_reference(probs.expand(30, -1), 6)
+    magnitudes = torch.exp2(-torch.arange(0, 120, dtype=torch.float64)).to(dtype)
+    assert_equals_reference(magnitudes[torch.randperm(120)].expand(3, -1), 120)
+
+
 @pytest.mark.cpu_only
 def test_handlers_run_during_calls_by_philox() -> None:
     probs, large = torch.rand(65), torch.rand(20, 300_000)

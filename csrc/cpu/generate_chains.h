@@ -80,7 +80,7 @@ class ChainRunner {
     }
 
   private:
-    static constexpr int64_t kBlock = 256;  // steps per philox_fill; more would not stay in the cache
+    static constexpr int64_t kBlock = DrawBlock::kSize;  // steps
     static constexpr int64_t kWarmUp = 2 * kBlock;
     static constexpr int64_t kSegment = 32 * kBlock;
     static constexpr int64_t kMaxTokensARound = Rows::kGrainSize << 10;
@@ -143,19 +143,20 @@ class ChainRunner {
         if constexpr (lanes > 1) run_segments<lanes / 2>(round_begin, first, last);
     }
 
-    // The last token of each lane, and the draws or tokens of a block of steps.
+    // The last token of each lane, and the draws or, in place of their high bits, tokens of a block of steps.
     template <int lanes>
     struct Lanes {
         uint32_t tokens[lanes];
-        alignas(64) uint32_t blocks[lanes][kBlock];
+        DrawBlock blocks[lanes];
     };
 
     // Fills the blocks with the tokens of `count` steps. position(segment): the first step.
     template <int lanes, typename Position>
     void step(Lanes<lanes>& state, int64_t first, int64_t count, const Position& position) {
         for (int lane = 0; lane < lanes; ++lane) {
-            philox_fill(seed_, segments_[first + lane].chain, position(segments_[first + lane]), count,
-                        state.blocks[lane]);
+            const Segment& segment = segments_[first + lane];
+            state.blocks[lane].fill_high(seed_, segment.chain, position(segment), count);
+            if constexpr (Rows::kNeedsLowBits) state.blocks[lane].fill_low(count);
         }
         follow(state, count, std::make_integer_sequence<int, lanes>());
     }
@@ -165,8 +166,8 @@ class ChainRunner {
     void follow(Lanes<lanes>& state, int64_t count, std::integer_sequence<int, lane...>) {
         uint32_t tokens[lanes] = {state.tokens[lane]...};
         for (int64_t k = 0; k < count; ++k) {
-            const typename Rows::Place places[] = {rows_.locate(tokens[lane], state.blocks[lane][k])...};
-            ((state.blocks[lane][k] = tokens[lane] = rows_.find(places[lane])), ...);
+            const typename Rows::Place places[] = {rows_.locate(tokens[lane], state.blocks[lane], k)...};
+            ((state.blocks[lane].high[k] = tokens[lane] = rows_.find(places[lane])), ...);
         }
         ((state.tokens[lane] = tokens[lane]), ...);
     }
@@ -192,7 +193,8 @@ class ChainRunner {
                 Segment& segment = segments[lane];
                 if (done >= 0) {
                     const int64_t kept = std::clamp<int64_t>(segment.end - segment.begin - done, 0, count);
-                    std::copy_n(state.blocks[lane], kept, chains_.at(segment.chain, segment.begin + done));
+                    std::copy_n(state.blocks[lane].high, kept,
+                                chains_.at(segment.chain, segment.begin + done));
                 }
                 segment.next = segment.begin + done + count;
                 segment.token = state.tokens[lane];
@@ -235,7 +237,7 @@ class ChainRunner {
             step(state, k, count, [&](const Segment&) { return segment.next; });
             if (rows_.slice.is_over()) return false;
             int64_t* const written = chains_.at(segment.chain, segment.next);
-            const uint32_t* const drawn = state.blocks[0];
+            const uint32_t* const drawn = state.blocks[0].high;
             int64_t corrected = 0;
             for (; corrected < count && written[corrected] != drawn[corrected]; ++corrected) {
                 written[corrected] = drawn[corrected];

@@ -117,6 +117,9 @@ WholeRows<has_sure_entries>::WholeRows(const GenerateParams& params)
     : LogitRows(params),
       fill_cdf_(kernel_for(
           weight_, [](auto zero) { return BIGRAMX_DISPATCH_TARGET(logit_cdf_kernel<decltype(zero)>); })),
+      find_(kernel_for(
+          weight_,
+          [](auto zero) { return BIGRAMX_DISPATCH_TARGET(find_in_logit_row_kernel<decltype(zero)>); })),
       guide_bits_(guide_bits(vocab_size_)),
       cdf_(vocab_size_ * padded_cdf(vocab_size_)),
       guide_(vocab_size_ << guide_bits_) {
@@ -147,9 +150,11 @@ bool WholeRows<has_sure_entries>::prepare_row(int64_t token, LogitRow& row) {
     return true;
 }
 
+// An entry is sure if the high bits of a bucket's first draw are beyond the tokens before, and those of its
+// last within this one.
 template <bool has_sure_entries>
 void WholeRows<has_sure_entries>::publish_sure_entries(int64_t token) {
-    const int shift = kDrawBits - guide_bits_;
+    const int shift = kHighDrawBits - guide_bits_;
     const uint32_t* const cdf_row = cdf(token);
     uint16_t* const entries = guide(token);
     int64_t bucket = 0;  // the first without an entry
@@ -157,16 +162,22 @@ void WholeRows<has_sure_entries>::publish_sure_entries(int64_t token) {
         const auto entry = static_cast<uint16_t>(drawn);
         const int64_t end = cdf_row[drawn] >> shift;
         for (; bucket < end; ++bucket) publish(entries + bucket, entry);
-        const bool begins_another = bucket << shift < cdf_row[drawn];
-        if (begins_another) publish(entries + bucket++, entry | kMixed);
+        const bool may_draw_more = bucket << shift < int64_t{cdf_row[drawn]} + 2;
+        if (may_draw_more && bucket < int64_t{1} << guide_bits_) publish(entries + bucket++, entry | kMixed);
     }
 }
 
 template <bool has_sure_entries>
-uint32_t WholeRows<has_sure_entries>::prepare_and_search(uint32_t token, uint32_t r) {
+uint32_t WholeRows<has_sure_entries>::prepare_and_search(uint32_t token, const DrawBlock& draws, int64_t k) {
     if (!is_distribution(token)) return 0;
-    const uint16_t entry = guide(token)[guide_bucket(r, guide_bits_)];
-    return search_cdf(cdf(token), entry & ~kMixed, r);
+    const uint16_t entry = guide(token)[guide_bucket(draws.high[k], guide_bits_)];
+    return search(token, entry & ~kMixed, draws, k);
+}
+
+template <bool has_sure_entries>
+uint32_t WholeRows<has_sure_entries>::find_exactly(uint32_t token, uint64_t r) const {
+    LogitRow exact = row(token);
+    return static_cast<uint32_t>(find_(exact, vocab_size_, r));
 }
 
 template class WholeRows<true>;
@@ -191,10 +202,10 @@ bool BlockRows::prepare_row(int64_t token, LogitRow& row) {
     return is_distribution;
 }
 
-BlockRows::Place BlockRows::locate(uint32_t token, uint32_t r) {
+BlockRows::Place BlockRows::locate(uint32_t token, const DrawBlock& draws, int64_t k) {
     if (!is_distribution(token)) return {token, 0, 0};
-    const uint64_t* ends = ends_.begin() + token * num_blocks_;
-    const uint64_t target_sum = CdfScale(ends[num_blocks_ - 1]).target_sum(r);
+    const WeightSum* ends = ends_.begin() + token * num_blocks_;
+    const WeightSum target_sum = FixedPointCdf(ends[num_blocks_ - 1]).target_sum(draws.at(k));
     int64_t block = 0;  // bisection without branches, as these would be mispredicted
     for (int64_t count = num_blocks_; count > 1;) {
         const int64_t half = count / 2;
@@ -205,7 +216,7 @@ BlockRows::Place BlockRows::locate(uint32_t token, uint32_t r) {
         const auto* logits = static_cast<const char*>(row(token).logits) + block * block_bytes_;
         for (int64_t k = 0; k < block_bytes_; k += 64) __builtin_prefetch(logits + k);
     }
-    return {token, block, target_sum - (block > 0 ? ends[block - 1] : 0)};
+    return {token, block, static_cast<uint64_t>(target_sum - (block > 0 ? ends[block - 1] : 0))};
 }
 
 uint32_t BlockRows::find(const Place& place) const {

@@ -1,9 +1,9 @@
 // The rows of a table of logits, prepared for draws. A row is prepared when a chain first meets it, by the
 // thread that meets it.
 //
-// ProbRows serve the sampler "torch", the others "philox": find(locate(token, r)) is the token that r draws
-// from the row of `token`, the same for all kinds of rows. There are two steps so that other lanes can be
-// located while one waits for memory.
+// ProbRows serve the sampler "torch", the others "philox": find(locate(token, draws, k)) is the token that
+// the k-th of the draws draws from the row of `token`, the same for all kinds of rows. There are two steps so
+// that other lanes can be located while one waits for memory. kNeedsLowBits: of all draws.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,9 @@
 #include "cpu/base/buffer.h"
 #include "cpu/sampling/fixed_point_weights.h"
 #include "cpu/sampling/guide_table.h"
+#include "cpu/sampling/philox_fill.h"
 #include "generate.h"
+#include "sampling/fixed_point_cdf.h"
 
 namespace bigramx::cpu {
 
@@ -123,6 +125,7 @@ class WholeRows : public LogitRows {
   public:
     static constexpr int kLanes = 8;
     static constexpr int64_t kGrainSize = 1 << 14;
+    static constexpr bool kNeedsLowBits = false;
 
     // V < 2^15: a token and a mark share an entry.
     explicit WholeRows(const GenerateParams& params);
@@ -131,11 +134,12 @@ class WholeRows : public LogitRows {
 
     using Place = uint32_t;  // the token itself
 
-    Place locate(uint32_t token, uint32_t r) {
+    Place locate(uint32_t token, const DrawBlock& draws, int64_t k) {
         // Another thread may be preparing the row: it publishes the entries after the cdf.
-        const uint16_t entry = __atomic_load_n(guide(token) + guide_bucket(r, guide_bits_), __ATOMIC_ACQUIRE);
-        if (__builtin_expect(entry >= kMixed, false)) return prepare_and_search(token, r);
-        return has_sure_entries ? entry : search_cdf(cdf(token), entry, r);
+        const uint16_t entry =
+            __atomic_load_n(guide(token) + guide_bucket(draws.high[k], guide_bits_), __ATOMIC_ACQUIRE);
+        if (__builtin_expect(entry >= kMixed, false)) return prepare_and_search(token, draws, k);
+        return has_sure_entries ? entry : search(token, entry, draws, k);
     }
     uint32_t find(Place place) const { return place; }
 
@@ -144,7 +148,18 @@ class WholeRows : public LogitRows {
     static constexpr uint16_t kMixed = 1 << 15, kUnprepared = std::numeric_limits<uint16_t>::max();
 
     bool prepare_row(int64_t token, LogitRow& row) override;
-    uint32_t prepare_and_search(uint32_t token, uint32_t r);
+    uint32_t prepare_and_search(uint32_t token, const DrawBlock& draws, int64_t k);
+
+    // From the token `first` on.
+    uint32_t search(uint32_t token, int64_t first, const DrawBlock& draws, int64_t k) const {
+        const uint32_t r = draws.high[k];
+        const int64_t found = search_cdf(cdf(token), first, r);
+        if (__builtin_expect(is_undecided(cdf(token), found, r), false)) {
+            return find_exactly(token, draws.complete(k));
+        }
+        return static_cast<uint32_t>(found);
+    }
+    uint32_t find_exactly(uint32_t token, uint64_t r) const;
 
     static int guide_bits(int64_t vocab_size);
     static void publish(uint16_t* entry, int value) {
@@ -152,21 +167,23 @@ class WholeRows : public LogitRows {
     }
     void publish_sure_entries(int64_t token);
 
-    uint32_t* cdf(int64_t token) const { return cdf_.begin() + token * padded_cdf(vocab_size_); }
+    uint32_t* cdf(int64_t token) const { return cdf_.begin() + token * padded_cdf(vocab_size_) + 1; }
     uint16_t* guide(int64_t token) const { return guide_.begin() + (token << guide_bits_); }
 
     bool (*const fill_cdf_)(LogitRow&, int64_t, uint32_t*);
+    int64_t (*const find_)(LogitRow&, int64_t, uint64_t);
     const int guide_bits_;
     const Buffer<uint32_t> cdf_;    // (V, padded V)
     const Buffer<uint16_t> guide_;  // (V, 2^guide_bits)
 };
 
-// The cumulative sums after each block of kWeightsAtOnce weights, 8 bytes each. A draw computes the weights
+// The cumulative sums after each block of kWeightsAtOnce weights, 16 bytes each. A draw computes the weights
 // of one block again. For few draws per row, and for large tables.
 class BlockRows : public LogitRows {
   public:
     static constexpr int kLanes = 4;
     static constexpr int64_t kGrainSize = 1 << 8;
+    static constexpr bool kNeedsLowBits = true;
 
     explicit BlockRows(const GenerateParams& params);
 
@@ -176,17 +193,17 @@ class BlockRows : public LogitRows {
         uint64_t target_sum;  // within the block; 0 where the row is not a distribution
     };
 
-    Place locate(uint32_t token, uint32_t r);
+    Place locate(uint32_t token, const DrawBlock& draws, int64_t k);
     uint32_t find(const Place& place) const;
 
   private:
     bool prepare_row(int64_t token, LogitRow& row) override;
 
-    bool (*const sum_blocks_)(LogitRow&, int64_t, uint64_t*);
+    bool (*const sum_blocks_)(LogitRow&, int64_t, WeightSum*);
     int64_t (*const find_in_block_)(const LogitRow&, int64_t, int64_t, uint64_t);
     const int64_t num_blocks_, block_bytes_;
-    const Buffer<uint64_t> ends_;  // (V, blocks): the cumulative sums
-    const Buffer<double> max_;     // (V)
+    const Buffer<WeightSum> ends_;  // (V, blocks): the cumulative sums
+    const Buffer<double> max_;      // (V)
 };
 
 // The argmax, whatever r is.
@@ -194,6 +211,7 @@ class ArgmaxRows {
   public:
     static constexpr int kLanes = 8;
     static constexpr int64_t kGrainSize = 1 << 14;
+    static constexpr bool kNeedsLowBits = false;
 
     explicit ArgmaxRows(const at::Tensor& weight) : weight_(weight), argmax_(weight.size(0)) {}
 
@@ -201,7 +219,7 @@ class ArgmaxRows {
 
     using Place = uint32_t;  // the token itself
 
-    Place locate(uint32_t token, uint32_t) {
+    Place locate(uint32_t token, const DrawBlock&, int64_t) {
         const uint32_t seen = argmax_[token].load(std::memory_order_relaxed);
         return seen != 0 ? seen - 1 : compute(token);
     }

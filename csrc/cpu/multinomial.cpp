@@ -77,22 +77,27 @@ int guide_bits(const MultinomialKernelParams& params) {
     return bits;
 }
 
-void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, const uint32_t* cdf) {
-    constexpr int64_t kBlock = 1 << 10, kBlockGrainSize = 8, kBlocksAChunk = 1 << 12;
+// find(r): the token that r draws, where its high bits do not decide.
+template <typename Find>
+void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, const uint32_t* cdf,
+                           const Find& find) {
+    constexpr int64_t kBlock = DrawBlock::kSize, kBlockGrainSize = 32, kBlocksAChunk = 1 << 14;
     const int bits = guide_bits(params);
     const Buffer<uint32_t> guide((int64_t{1} << bits) + 1);
     fill_guide_table(cdf, params.vocab_size, bits, guide.begin());
     int64_t* samples = params.samples + b * params.num_samples;
     const int64_t num_blocks = (params.num_samples + kBlock - 1) / kBlock;
     const auto draw_blocks = [&](int64_t first, int64_t last) {
-        uint32_t draws[kBlock];
+        DrawBlock draws;
         for (int64_t begin = first * kBlock; begin < std::min(last * kBlock, params.num_samples);
              begin += kBlock) {
             const int64_t count = std::min(kBlock, params.num_samples - begin);
-            philox_fill(params.seed, b, begin, count, draws);
+            draws.fill_high(params.seed, b, begin, count);
             for (int64_t k = 0; k < count; ++k) {
-                const uint32_t first = guide[guide_bucket(draws[k], bits)];
-                samples[begin + k] = search_cdf(cdf, first, draws[k]);
+                const uint32_t r = draws.high[k];
+                const int64_t token = search_cdf(cdf, guide[guide_bucket(r, bits)], r);
+                samples[begin + k] =
+                    __builtin_expect(is_undecided(cdf, token, r), false) ? find(draws.complete(k)) : token;
             }
         }
     };
@@ -135,12 +140,18 @@ bool draw_all(const MultinomialKernelParams& params, int64_t num_rows, bool repl
         });
     }
     const auto kernel = BIGRAMX_DISPATCH_TARGET(cdf_kernel<scalar_t>);
+    const auto find_kernel = BIGRAMX_DISPATCH_TARGET(find_token_kernel<scalar_t>);
     const auto draw_rows = [&](int64_t begin, int64_t end) {
-        const Buffer<uint32_t> cdf(padded_cdf(params.vocab_size));
-        pad_cdf(cdf.begin(), params.vocab_size);
+        const Buffer<WeightSum> ends(num_weight_blocks(params.vocab_size));
+        const Buffer<uint32_t> padded(padded_cdf(params.vocab_size));
+        uint32_t* const cdf = padded.begin() + 1;
+        pad_cdf(cdf, params.vocab_size);
         for (int64_t b = begin; b < end; ++b) {
-            if (!kernel(params, b, cdf.begin())) return false;
-            draw_with_replacement(params, b, cdf.begin());
+            ProbRow row = params.row<scalar_t>(b);
+            if (!kernel(row, params.vocab_size, ends.begin(), cdf)) return false;
+            draw_with_replacement(params, b, cdf, [&](uint64_t r) {
+                return find_kernel(row, params.vocab_size, ends.begin(), r);
+            });
         }
         return true;
     };

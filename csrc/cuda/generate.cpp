@@ -83,7 +83,7 @@ class ChainsOfCall {
     }
 
     bool is_worth_cdf() const {
-        constexpr int64_t kMaxElements = 1 << 28, kSmallVocab = 256;
+        constexpr int64_t kMaxElements = 1 << 27, kSmallVocab = 256;
         return vocab_size_ * vocab_size_ <= kMaxElements &&
                (vocab_size_ <= kSmallVocab || chains_.num_chains * chains_.num_steps >= vocab_size_);
     }
@@ -128,13 +128,13 @@ class ChainsOfCall {
     }
 
     void draw_by_cdf() {
-        const at::Tensor cdf = words({vocab_size_, vocab_size_});
+        const at::Tensor table = at::empty({vocab_size_, vocab_size_}, tokens_.options());
+        auto* const cdf = reinterpret_cast<uint64_t*>(table.data_ptr<int64_t>());
         for_filtered_rows([&](int64_t first, const at::Tensor& rows) {
-            launch_write_cdf(logits_params(rows), first, pointer<uint32_t>(cdf) + first * vocab_size_,
-                             guard_.stream());
+            launch_write_cdf(logits_params(rows), first, cdf + first * vocab_size_, guard_.stream());
         });
         cut(cuda::Granularity::thread);
-        launch_chains_by_cdf(chains_, pointer<uint32_t>(cdf), vocab_size_, guard_.stream());
+        launch_chains_by_cdf(chains_, cdf, vocab_size_, guard_.stream());
     }
 
     void draw_by_logits() {

@@ -36,16 +36,17 @@ __device__ uint32_t token_before(const ChainsParams& params, int64_t chain, int6
 
 // ------------------------------------------------------------------------------------------ kinds of rows
 //
-// rows.next(token, r): the token that r draws from the row of `token`. Called by one thread, or by a block.
+// rows.next(token, r): the token that the draw r draws from the row of `token`. Called by one thread, or by a
+// block.
 
 struct CdfRows {
     static constexpr Granularity kGranularity = Granularity::thread;
 
-    const uint32_t* cdf;  // (V, V)
+    const uint64_t* cdf;  // (V, V)
     uint32_t vocab_size;
 
-    __device__ uint32_t next(uint32_t token, uint32_t r) const {
-        return search_row(cdf + int64_t{token} * vocab_size, vocab_size, r);
+    __device__ uint32_t next(uint32_t token, uint64_t r) const {
+        return search_cdf(cdf + int64_t{token} * vocab_size, vocab_size, r);
     }
 };
 
@@ -54,7 +55,7 @@ struct ArgmaxRows {
 
     const int64_t* argmax;  // (V)
 
-    __device__ uint32_t next(uint32_t token, uint32_t) const {
+    __device__ uint32_t next(uint32_t token, uint64_t) const {
         return static_cast<uint32_t>(__ldg(argmax + token));
     }
 };
@@ -66,10 +67,10 @@ struct LogitRowsOfBlock {
     LogitsParams params;
     bool keeps_row;
 
-    __device__ uint32_t next(uint32_t token, uint32_t r) const { return draw(token, token, r); }
+    __device__ uint32_t next(uint32_t token, uint64_t r) const { return draw(token, token, r); }
 
     // row_index: in params.logits; token: the index of that row in the table.
-    __device__ uint32_t draw(int64_t row_index, uint32_t token, uint32_t r) const {
+    __device__ uint32_t draw(int64_t row_index, uint32_t token, uint64_t r) const {
         const WeightedRow<Logits<scalar_t>> row = read(row_index);
         if (row.is_distribution()) return static_cast<uint32_t>(row.find(r));
         if (threadIdx.x == 0) mark_invalid(token);
@@ -77,16 +78,14 @@ struct LogitRowsOfBlock {
     }
 
     // cdf: (V).
-    __device__ void write_cdf(int64_t row_index, uint32_t token, uint32_t* cdf) const {
+    __device__ void write_cdf(int64_t row_index, uint32_t token, uint64_t* cdf) const {
         const WeightedRow<Logits<scalar_t>> row = read(row_index);
         if (row.is_distribution()) return row.write_cdf(cdf);
         if (threadIdx.x == 0) mark_invalid(token);
-        for (int64_t j = threadIdx.x; j < params.vocab_size; j += blockDim.x) cdf[j] = kAboveAllDraws;
+        for (int64_t j = threadIdx.x; j < params.vocab_size; j += blockDim.x) cdf[j] = 1;
     }
 
   private:
-    static constexpr uint32_t kAboveAllDraws = uint32_t{1} << kDrawBits;
-
     __device__ WeightedRow<Logits<scalar_t>> read(int64_t row_index) const {
         const auto* const logits = static_cast<const scalar_t*>(params.logits) + row_index * params.stride;
         return {{static_cast<opmath_t<scalar_t>>(params.temperature)},
@@ -102,8 +101,8 @@ struct LogitRowsOfBlock {
 };
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    write_cdf_kernel(LogitRowsOfBlock<scalar_t> rows, int64_t first_row, uint32_t* cdf) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
+    write_cdf_kernel(LogitRowsOfBlock<scalar_t> rows, int64_t first_row, uint64_t* cdf) {
     const int64_t row = blockIdx.x;
     rows.write_cdf(row, static_cast<uint32_t>(first_row + row), cdf + row * rows.params.vocab_size);
 }
@@ -112,7 +111,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads, 1)
     draw_step_kernel(ChainsParams params, LogitRowsOfBlock<scalar_t> rows, int64_t step) {
     const int64_t chain = blockIdx.x;
-    const uint32_t r = draw(seed_of(params.seed), static_cast<uint64_t>(chain), static_cast<uint64_t>(step));
+    const uint64_t r = draw(seed_of(params.seed), static_cast<uint64_t>(chain), static_cast<uint64_t>(step));
     const uint32_t token = rows.draw(chain, token_before(params, chain, step), r);
     if (threadIdx.x == 0) *token_at(params, chain, step) = token;
 }
@@ -195,11 +194,11 @@ class Chain {
         bool is_enough = false;
         while (step_ < end && !is_enough) {
             const int count = static_cast<int>(end - step_ < Philox::kWords ? end - step_ : Philox::kWords);
-            const Philox bits(seed_, static_cast<uint64_t>(index_),
+            const Draws draws(seed_, static_cast<uint64_t>(index_),
                               static_cast<uint64_t>(step_) / Philox::kWords);
             uint32_t tokens[Philox::kWords];
             for (int k = 0; k < Philox::kWords; ++k) {
-                if (k < count) token_ = rows_.next(token_, bits.words[k] >> (32 - kDrawBits));
+                if (k < count) token_ = rows_.next(token_, draws.values[k]);
                 tokens[k] = token_;
             }
             is_enough = visit(tokens, count);
@@ -399,7 +398,7 @@ void launch_copy_prompt(const int64_t* idx, int64_t num_sequences, int64_t promp
            prompt_length, vocab_size, tokens, stride);
 }
 
-void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint32_t* cdf, cudaStream_t stream) {
+void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint64_t* cdf, cudaStream_t stream) {
     with_type(rows.type, [&](auto zero) {
         using scalar_t = decltype(zero);
         const RowPlan plan = plan_row<scalar_t>(kGenerate, rows.vocab_size);
@@ -408,7 +407,7 @@ void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint32_t* cdf
     });
 }
 
-void launch_chains_by_cdf(const ChainsParams& params, const uint32_t* cdf, int64_t vocab_size,
+void launch_chains_by_cdf(const ChainsParams& params, const uint64_t* cdf, int64_t vocab_size,
                           cudaStream_t stream) {
     launch_chains(params, CdfRows{cdf, static_cast<uint32_t>(vocab_size)}, shape_of_threads(params, stream));
 }

@@ -47,10 +47,10 @@ void launch_copy_prompt(const int64_t* idx, int64_t num_sequences, int64_t promp
                         int64_t* tokens, int64_t stride, cudaStream_t stream);
 
 // rows: the rows of the table from `first_row` on. cdf: (num_rows, V).
-void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint32_t* cdf, cudaStream_t stream);
+void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint64_t* cdf, cudaStream_t stream);
 
 // cdf: (V, V).
-void launch_chains_by_cdf(const ChainsParams& params, const uint32_t* cdf, int64_t vocab_size,
+void launch_chains_by_cdf(const ChainsParams& params, const uint64_t* cdf, int64_t vocab_size,
                           cudaStream_t stream);
 
 // table: all rows.

@@ -27,12 +27,13 @@ at::Tensor multinomial_cuda(const MultinomialParams& params) {
         launch_draw_one_a_row(kernel, guard.stream());
         return samples;
     }
-    const at::Tensor scratch = at::empty({num_rows, vocab_size}, probs.options().dtype(at::kInt));
-    auto* const words = static_cast<uint32_t*>(scratch.data_ptr());
     if (params.replacement) {
-        launch_draw_with_replacement(kernel, words, guard.stream());
+        const at::Tensor cdf = at::empty({num_rows, vocab_size}, samples.options());
+        launch_draw_with_replacement(kernel, reinterpret_cast<uint64_t*>(cdf.data_ptr<int64_t>()),
+                                     guard.stream());
     } else {
-        launch_draw_without_replacement(kernel, words, guard.stream());
+        const at::Tensor left = at::empty({num_rows, vocab_size}, probs.options());
+        launch_draw_without_replacement(kernel, left.data_ptr(), guard.stream());
     }
     return samples;
 }

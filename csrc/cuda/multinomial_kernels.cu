@@ -55,19 +55,18 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(MultinomialK
     assert_distribution(largest);
 
     const ProbScale<acc_t> scale(largest);
-    uint32_t weights[kItems];
-    uint64_t sum = 0;
-    for (int k = 0; k < kItems; ++k) sum += weights[k] = weight_of_prob(probs[k], scale);
-    const uint32_t r = draw(seed_of(params.seed), static_cast<uint64_t>(b), /*position=*/0);
-    uint64_t target_sum = CdfScale(warp_sum(sum)).target_sum(r);
+    WeightSum sum = 0;
+    for (int k = 0; k < kItems; ++k) sum += weight_of_prob(probs[k], scale).value();
+    const uint64_t r = draw(seed_of(params.seed), static_cast<uint64_t>(b), /*position=*/0);
+    WeightSum target_sum = FixedPointCdf(warp_sum(sum)).target_sum(r);
     for (int k = 0; k < kItems; ++k) {
-        const uint64_t sum_of_lanes = warp_inclusive_scan<uint64_t>(weights[k]);
+        const uint64_t sum_of_lanes = warp_inclusive_scan(weight_of_prob(probs[k], scale).value());
         const unsigned reached = __ballot_sync(kAllLanes, sum_of_lanes >= target_sum);
         if (reached != 0) {
             if (lane_of_thread() == 0) params.samples[b] = k * kWarp + __ffs(static_cast<int>(reached)) - 1;
             return;
         }
-        target_sum -= __shfl_sync(kAllLanes, sum_of_lanes, kWarp - 1);
+        target_sum -= broadcast(sum_of_lanes, kWarp - 1);
     }
 }
 
@@ -103,7 +102,7 @@ void launch_draw_one(const MultinomialKernelParams& params, cudaStream_t stream)
 // cdf: (B, V). One block per row.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    write_cdf_kernel(MultinomialKernelParams params, bool keeps_row, uint32_t* cdf) {
+    write_cdf_kernel(MultinomialKernelParams params, bool keeps_row, uint64_t* cdf) {
     const int64_t b = blockIdx.x;
     const RowMemory<scalar_t> memory(params.vocab_size, keeps_row);
     read_row(params, b, memory).write_cdf(cdf + b * params.vocab_size);
@@ -115,15 +114,15 @@ int64_t groups_a_row(const MultinomialKernelParams& params) {
 
 // One thread per group of samples that share an evaluation of Philox; `groups` per row.
 __global__ void __launch_bounds__(kThreads)
-    search_cdf_kernel(MultinomialKernelParams params, int64_t groups, const uint32_t* cdf) {
+    search_cdf_kernel(MultinomialKernelParams params, int64_t groups, const uint64_t* cdf) {
     const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (n >= params.num_rows * groups) return;
     const int64_t b = n / groups, group = n % groups, first = group * Philox::kWords;
-    const Philox bits(seed_of(params.seed), static_cast<uint64_t>(b), static_cast<uint64_t>(group));
+    const Draws draws(seed_of(params.seed), static_cast<uint64_t>(b), static_cast<uint64_t>(group));
     uint32_t tokens[Philox::kWords];
     for (int k = 0; k < Philox::kWords; ++k) {
-        const uint32_t r = bits.words[k] >> (32 - kDrawBits);
-        tokens[k] = static_cast<uint32_t>(search_row(cdf + b * params.vocab_size, params.vocab_size, r));
+        tokens[k] = static_cast<uint32_t>(
+            search_cdf(cdf + b * params.vocab_size, params.vocab_size, draws.values[k]));
     }
     const int64_t count = params.num_samples - first;
     store_tokens(params.samples + b * params.num_samples + first, tokens,
@@ -132,45 +131,64 @@ __global__ void __launch_bounds__(kThreads)
 
 // ------------------------------------------------------------------------------------ without replacement
 
-// One block per row. Each thread owns a run of tokens, so their weights need no atomics.
+// One block per row. Each thread owns a run of tokens, so their probabilities need no atomics. left: (B, V),
+// the probabilities, which become zero as they are drawn.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    draw_without_replacement_kernel(MultinomialKernelParams params, uint32_t* weights) {
+    draw_without_replacement_kernel(MultinomialKernelParams params, void* left_probs) {
+    using acc_t = opmath_t<scalar_t>;
     const int64_t b = blockIdx.x, run = (params.vocab_size + blockDim.x - 1) / blockDim.x;
     const int64_t begin = threadIdx.x * run;
     const int64_t end = begin + run < params.vocab_size ? begin + run : params.vocab_size;
     const RowMemory<scalar_t> memory(params.vocab_size, /*keeps_row=*/false);
-    const WeightedRow<Probs<scalar_t>> row = read_row(params, b, memory);
-    uint32_t* const left = weights + b * params.vocab_size;  // (V): the weights that are left
-    const ProbScale<opmath_t<scalar_t>> scale(row.largest());
-    uint64_t sum = 0, total;
-    for (int64_t token = begin; token < end; ++token) sum += left[token] = row.weight(token, scale);
+    const scalar_t* const probs = row_of<scalar_t>(params, b);
+    scalar_t* const left = static_cast<scalar_t*>(left_probs) + b * params.vocab_size;
+    for (int64_t token = begin; token < end; ++token) left[token] = probs[token];
+
+    acc_t largest = read_row(params, b, memory).largest();
+    ProbScale<acc_t> scale(largest);
+    const auto weight = [&](int64_t token) { return weight_of_prob(widen(left[token]), scale).value(); };
+    WeightSum sum = 0, total;
+    for (int64_t token = begin; token < end; ++token) sum += weight(token);
 
     const uint64_t seed = seed_of(params.seed);
     int64_t* const samples = params.samples + b * params.num_samples;
     int64_t k = 0;
-    for (; k < params.num_samples; ++k) {
-        const uint64_t sum_before = block_exclusive_scan(sum, memory.sums, &total);
-        if (total == 0) break;
-        const uint32_t r = threadIdx.x == 0 ? draw(seed, static_cast<uint64_t>(b), k) : 0;
-        const uint64_t target_sum = block_target_sum(total, r, memory);
+    while (k < params.num_samples) {
+        const WeightSum sum_before = block_exclusive_scan(sum, memory.sums, &total);
+        if (total < kLeastTotal) {  // rounding might be felt: scales by the largest that is left
+            largest = 0;
+            for (int64_t token = begin; token < end; ++token) {
+                largest = Larger()(widen(left[token]), largest);
+            }
+            largest = block_reduce(largest, memory.largest, Larger());
+            if (largest == 0) break;
+            scale = ProbScale<acc_t>(largest);
+            sum = 0;
+            for (int64_t token = begin; token < end; ++token) sum += weight(token);
+            continue;
+        }
+        const uint64_t r = threadIdx.x == 0 ? draw(seed, static_cast<uint64_t>(b), k) : 0;
+        const WeightSum target_sum = block_target_sum(total, r, memory);
         if (sum_before < target_sum && target_sum <= sum_before + sum) {
             int64_t token = begin;
-            for (uint64_t so_far = sum_before + left[token]; so_far < target_sum; so_far += left[token]) {
+            for (WeightSum so_far = sum_before + weight(token); so_far < target_sum;
+                 so_far += weight(token)) {
                 ++token;
             }
             samples[k] = token;
-            sum -= left[token];
-            left[token] = 0;
+            sum -= weight(token);
+            left[token] = narrow<scalar_t>(0);
         }
+        ++k;
     }
     if (k == params.num_samples) return;
 
     // All positive weights are drawn: tokens of probability zero follow, in order.
-    const scalar_t* const probs = row_of<scalar_t>(params, b);
-    uint64_t num_zeros = 0;
+    uint64_t num_zeros = 0, all_zeros;
     for (int64_t token = begin; token < end; ++token) num_zeros += widen(probs[token]) == 0 ? 1 : 0;
-    k += static_cast<int64_t>(block_exclusive_scan(num_zeros, memory.sums, &total));
+    k += static_cast<int64_t>(
+        block_exclusive_scan(num_zeros, reinterpret_cast<uint64_t*>(memory.sums), &all_zeros));
     for (int64_t token = begin; token < end && k < params.num_samples; ++token) {
         if (widen(probs[token]) == 0) samples[k++] = token;
     }
@@ -182,7 +200,7 @@ void launch_draw_one_a_row(const MultinomialKernelParams& params, cudaStream_t s
     with_type(params.type, [&](auto zero) { launch_draw_one<decltype(zero)>(params, stream); });
 }
 
-void launch_draw_with_replacement(const MultinomialKernelParams& params, uint32_t* cdf, cudaStream_t stream) {
+void launch_draw_with_replacement(const MultinomialKernelParams& params, uint64_t* cdf, cudaStream_t stream) {
     with_type(params.type, [&](auto zero) {
         using scalar_t = decltype(zero);
         const RowPlan plan = plan_row<scalar_t>(kMultinomial, params.vocab_size);
@@ -194,13 +212,12 @@ void launch_draw_with_replacement(const MultinomialKernelParams& params, uint32_
            search_cdf_kernel, params, groups, cdf);
 }
 
-void launch_draw_without_replacement(const MultinomialKernelParams& params, uint32_t* weights,
-                                     cudaStream_t stream) {
+void launch_draw_without_replacement(const MultinomialKernelParams& params, void* left, cudaStream_t stream) {
     with_type(params.type, [&](auto zero) {
         using scalar_t = decltype(zero);
         const RowPlan plan = plan_row<scalar_t>(kMultinomial, params.vocab_size, /*may_keep_row=*/false);
         launch({kMultinomial, stream, params.num_rows, plan.threads, plan.shared_bytes},
-               draw_without_replacement_kernel<scalar_t>, params, weights);
+               draw_without_replacement_kernel<scalar_t>, params, left);
     });
 }
 

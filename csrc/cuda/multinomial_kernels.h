@@ -19,10 +19,9 @@ struct MultinomialKernelParams {
 void launch_draw_one_a_row(const MultinomialKernelParams& params, cudaStream_t stream);
 
 // cdf: (B, V), scratch.
-void launch_draw_with_replacement(const MultinomialKernelParams& params, uint32_t* cdf, cudaStream_t stream);
+void launch_draw_with_replacement(const MultinomialKernelParams& params, uint64_t* cdf, cudaStream_t stream);
 
-// weights: (B, V), scratch.
-void launch_draw_without_replacement(const MultinomialKernelParams& params, uint32_t* weights,
-                                     cudaStream_t stream);
+// left: (B, V) of the type of probs, scratch.
+void launch_draw_without_replacement(const MultinomialKernelParams& params, void* left, cudaStream_t stream);
 
 }  // namespace bigramx::cuda

@@ -1,10 +1,14 @@
-// The fixed-point CDF of a row of weights, by which a uniform number r of 31 bits draws a token. Weights are
-// integers, so their sums are exact in any order. With the cumulative sums S_j of a row,
+// The fixed-point CDF of a row, by which a draw r of kDrawBits bits (sampling/philox.h) becomes a token.
 //
-//     cdf_j = floor(2^31 S_j / S_last),
+// The weights of the tokens are integers, so their sums are exact in any order. The largest weight of a row
+// is from 2^54 to 2^55; the others are rounded down, to zero below 2^-55 of it. The cumulative sums S_j are
+// shifted right until the last one has at most 63 bits, C_j = S_j >> shift, and r draws
 //
-// and r draws the first token j with cdf_j > r. A token of weight zero has the cdf of the one before it, and
-// is never drawn.
+//     the first token j with C_j > floor(r C_last / 2^63).
+//
+// A token of weight zero has the C_j of the one before it, and is never drawn. The distribution is within
+// V 2^-54 of the weights before they were rounded, in total variation. Those are exact for probabilities; for
+// logits they have the accuracy of float32.
 //
 // The bits are the same on host and device: all rounding is by single operations that IEEE 754 defines, and
 // no rounded product is followed by an addition that a compiler could contract to an FMA.
@@ -18,14 +22,36 @@
 
 namespace bigramx {
 
-constexpr int kWeightBits = 30;  // the largest weight of a row is about 2^30
+// In two parts, of which 32-bit arithmetic computes many at once. The largest weight of a row is at most
+// 2^kWeightBits; the low parts of 128 weights sum up to less than 2^32.
+constexpr int kHighWeightBits = 30, kLowWeightBits = 25, kWeightBits = kHighWeightBits + kLowWeightBits;
+constexpr uint64_t kLeastTotal = uint64_t{1} << (kWeightBits - 1);  // of a row
 
-// e^logit 2^30, rounded. logit: minus the largest of its row, thus <= 0; -inf gives 0.
+BIGRAMX_HOST_DEVICE uint64_t join_weight(uint32_t high, uint32_t low) {
+    return uint64_t{high} << kLowWeightBits | low;
+}
+
+struct Weight {
+    uint32_t high, low;
+
+    // scaled: >= 0, at most 2^kHighWeightBits.
+    template <typename T>
+    BIGRAMX_HOST_DEVICE explicit Weight(T scaled) {
+        constexpr T kLowUnits = uint32_t{1} << kLowWeightBits;
+        const auto whole = static_cast<int32_t>(scaled);
+        high = static_cast<uint32_t>(whole);
+        low = static_cast<uint32_t>(static_cast<int32_t>((scaled - static_cast<T>(whole)) * kLowUnits));
+    }
+
+    BIGRAMX_HOST_DEVICE uint64_t value() const { return join_weight(high, low); }
+};
+
+// e^logit 2^kWeightBits. logit: minus the largest of its row, thus <= 0; -inf gives 0.
 //
-// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf), to whose exponent n + 30 is
-// added.
-BIGRAMX_HOST_DEVICE uint32_t weight_of_logit(float logit) {
-    constexpr float kVanishes = -25.0f;      // e^-25 2^30 < 1/2
+// logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf), to whose exponent
+// n + kHighWeightBits is added.
+BIGRAMX_HOST_DEVICE Weight weight_of_logit(float logit) {
+    constexpr float kVanishes = -39.0f;      // e^-39 < 2^-kWeightBits
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves no bits for a fraction
     const float bounded = logit > kVanishes ? logit : kVanishes;
     const float shifted = fmaf(bounded, 0x1.715476p0f, kToInteger);
@@ -44,10 +70,10 @@ BIGRAMX_HOST_DEVICE uint32_t weight_of_logit(float logit) {
     uint32_t n_bits, bits;
     memcpy(&n_bits, &shifted, sizeof(n_bits));  // its low bits are n
     memcpy(&bits, &series, sizeof(bits));
-    bits += (n_bits + kWeightBits) << 23;
-    float weight;
-    memcpy(&weight, &bits, sizeof(weight));
-    return static_cast<uint32_t>(static_cast<int32_t>(weight + 0.5f));
+    bits += (n_bits + kHighWeightBits) << 23;
+    float scaled;
+    memcpy(&scaled, &bits, sizeof(scaled));
+    return Weight(scaled);
 }
 
 // Scales the largest probability of a row to [2^29, 2^30), without rounding. In two factors, as a single one
@@ -59,52 +85,47 @@ struct ProbScale {
     BIGRAMX_HOST_DEVICE explicit ProbScale(T largest_prob) {
         int exponent;
         frexp(largest_prob, &exponent);
-        const int shift = kWeightBits - exponent;
+        const int shift = kHighWeightBits - exponent;
         first = static_cast<T>(ldexp(T(1), shift / 2));
         second = static_cast<T>(ldexp(T(1), shift - shift / 2));
     }
 };
 
-// prob >= 0, scaled and rounded; at least 1 unless it is 0.
+// prob >= 0.
 template <typename T>
-BIGRAMX_HOST_DEVICE uint32_t weight_of_prob(T prob, const ProbScale<T>& scale) {
-    const float scaled = static_cast<float>(prob * scale.first * scale.second);
-    const int32_t weight = static_cast<int32_t>(scaled + 0.5f);
-    const int32_t smallest = prob > 0 ? 1 : 0;
-    return static_cast<uint32_t>(weight > smallest ? weight : smallest);
+BIGRAMX_HOST_DEVICE Weight weight_of_prob(T prob, const ProbScale<T>& scale) {
+    return Weight(prob * scale.first * scale.second);
 }
 
-// Scales the cumulative sums of a row to its CDF.
-class CdfScale {
+// A sum of the weights of up to 2^31 tokens.
+using WeightSum = unsigned __int128;
+
+// floor(r total / 2^kDrawBits).
+BIGRAMX_HOST_DEVICE uint64_t share_of_total(uint64_t r, uint64_t total) {
+    return static_cast<uint64_t>(static_cast<WeightSum>(r) * total >> kDrawBits);
+}
+
+// From sums of weights to the CDF.
+class FixedPointCdf {
   public:
-    BIGRAMX_HOST_DEVICE explicit CdfScale(uint64_t total) : total_(total), factor_(kEnd / to_double(total)) {}
-
-    // sum 2^31 / total, rounded down; monotonic.
-    BIGRAMX_HOST_DEVICE uint32_t cdf(uint64_t sum) const {
-        const auto rounded = static_cast<uint32_t>(static_cast<int64_t>(to_double(sum) * factor_));
-        return sum == total_ ? uint32_t{1} << kDrawBits : rounded;
+    BIGRAMX_HOST_DEVICE explicit FixedPointCdf(WeightSum total) {
+        for (auto excess = static_cast<uint64_t>(total >> kDrawBits); excess != 0; excess >>= 1) ++shift_;
+        last_ = cdf(total);
     }
 
-    // The least sum whose cdf is above r: r draws the first token whose cumulative sum reaches it.
-    BIGRAMX_HOST_DEVICE uint64_t target_sum(uint32_t r) const {
-        const double bound = (static_cast<double>(r) + 1) * (to_double(total_) / kEnd);
-        auto sum = static_cast<uint64_t>(static_cast<int64_t>(bound));
-        sum += to_double(sum) < bound ? 1 : 0;
-        sum = sum < total_ ? sum : total_;
-        while (cdf(sum) <= r) ++sum;  // rarely taken: corrects for the rounding of cdf()
-        while (cdf(sum - 1) > r) --sum;
-        return sum;
+    // The least sum whose cdf is above the share of r: r draws the first token whose cumulative sum reaches
+    // it.
+    BIGRAMX_HOST_DEVICE WeightSum target_sum(uint64_t r) const {
+        return (static_cast<WeightSum>(share_of_total(r, last_)) + 1) << shift_;
     }
+
+    BIGRAMX_HOST_DEVICE uint64_t cdf(WeightSum sum) const { return static_cast<uint64_t>(sum >> shift_); }
+    BIGRAMX_HOST_DEVICE uint64_t last() const { return last_; }
+    BIGRAMX_HOST_DEVICE int shift() const { return shift_; }
 
   private:
-    static constexpr double kEnd = 1ull << kDrawBits;
-
-    BIGRAMX_HOST_DEVICE static double to_double(uint64_t sum) {
-        return static_cast<double>(static_cast<int64_t>(sum));
-    }
-
-    uint64_t total_;
-    double factor_;
+    int shift_ = 0;
+    uint64_t last_;
 };
 
 }  // namespace bigramx

@@ -39,12 +39,32 @@ struct Philox {
     BIGRAMX_HOST_DEVICE static uint32_t high(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
 };
 
-constexpr int kDrawBits = 31;
+// A draw is a uniform number of kDrawBits bits, at a position of a sequence. Its high bits are a word of that
+// sequence. The low bits are the word at the same position of another one, which is computed only where the
+// high bits do not decide.
+constexpr int kLowDrawBits = 32, kHighDrawBits = 31, kDrawBits = kHighDrawBits + kLowDrawBits;
 
-// A uniform number of kDrawBits bits, at a position of a sequence.
-BIGRAMX_HOST_DEVICE uint32_t draw(uint64_t seed, uint64_t sequence, uint64_t position) {
-    return Philox(seed, sequence, position / Philox::kWords).words[position % Philox::kWords] >>
-           (32 - kDrawBits);
+// sequence < 2^63.
+BIGRAMX_HOST_DEVICE uint64_t sequence_of_low_words(uint64_t sequence) { return sequence | uint64_t{1} << 63; }
+
+BIGRAMX_HOST_DEVICE uint64_t join_draw(uint32_t high, uint32_t low) {
+    return uint64_t{high} << kLowDrawBits | low;
+}
+
+// The draws at the positions that share an evaluation of Philox.
+struct Draws {
+    uint64_t values[Philox::kWords];
+
+    BIGRAMX_HOST_DEVICE Draws(uint64_t seed, uint64_t sequence, uint64_t counter) {
+        const Philox high(seed, sequence, counter), low(seed, sequence_of_low_words(sequence), counter);
+        for (int k = 0; k < Philox::kWords; ++k) {
+            values[k] = join_draw(high.words[k] >> (32 - kHighDrawBits), low.words[k]);
+        }
+    }
+};
+
+BIGRAMX_HOST_DEVICE uint64_t draw(uint64_t seed, uint64_t sequence, uint64_t position) {
+    return Draws(seed, sequence, position / Philox::kWords).values[position % Philox::kWords];
 }
 
 }  // namespace bigramx

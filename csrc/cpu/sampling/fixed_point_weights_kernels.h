@@ -36,11 +36,13 @@ class LogitWeights {
     }
 
     // The weights of the `count` <= kWeightsAtOnce tokens from `begin` on.
-    void weigh(int64_t begin, int64_t count, uint32_t* weights) const {
+    void weigh(int64_t begin, int64_t count, uint32_t* high, uint32_t* low) const {
         acc_t buffer[kWeightsAtOnce];
         const acc_t* logits = load(begin, count, buffer);
         for (int64_t k = 0; k < count; ++k) {
-            weights[k] = weight_of_logit(static_cast<float>(logits[k] - max_));
+            const Weight weight = weight_of_logit(static_cast<float>(logits[k] - max_));
+            high[k] = weight.high;
+            low[k] = weight.low;
         }
     }
 
@@ -104,9 +106,11 @@ class ProbWeights {
         return max > 0 && max < std::numeric_limits<acc_t>::infinity();
     }
 
-    void weigh(int64_t begin, int64_t count, uint32_t* weights) const {
+    void weigh(int64_t begin, int64_t count, uint32_t* high, uint32_t* low) const {
         for (int64_t k = 0; k < count; ++k) {
-            weights[k] = weight_of_prob(static_cast<acc_t>(probs_[begin + k]), scale_);
+            const Weight weight = weight_of_prob(static_cast<acc_t>(probs_[begin + k]), scale_);
+            high[k] = weight.high;
+            low[k] = weight.low;
         }
     }
 
@@ -115,21 +119,24 @@ class ProbWeights {
     const ProbScale<acc_t> scale_;
 };
 
-inline uint64_t sum(const uint32_t* weights, int64_t count) {
-    uint64_t total = 0;
-    for (int64_t k = 0; k < count; ++k) total += weights[k];
-    return total;
+// The sum of `count` <= kWeightsAtOnce weights.
+inline uint64_t sum(const uint32_t* high, const uint32_t* low, int64_t count) {
+    uint64_t high_sum = 0;
+    uint32_t low_sum = 0;
+    for (int64_t k = 0; k < count; ++k) high_sum += high[k];
+    for (int64_t k = 0; k < count; ++k) low_sum += low[k];
+    return (high_sum << kLowWeightBits) + low_sum;
 }
 
 // ends: (blocks), the cumulative sums after each kWeightsAtOnce weights.
 template <typename Weights>
-void sum_blocks(const Weights& weights, int64_t size, uint64_t* ends) {
-    uint64_t total = 0;
+void sum_blocks(const Weights& weights, int64_t size, WeightSum* ends) {
+    WeightSum total = 0;
     for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
         const int64_t count = std::min(kWeightsAtOnce, size - begin);
-        uint32_t block[kWeightsAtOnce];
-        weights.weigh(begin, count, block);
-        ends[begin / kWeightsAtOnce] = total += sum(block, count);
+        uint32_t high[kWeightsAtOnce], low[kWeightsAtOnce];
+        weights.weigh(begin, count, high, low);
+        ends[begin / kWeightsAtOnce] = total += sum(high, low, count);
     }
 }
 
@@ -137,29 +144,48 @@ void sum_blocks(const Weights& weights, int64_t size, uint64_t* ends) {
 template <typename Weights>
 int64_t find_in_block(const Weights& weights, int64_t size, int64_t block, uint64_t target_sum) {
     const int64_t begin = block * kWeightsAtOnce, count = std::min(kWeightsAtOnce, size - begin);
-    uint32_t weights_of_block[kWeightsAtOnce];
-    weights.weigh(begin, count, weights_of_block);
+    uint32_t high[kWeightsAtOnce], low[kWeightsAtOnce];
+    weights.weigh(begin, count, high, low);
     int64_t token = 0;
-    for (uint64_t sum = weights_of_block[0]; sum < target_sum; sum += weights_of_block[token]) ++token;
+    for (uint64_t sum = 0; (sum += join_weight(high[token], low[token])) < target_sum;) ++token;
     return begin + token;
 }
 
-// cdf: (size), the fixed-point CDF.
+// The token that r draws. ends: (blocks), the cumulative sums of the row.
 template <typename Weights>
-void fill_cdf(const Weights& weights, int64_t size, uint32_t* cdf) {
-    uint64_t total = 0;
+int64_t find_token(const Weights& weights, int64_t size, const WeightSum* ends, uint64_t r) {
+    const int64_t num_blocks = num_weight_blocks(size);
+    const WeightSum target_sum = FixedPointCdf(ends[num_blocks - 1]).target_sum(r);
+    const int64_t block = std::lower_bound(ends, ends + num_blocks, target_sum) - ends;
+    return find_in_block(weights, size, block,
+                         static_cast<uint64_t>(target_sum - (block > 0 ? ends[block - 1] : 0)));
+}
+
+// cdf: (size), the CDF for searches by the high bits of a draw (cpu/sampling/guide_table.h). ends: as for
+// sum_blocks.
+template <typename Weights>
+void fill_cdf(const Weights& weights, int64_t size, WeightSum* ends, uint32_t* cdf) {
+    const Buffer<uint32_t> low(size);
+    WeightSum total = 0;
     for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
         const int64_t count = std::min(kWeightsAtOnce, size - begin);
-        weights.weigh(begin, count, cdf + begin);
-        total += sum(cdf + begin, count);
+        weights.weigh(begin, count, cdf + begin, &low[begin]);
+        ends[begin / kWeightsAtOnce] = total += sum(cdf + begin, &low[begin], count);
     }
-    const CdfScale scale(total);
-    uint64_t sums[kWeightsAtOnce];
+    const FixedPointCdf exact(total);
+    const HighCdf rounded(exact.last());
     total = 0;
     for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
         const int64_t count = std::min(kWeightsAtOnce, size - begin);
-        for (int64_t k = 0; k < count; ++k) sums[k] = total += cdf[begin + k];
-        for (int64_t k = 0; k < count; ++k) cdf[begin + k] = scale.cdf(sums[k]);
+        const uint64_t cdf_before = exact.cdf(total);
+        uint64_t sum = static_cast<uint64_t>(total) & ((uint64_t{1} << exact.shift()) - 1);  // lost in it
+        uint64_t sums[kWeightsAtOnce];
+        for (int64_t k = 0; k < count; ++k) sums[k] = join_weight(cdf[begin + k], low[begin + k]);
+        for (int64_t k = 0; k < count; ++k) sums[k] = sum += sums[k];
+        for (int64_t k = 0; k < count; ++k) {
+            cdf[begin + k] = rounded.cdf(cdf_before + (sums[k] >> exact.shift()));
+        }
+        total = ends[begin / kWeightsAtOnce];
     }
 }
 

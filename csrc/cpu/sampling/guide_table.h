@@ -14,14 +14,46 @@
 
 namespace bigramx::cpu {
 
-// The search compares kSearchWidth entries at a time, so a CDF is padded by as many.
+// The CDF (sampling/fixed_point_cdf.h) in units of the range of a draw's high bits, rounded, for searches by
+// these bits alone. Where they are less than an entry H_j, the draw is below C_j, and draws token j or one
+// before it. Where they are H_j + 2 or more, it is not. In between they do not decide.
+class HighCdf {
+  public:
+    // last: the CDF of the last token.
+    BIGRAMX_HOST_DEVICE explicit HighCdf(uint64_t last) : last_(last), factor_(kEnd / to_double(last)) {}
+
+    // At most the exact quotient, and less than it by less than 2: the margin exceeds the roundings' 2^-20.
+    // Monotonic.
+    BIGRAMX_HOST_DEVICE uint32_t cdf(uint64_t cdf) const {
+        constexpr double kMargin = 0x1p-19;
+        const auto rounded = static_cast<uint32_t>(static_cast<int64_t>(to_double(cdf) * factor_ - kMargin));
+        return cdf == last_ ? uint32_t{1} << kHighDrawBits : rounded;
+    }
+
+  private:
+    static constexpr double kEnd = 1ull << kHighDrawBits;
+
+    BIGRAMX_HOST_DEVICE static double to_double(uint64_t cdf) {
+        return static_cast<double>(static_cast<int64_t>(cdf));
+    }
+
+    uint64_t last_;
+    double factor_;
+};
+// The search compares kSearchWidth entries at a time, and the entry before the one it finds, so a CDF is
+// padded: its first entry is the second of padded_cdf(V).
 constexpr int64_t kSearchWidth = 8;
 
 inline int64_t padded_cdf(int64_t vocab_size) { return vocab_size + kSearchWidth; }
 
 inline void pad_cdf(uint32_t* cdf, int64_t vocab_size) {
-    std::fill_n(cdf + vocab_size, kSearchWidth, uint32_t{1} << kDrawBits);
+    constexpr uint32_t kAboveAllDraws = uint32_t{1} << kHighDrawBits;
+    cdf[-1] = kAboveAllDraws;
+    std::fill_n(cdf + vocab_size, kSearchWidth - 1, kAboveAllDraws);
 }
+
+// Whether the high bits r do not decide that the token which they were found to draw follows the one before.
+inline bool is_undecided(const uint32_t* cdf, int64_t token, uint32_t r) { return r - cdf[token - 1] < 2; }
 
 // The first token, from `token` on, whose cdf is above r. A linear search: mostly one step from a guide
 // table.
@@ -43,7 +75,7 @@ inline int64_t search_cdf(const uint32_t* cdf, int64_t token, uint32_t r) {
     }
 }
 
-inline int64_t guide_bucket(uint32_t r, int guide_bits) { return r >> (kDrawBits - guide_bits); }
+inline int64_t guide_bucket(uint32_t r, int guide_bits) { return r >> (kHighDrawBits - guide_bits); }
 
 // guide: (num_buckets + 1); the last entry is scratch. first_bucket_after(token): the first bucket that
 // begins beyond the numbers that draw `token`; monotonic.
@@ -69,7 +101,7 @@ void fill_guide_table(int64_t num_tokens, int64_t num_buckets, entry_t* guide,
 // The guide table of a fixed-point CDF, with 2^guide_bits buckets.
 template <typename entry_t>
 void fill_guide_table(const uint32_t* cdf, int64_t vocab_size, int guide_bits, entry_t* guide) {
-    const int shift = kDrawBits - guide_bits;
+    const int shift = kHighDrawBits - guide_bits;
     fill_guide_table(vocab_size, int64_t{1} << guide_bits, guide, [=](int64_t token) {
         return (int64_t{cdf[token]} + (int64_t{1} << shift) - 1) >> shift;
     });

@@ -27,23 +27,24 @@ struct PhiloxLanes {
         words[3] = product0;
     }
 
-    // Transposes: the draws of a counter become adjacent.
-    void store_draws(uint32_t* draws) const {
-        constexpr int kDropped = 32 - kDrawBits;
-        constexpr uint64_t kLowDraw = 0xFFFFFFFF >> kDropped;
+    // Transposes: the words of a counter become adjacent.
+    void store_words(int bits, uint32_t* to) const {
+        const int dropped = 32 - bits;
+        const uint64_t low_word = 0xFFFFFFFF >> dropped;
         const auto pair = [&](int low, int high) {
-            return (words[low] >> kDropped & kLowDraw) | (words[high] >> kDropped & kLowDraw) << 32;
+            return (words[low] >> dropped & low_word) | (words[high] >> dropped & low_word) << 32;
         };
         const Lanes64 pairs[2] = {pair(0, 1), pair(2, 3)};
         for (int64_t lane = 0; lane < kLanes<uint64_t>; ++lane) {
             const uint64_t both[2] = {pairs[0][lane], pairs[1][lane]};
-            std::memcpy(draws + lane * Philox::kWords, both, sizeof(both));
+            std::memcpy(to + lane * Philox::kWords, both, sizeof(both));
         }
     }
 };
 
-// kPhiloxFillBlock draws. The rounds of a counter depend on each other; those of kOverlap vectors overlap.
-inline void philox_fill_kernel(uint64_t seed, uint64_t sequence, uint64_t first_counter, uint32_t* draws) {
+// kPhiloxFillBlock words. The rounds of a counter depend on each other; those of kOverlap vectors overlap.
+inline void philox_fill_kernel(uint64_t seed, uint64_t sequence, uint64_t first_counter, int bits,
+                               uint32_t* words) {
     constexpr int64_t kCounters = kLanes<uint64_t>, kOverlap = 4, kStep = kOverlap * kCounters;
     for (int64_t begin = 0; begin < kPhiloxFillBlock / Philox::kWords; begin += kStep) {
         PhiloxLanes lanes[kOverlap];
@@ -55,7 +56,7 @@ inline void philox_fill_kernel(uint64_t seed, uint64_t sequence, uint64_t first_
             key1 += Philox::kWeyl1;
         }
         for (int64_t k = 0; k < kOverlap; ++k) {
-            lanes[k].store_draws(draws + (begin + k * kCounters) * Philox::kWords);
+            lanes[k].store_words(bits, words + (begin + k * kCounters) * Philox::kWords);
         }
     }
 }

@@ -61,18 +61,39 @@ class SharedMemory {
 
 // -------------------------------------------------------------------------------------------------- warps
 
-// __shfl_xor_sync for any trivially copyable type whose size is a multiple of 4 bytes.
+// shuffle(part) for a value of any trivially copyable type whose size is a multiple of 4 bytes: whole, or in
+// parts.
+template <typename T, typename Shuffle>
+__device__ inline T shuffle_parts(T value, const Shuffle& shuffle) {
+    if constexpr (std::is_same_v<T, unsigned __int128>) {
+        const uint64_t high = shuffle(static_cast<uint64_t>(value >> 64));
+        return static_cast<T>(high) << 64 | shuffle(static_cast<uint64_t>(value));
+    } else if constexpr (std::is_arithmetic_v<T>) {
+        return shuffle(value);
+    } else {
+        static_assert(sizeof(T) % 4 == 0, "shuffles move words");
+        uint32_t words[sizeof(T) / 4];
+        memcpy(words, &value, sizeof(T));
+        for (uint32_t& word : words) word = shuffle(word);
+        memcpy(&value, words, sizeof(T));
+        return value;
+    }
+}
+
 template <typename T>
 __device__ inline T shuffle_xor(T value, int lane_mask) {
-    if constexpr (sizeof(T) == 4 || sizeof(T) == 8) {
-        if constexpr (std::is_arithmetic_v<T>) return __shfl_xor_sync(kAllLanes, value, lane_mask);
-    }
-    static_assert(sizeof(T) % 4 == 0, "shuffles move words");
-    uint32_t words[sizeof(T) / 4];
-    memcpy(words, &value, sizeof(T));
-    for (uint32_t& word : words) word = __shfl_xor_sync(kAllLanes, word, lane_mask);
-    memcpy(&value, words, sizeof(T));
-    return value;
+    return shuffle_parts(value, [=](auto part) { return __shfl_xor_sync(kAllLanes, part, lane_mask); });
+}
+
+template <typename T>
+__device__ inline T shuffle_up(T value, int distance) {
+    return shuffle_parts(value, [=](auto part) { return __shfl_up_sync(kAllLanes, part, distance); });
+}
+
+// The value of a lane.
+template <typename T>
+__device__ inline T broadcast(T value, int lane) {
+    return shuffle_parts(value, [=](auto part) { return __shfl_sync(kAllLanes, part, lane); });
 }
 
 // A butterfly reduction by combine(a, b). All lanes get the same bits, as both lanes of an exchange combine
@@ -95,7 +116,7 @@ __device__ inline T warp_sum(T value) {
 template <typename T>
 __device__ inline T warp_inclusive_scan(T value) {
     for (int distance = 1; distance < kWarp; distance *= 2) {
-        const T before = __shfl_up_sync(kAllLanes, value, distance);
+        const T before = shuffle_up(value, distance);
         if (lane_of_thread() >= distance) value += before;
     }
     return value;

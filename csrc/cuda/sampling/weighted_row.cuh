@@ -26,7 +26,9 @@ struct Probs {
 
     __device__ static bool is_allowed(acc_t prob) { return prob >= 0 && prob < kInfinity<acc_t>; }
     __device__ acc_t scaled(acc_t prob) const { return prob; }
-    __device__ uint32_t weight(acc_t prob, const Scale& scale) const { return weight_of_prob(prob, scale); }
+    __device__ uint64_t weight(acc_t prob, const Scale& scale) const {
+        return weight_of_prob(prob, scale).value();
+    }
 };
 
 template <typename scalar_t_>
@@ -43,8 +45,8 @@ struct Logits {
     __device__ acc_t scaled(acc_t logit) const {
         return temperature == 1 ? logit : widen(narrow<scalar_t>(logit / temperature));
     }
-    __device__ uint32_t weight(acc_t logit, acc_t largest) const {
-        return weight_of_logit(static_cast<float>(logit - largest));
+    __device__ uint64_t weight(acc_t logit, acc_t largest) const {
+        return weight_of_logit(static_cast<float>(logit - largest)).value();
     }
 };
 
@@ -69,27 +71,28 @@ template <typename scalar_t>
 struct RowMemory {
     struct Place {
         int64_t begin, end;  // the tokens among which the target sum is reached
-        uint64_t sum_before;
+        WeightSum sum_before;
     };
 
     opmath_t<scalar_t>* largest;  // (kMaxWarps)
-    uint64_t* sums;               // (kMaxWarps)
-    uint64_t* target_sum;         // ()
+    WeightSum* sums;              // (kMaxWarps)
+    WeightSum* target_sum;        // ()
     Place* place;                 // ()
     scalar_t* row;                // (V + a vector, for the alignment), or null: not kept
 
     __device__ RowMemory(int64_t vocab_size, bool keeps_row) {
         SharedMemory shared;
         largest = shared.take<opmath_t<scalar_t>>(kMaxWarps);
-        sums = shared.take<uint64_t>(kMaxWarps);
-        target_sum = shared.take<uint64_t>(1);
+        sums = shared.take<WeightSum>(kMaxWarps);
+        target_sum = shared.take<WeightSum>(1);
         place = shared.take<Place>(1);
         row = keeps_row ? shared.take<scalar_t>(vocab_size + kVectorSize<scalar_t>) : nullptr;
     }
 
     static int64_t bytes(int64_t vocab_size, bool keeps_row) {
-        return SharedMemory::bytes<opmath_t<scalar_t>>(kMaxWarps) + SharedMemory::bytes<uint64_t>(kMaxWarps) +
-               SharedMemory::bytes<uint64_t>(1) + SharedMemory::bytes<Place>(1) +
+        return SharedMemory::bytes<opmath_t<scalar_t>>(kMaxWarps) +
+               SharedMemory::bytes<WeightSum>(kMaxWarps) + SharedMemory::bytes<WeightSum>(1) +
+               SharedMemory::bytes<Place>(1) +
                (keeps_row ? SharedMemory::bytes<scalar_t>(vocab_size + kVectorSize<scalar_t>) : 0);
     }
 
@@ -119,11 +122,10 @@ RowPlan plan_row(const char* op, int64_t vocab_size, bool may_keep_row = true) {
             static_cast<size_t>(RowMemory<scalar_t>::bytes(vocab_size, keeps_row))};
 }
 
-// The target sum of r, which thread 0 has. One thread computes it for the block, as float64 is slow on many
-// GPUs.
+// The target sum of r, which thread 0 has: it computes it for the block.
 template <typename scalar_t>
-__device__ inline uint64_t block_target_sum(uint64_t total, uint32_t r, const RowMemory<scalar_t>& memory) {
-    if (threadIdx.x == 0) *memory.target_sum = CdfScale(total).target_sum(r);
+__device__ inline WeightSum block_target_sum(WeightSum total, uint64_t r, const RowMemory<scalar_t>& memory) {
+    if (threadIdx.x == 0) *memory.target_sum = FixedPointCdf(total).target_sum(r);
     __syncthreads();
     return *memory.target_sum;
 }
@@ -166,24 +168,24 @@ class WeightedRow {
         return largest_ > Elements::kWeightless && largest_ < kInfinity<acc_t>;
     }
 
-    __device__ uint32_t weight(int64_t token, const Scale& scale) const {
+    __device__ uint64_t weight(int64_t token, const Scale& scale) const {
         return elements_.weight(elements_.scaled(widen(row_[token])), scale);
     }
 
     // The token that r draws. Each warp sums a run of tokens; the run that reaches the target sum is divided
     // among the warps again, until it has at most one token per lane.
-    __device__ int64_t find(uint32_t r) const {
+    __device__ int64_t find(uint64_t r) const {
         const Scale scale(largest_);
         int64_t begin = 0, end = vocab_size_;
-        uint64_t target_sum = 0;
+        WeightSum target_sum = 0;
         do {
             const Run run = run_of_warp(begin, end);
-            const uint64_t sum = sum_share(run, scale);
-            uint64_t total;
-            const uint64_t sum_before = block_exclusive_scan(sum, memory_.sums, &total);
+            const WeightSum sum = sum_share(run, scale);
+            WeightSum total;
+            const WeightSum sum_before = block_exclusive_scan(sum, memory_.sums, &total);
             if (target_sum == 0) target_sum = block_target_sum(total, r, memory_);
-            const uint64_t before_run = __shfl_sync(kAllLanes, sum_before, 0);
-            const uint64_t after_run = __shfl_sync(kAllLanes, sum_before + sum, kWarp - 1);
+            const WeightSum before_run = broadcast(sum_before, 0);
+            const WeightSum after_run = broadcast(sum_before + sum, kWarp - 1);
             if (lane_of_thread() == 0 && before_run < target_sum && target_sum <= after_run) {
                 *memory_.place = {run.begin, run.end, before_run};
             }
@@ -198,18 +200,19 @@ class WeightedRow {
     }
 
     // cdf: (V).
-    __device__ void write_cdf(uint32_t* cdf) const {
+    __device__ void write_cdf(uint64_t* cdf) const {
         const Scale scale(largest_);
         const Run run = run_of_warp(0, vocab_size_);
-        uint64_t total;
-        const uint64_t sum_before = block_exclusive_scan(sum_share(run, scale), memory_.sums, &total);
-        const CdfScale cdf_scale(total);
-        uint64_t sum = __shfl_sync(kAllLanes, sum_before, 0);
+        WeightSum total;
+        const WeightSum sum_before = block_exclusive_scan(sum_share(run, scale), memory_.sums, &total);
+        const FixedPointCdf fixed_point(total);
+        WeightSum sum = broadcast(sum_before, 0);
         for (int64_t tile = run.begin; tile < run.end; tile += kWarp) {
             const int64_t token = tile + lane_of_thread();
-            sum += warp_inclusive_scan<uint64_t>(token < run.end ? weight(token, scale) : 0);
-            if (token < run.end) cdf[token] = cdf_scale.cdf(sum);
-            sum = __shfl_sync(kAllLanes, sum, kWarp - 1);
+            const uint64_t sum_of_lanes =
+                warp_inclusive_scan<uint64_t>(token < run.end ? weight(token, scale) : 0);
+            if (token < run.end) cdf[token] = fixed_point.cdf(sum + sum_of_lanes);
+            sum += broadcast(sum_of_lanes, kWarp - 1);
         }
     }
 
@@ -227,8 +230,8 @@ class WeightedRow {
     }
 
     // This lane's share of the sum over the run of its warp.
-    __device__ uint64_t sum_share(const Run& run, const Scale& scale) const {
-        uint64_t sum = 0;
+    __device__ WeightSum sum_share(const Run& run, const Scale& scale) const {
+        WeightSum sum = 0;
         for (int64_t token = run.begin + lane_of_thread(); token < run.end; token += kWarp) {
             sum += weight(token, scale);
         }
@@ -245,14 +248,15 @@ class WeightedRow {
 // -------------------------------------------------------------------------------------- draws by a stored
 // CDF
 
-// Bisection: the first of `size` ascending entries that is above r; the last one always is.
+// The token that r draws, by bisection. cdf: (size).
 template <typename index_t>
-__device__ inline index_t search_row(const uint32_t* cdf, index_t size, uint32_t r) {
-    const uint32_t* first = cdf;
+__device__ inline index_t search_cdf(const uint64_t* cdf, index_t size, uint64_t r) {
+    const uint64_t bound = share_of_total(r, __ldg(cdf + size - 1));
+    const uint64_t* first = cdf;
     while (size > 1) {
         const index_t half = size / 2;
-        const uint32_t* const middle = first + half;
-        first = __ldg(middle - 1) > r ? first : middle;
+        const uint64_t* const middle = first + half;
+        first = __ldg(middle - 1) > bound ? first : middle;
         size -= half;
     }
     return static_cast<index_t>(first - cdf);
