@@ -50,10 +50,10 @@ int main() {
             printf("%llu ", (unsigned long long)draw(seed, sequence, position));
         } else if (kind == 'l') {
             scanf("%f", &logit);
-            printf("%llu ", (unsigned long long)weight_of_logit(logit).value());
+            printf("%llu ", (unsigned long long)round_down(scaled_exponential(logit)));
         } else if (kind == 'w') {
             scanf("%lf %lf", &prob, &largest);
-            printf("%llu ", (unsigned long long)weight_of_prob(prob, ProbScale<double>(largest)).value());
+            printf("%llu ", (unsigned long long)round_down(ProbScale<double>(largest).scaled(prob)));
         } else {  // the token that r draws from `count` weights, and the CDF
             scanf("%llu %llu", &r, &count);
             std::vector<WeightSum> sums(count);

@@ -46,30 +46,33 @@ template <typename scalar_t>
 class WeightsLeft {
   public:
     WeightsLeft(const scalar_t* probs, int64_t vocab_size)
-        : probs_(vocab_size),
-          high_(vocab_size),
-          low_(vocab_size),
+        : probs_(probs),
+          weights_(vocab_size),
           block_sums_(num_weight_blocks(vocab_size)),
-          group_sums_(block_sums_.size() / kBlocksAGroup + 1) {
-        std::copy_n(probs, vocab_size, probs_.begin());
-    }
+          group_sums_(block_sums_.size() / kBlocksAGroup + 1) {}
 
     // Scales the weights by the largest probability that is left. Returns false if there is none, or if the
-    // row is not a distribution.
-    bool scale() {
-        ProbRow row{probs_.begin(), 0};
-        if (!ProbWeights<scalar_t>::measure(row, probs_.size())) return false;
-        const ProbWeights<scalar_t> weights(row);
+    // row is not a distribution. drawn: (num_drawn), the tokens that are not left.
+    bool scale(const int64_t* drawn, int64_t num_drawn) {
+        const int64_t vocab_size = weights_.size();
+        ProbRow row{probs_, 0};
+        const Buffer<scalar_t> left(num_drawn > 0 ? vocab_size : 0);
+        if (num_drawn > 0) {
+            std::copy_n(probs_, vocab_size, left.begin());
+            for (int64_t k = 0; k < num_drawn; ++k) left[drawn[k]] = 0;
+            row.probs = left.begin();
+        }
+        if (!ProbWeights<scalar_t>::measure(row, vocab_size)) return false;
         std::fill(group_sums_.begin(), group_sums_.end(), 0);
         total_ = 0;
-        for (int64_t block = 0; block < block_sums_.size(); ++block) {
-            const int64_t begin = block * kWeightsAtOnce,
-                          count = std::min(kWeightsAtOnce, probs_.size() - begin);
-            weights.weigh(begin, count, &high_[begin], &low_[begin]);
-            block_sums_[block] = sum(&high_[begin], &low_[begin], count);
+        const auto keep = [&](int64_t block, const WeightBlock& weights) {
+            uint64_t* const to = &weights_[block * kWeightsAtOnce];
+            for (int64_t k = 0; k < weights.size(); ++k) to[k] = weights[k];
+            block_sums_[block] = weights.sum();
             group_sums_[block / kBlocksAGroup] += block_sums_[block];
             total_ += block_sums_[block];
-        }
+        };
+        for_each_block(ProbWeights<scalar_t>(row), vocab_size, keep);
         return true;
     }
 
@@ -84,23 +87,21 @@ class WeightsLeft {
         int64_t block = group * kBlocksAGroup;
         for (; block_sums_[block] < target_sum; ++block) target_sum -= block_sums_[block];
         int64_t token = block * kWeightsAtOnce;
-        for (auto left = static_cast<uint64_t>(target_sum); weight(token) < left; ++token)
-            left -= weight(token);
-        total_ -= weight(token);
-        group_sums_[group] -= weight(token);
-        block_sums_[block] -= weight(token);
-        high_[token] = low_[token] = 0;
-        probs_[token] = 0;
+        for (auto left = static_cast<uint64_t>(target_sum); weights_[token] < left; ++token) {
+            left -= weights_[token];
+        }
+        total_ -= weights_[token];
+        group_sums_[group] -= weights_[token];
+        block_sums_[block] -= weights_[token];
+        weights_[token] = 0;
         return token;
     }
 
   private:
     static constexpr int64_t kBlocksAGroup = 128;
 
-    uint64_t weight(int64_t token) const { return join_weight(high_[token], low_[token]); }
-
-    const Buffer<scalar_t> probs_;
-    const Buffer<uint32_t> high_, low_;
+    const scalar_t* const probs_;
+    const Buffer<uint64_t> weights_;
     const Buffer<uint64_t> block_sums_;
     const Buffer<WeightSum> group_sums_;
     WeightSum total_ = 0;
@@ -113,11 +114,11 @@ bool draw_without_replacement_kernel(const MultinomialKernelParams& params, int6
     const auto* const probs = static_cast<const scalar_t*>(params.row<scalar_t>(b).probs);
     int64_t* const samples = params.samples + b * params.num_samples;
     WeightsLeft<scalar_t> left(probs, params.vocab_size);
-    if (!left.scale()) return false;
+    if (!left.scale(samples, 0)) return false;
     DrawBlock draws;
     int64_t k = 0;
     for (; k < params.num_samples; ++k) {
-        if (left.are_small() && !left.scale()) break;
+        if (left.are_small() && !left.scale(samples, k)) break;
         if (k % DrawBlock::kSize == 0) {
             const int64_t count = std::min(DrawBlock::kSize, params.num_samples - k);
             draws.fill_high(params.seed, b, k, count);

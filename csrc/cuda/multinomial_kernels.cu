@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(MultinomialK
     if (b >= params.num_rows) return;
     const scalar_t* const row = row_of<scalar_t>(params, b);
     acc_t probs[kItems], largest = 0;
+#pragma unroll
     for (int k = 0; k < kItems; ++k) {
         const int token = k * kWarp + lane_of_thread();
         probs[k] = token < params.vocab_size ? widen(row[token]) : acc_t(0);
@@ -56,11 +57,13 @@ __global__ void __launch_bounds__(kThreads) draw_one_by_warp_kernel(MultinomialK
 
     const ProbScale<acc_t> scale(largest);
     WeightSum sum = 0;
-    for (int k = 0; k < kItems; ++k) sum += weight_of_prob(probs[k], scale).value();
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) sum += round_down(scale.scaled(probs[k]));
     const uint64_t r = draw(seed_of(params.seed), static_cast<uint64_t>(b), /*position=*/0);
     WeightSum target_sum = FixedPointCdf(warp_sum(sum)).target_sum(r);
+#pragma unroll
     for (int k = 0; k < kItems; ++k) {
-        const uint64_t sum_of_lanes = warp_inclusive_scan(weight_of_prob(probs[k], scale).value());
+        const uint64_t sum_of_lanes = warp_inclusive_scan(round_down(scale.scaled(probs[k])));
         const unsigned reached = __ballot_sync(kAllLanes, sum_of_lanes >= target_sum);
         if (reached != 0) {
             if (lane_of_thread() == 0) params.samples[b] = k * kWarp + __ffs(static_cast<int>(reached)) - 1;
@@ -101,7 +104,7 @@ void launch_draw_one(const MultinomialKernelParams& params, cudaStream_t stream)
 
 // cdf: (B, V). One block per row.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     write_cdf_kernel(MultinomialKernelParams params, bool keeps_row, uint64_t* cdf) {
     const int64_t b = blockIdx.x;
     const RowMemory<scalar_t> memory(params.vocab_size, keeps_row);
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
 // One block per row. Each thread owns a run of tokens, so their probabilities need no atomics. left: (B, V),
 // the probabilities, which become zero as they are drawn.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
     draw_without_replacement_kernel(MultinomialKernelParams params, void* left_probs) {
     using acc_t = opmath_t<scalar_t>;
     const int64_t b = blockIdx.x, run = (params.vocab_size + blockDim.x - 1) / blockDim.x;
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
     acc_t largest = read_row(params, b, memory).largest();
     ProbScale<acc_t> scale(largest);
-    const auto weight = [&](int64_t token) { return weight_of_prob(widen(left[token]), scale).value(); };
+    const auto weight = [&](int64_t token) { return round_down(scale.scaled(widen(left[token]))); };
     WeightSum sum = 0, total;
     for (int64_t token = begin; token < end; ++token) sum += weight(token);
 

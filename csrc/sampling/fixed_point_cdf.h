@@ -22,35 +22,20 @@
 
 namespace bigramx {
 
-// In two parts, of which 32-bit arithmetic computes many at once. The largest weight of a row is at most
-// 2^kWeightBits; the low parts of 128 weights sum up to less than 2^32.
-constexpr int kHighWeightBits = 30, kLowWeightBits = 25, kWeightBits = kHighWeightBits + kLowWeightBits;
+constexpr int kWeightBits = 55;  // the largest weight of a row is at most 2^55
 constexpr uint64_t kLeastTotal = uint64_t{1} << (kWeightBits - 1);  // of a row
 
-BIGRAMX_HOST_DEVICE uint64_t join_weight(uint32_t high, uint32_t low) {
-    return uint64_t{high} << kLowWeightBits | low;
+template <typename T>
+BIGRAMX_HOST_DEVICE uint64_t round_down(T scaled) {
+    return static_cast<uint64_t>(static_cast<int64_t>(scaled));
 }
 
-struct Weight {
-    uint32_t high, low;
-
-    // scaled: >= 0, at most 2^kHighWeightBits.
-    template <typename T>
-    BIGRAMX_HOST_DEVICE explicit Weight(T scaled) {
-        constexpr T kLowUnits = uint32_t{1} << kLowWeightBits;
-        const auto whole = static_cast<int32_t>(scaled);
-        high = static_cast<uint32_t>(whole);
-        low = static_cast<uint32_t>(static_cast<int32_t>((scaled - static_cast<T>(whole)) * kLowUnits));
-    }
-
-    BIGRAMX_HOST_DEVICE uint64_t value() const { return join_weight(high, low); }
-};
-
-// e^logit 2^kWeightBits. logit: minus the largest of its row, thus <= 0; -inf gives 0.
+// e^logit 2^kWeightBits: the weight before it is rounded down. logit: minus the largest of its row, thus <=
+// 0; -inf gives less than 1.
 //
 // logit = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf), to whose exponent
-// n + kHighWeightBits is added.
-BIGRAMX_HOST_DEVICE Weight weight_of_logit(float logit) {
+// n + kWeightBits is added.
+BIGRAMX_HOST_DEVICE float scaled_exponential(float logit) {
     constexpr float kVanishes = -39.0f;      // e^-39 < 2^-kWeightBits
     constexpr float kToInteger = 0x1.8p23f;  // adding it leaves no bits for a fraction
     const float bounded = logit > kVanishes ? logit : kVanishes;
@@ -70,32 +55,30 @@ BIGRAMX_HOST_DEVICE Weight weight_of_logit(float logit) {
     uint32_t n_bits, bits;
     memcpy(&n_bits, &shifted, sizeof(n_bits));  // its low bits are n
     memcpy(&bits, &series, sizeof(bits));
-    bits += (n_bits + kHighWeightBits) << 23;
+    bits += (n_bits + kWeightBits) << 23;
     float scaled;
     memcpy(&scaled, &bits, sizeof(scaled));
-    return Weight(scaled);
+    return scaled;
 }
 
-// Scales the largest probability of a row to [2^29, 2^30), without rounding. In two factors, as a single one
-// could overflow T.
+// Scales the largest probability of a row to [2^54, 2^55), without rounding.
 template <typename T>
-struct ProbScale {
-    T first, second;
-
+class ProbScale {
+  public:
     BIGRAMX_HOST_DEVICE explicit ProbScale(T largest_prob) {
         int exponent;
         frexp(largest_prob, &exponent);
-        const int shift = kHighWeightBits - exponent;
-        first = static_cast<T>(ldexp(T(1), shift / 2));
-        second = static_cast<T>(ldexp(T(1), shift - shift / 2));
+        const int shift = kWeightBits - exponent;
+        first_ = static_cast<T>(ldexp(T(1), shift / 2));
+        second_ = static_cast<T>(ldexp(T(1), shift - shift / 2));
     }
-};
 
-// prob >= 0.
-template <typename T>
-BIGRAMX_HOST_DEVICE Weight weight_of_prob(T prob, const ProbScale<T>& scale) {
-    return Weight(prob * scale.first * scale.second);
-}
+    // The weight before it is rounded down.
+    BIGRAMX_HOST_DEVICE T scaled(T prob) const { return prob * first_ * second_; }
+
+  private:
+    T first_, second_;  // a single factor could overflow T
+};
 
 // A sum of the weights of up to 2^31 tokens.
 using WeightSum = unsigned __int128;
@@ -105,26 +88,36 @@ BIGRAMX_HOST_DEVICE uint64_t share_of_total(uint64_t r, uint64_t total) {
     return static_cast<uint64_t>(static_cast<WeightSum>(r) * total >> kDrawBits);
 }
 
-// From sums of weights to the CDF.
+// n > 0.
+BIGRAMX_HOST_DEVICE int bit_length(uint64_t n) {
+#if defined(__CUDA_ARCH__)
+    return 64 - __clzll(static_cast<long long>(n));
+#else
+    return 64 - __builtin_clzll(n);
+#endif
+}
+
+// From sums of weights to the CDF, and back.
 class FixedPointCdf {
   public:
     BIGRAMX_HOST_DEVICE explicit FixedPointCdf(WeightSum total) {
-        for (auto excess = static_cast<uint64_t>(total >> kDrawBits); excess != 0; excess >>= 1) ++shift_;
+        const auto excess = static_cast<uint64_t>(total >> kDrawBits);
+        shift_ = excess == 0 ? 0 : bit_length(excess);
         last_ = cdf(total);
     }
 
+    BIGRAMX_HOST_DEVICE uint64_t cdf(WeightSum sum) const { return static_cast<uint64_t>(sum >> shift_); }
+    BIGRAMX_HOST_DEVICE WeightSum sum(uint64_t cdf) const { return static_cast<WeightSum>(cdf) << shift_; }
+
     // The least sum whose cdf is above the share of r: r draws the first token whose cumulative sum reaches
     // it.
-    BIGRAMX_HOST_DEVICE WeightSum target_sum(uint64_t r) const {
-        return (static_cast<WeightSum>(share_of_total(r, last_)) + 1) << shift_;
-    }
+    BIGRAMX_HOST_DEVICE WeightSum target_sum(uint64_t r) const { return sum(share_of_total(r, last_) + 1); }
 
-    BIGRAMX_HOST_DEVICE uint64_t cdf(WeightSum sum) const { return static_cast<uint64_t>(sum >> shift_); }
     BIGRAMX_HOST_DEVICE uint64_t last() const { return last_; }
     BIGRAMX_HOST_DEVICE int shift() const { return shift_; }
 
   private:
-    int shift_ = 0;
+    int shift_;
     uint64_t last_;
 };
 

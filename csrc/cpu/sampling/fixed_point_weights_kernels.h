@@ -35,15 +35,17 @@ class LogitWeights {
         return all_allowed && row.max > -kInfinity;
     }
 
-    // The weights of the `count` <= kWeightsAtOnce tokens from `begin` on.
-    void weigh(int64_t begin, int64_t count, uint32_t* high, uint32_t* low) const {
+    // visit(k, scaled): the weights, before they are rounded down, of the `count` <= kWeightsAtOnce tokens
+    // from `begin` on.
+    template <typename Visit>
+    void for_each(int64_t begin, int64_t count, const Visit& visit) const {
         acc_t buffer[kWeightsAtOnce];
         const acc_t* logits = load(begin, count, buffer);
+        float scaled[kWeightsAtOnce];  // two loops are faster
         for (int64_t k = 0; k < count; ++k) {
-            const Weight weight = weight_of_logit(static_cast<float>(logits[k] - max_));
-            high[k] = weight.high;
-            low[k] = weight.low;
+            scaled[k] = scaled_exponential(static_cast<float>(logits[k] - max_));
         }
+        for (int64_t k = 0; k < count; ++k) visit(k, scaled[k]);
     }
 
   private:
@@ -106,12 +108,9 @@ class ProbWeights {
         return max > 0 && max < std::numeric_limits<acc_t>::infinity();
     }
 
-    void weigh(int64_t begin, int64_t count, uint32_t* high, uint32_t* low) const {
-        for (int64_t k = 0; k < count; ++k) {
-            const Weight weight = weight_of_prob(static_cast<acc_t>(probs_[begin + k]), scale_);
-            high[k] = weight.high;
-            low[k] = weight.low;
-        }
+    template <typename Visit>
+    void for_each(int64_t begin, int64_t count, const Visit& visit) const {
+        for (int64_t k = 0; k < count; ++k) visit(k, scale_.scaled(static_cast<acc_t>(probs_[begin + k])));
     }
 
   private:
@@ -119,35 +118,86 @@ class ProbWeights {
     const ProbScale<acc_t> scale_;
 };
 
-// The sum of `count` <= kWeightsAtOnce weights.
-inline uint64_t sum(const uint32_t* high, const uint32_t* low, int64_t count) {
-    uint64_t high_sum = 0;
-    uint32_t low_sum = 0;
-    for (int64_t k = 0; k < count; ++k) high_sum += high[k];
-    for (int64_t k = 0; k < count; ++k) low_sum += low[k];
-    return (high_sum << kLowWeightBits) + low_sum;
+// A block of at most kWeightsAtOnce weights.
+class WeightBlock {
+  public:
+    template <typename Weights>
+    WeightBlock(const Weights& weights, int64_t begin, int64_t count) : count_(count) {
+        weights.for_each(begin, count, [&](int64_t k, auto scaled) { set(k, scaled); });
+    }
+
+    int64_t size() const { return count_; }
+
+#if BIGRAMX_VECTOR_BYTES == 64
+    uint64_t operator[](int64_t k) const { return weights_[k]; }
+
+    uint64_t sum() const {
+        uint64_t total = 0;
+        for (int64_t k = 0; k < count_; ++k) total += weights_[k];
+        return total;
+    }
+
+  private:
+    template <typename T>
+    void set(int64_t k, T scaled) {
+        weights_[k] = round_down(scaled);
+    }
+
+    uint64_t weights_[kWeightsAtOnce];
+#else
+    // In two parts, as there are no vector instructions from floats to 64-bit integers. Sums of low parts fit
+    // into 32 bits.
+    uint64_t operator[](int64_t k) const { return (uint64_t{high_[k]} << kLowBits) + low_[k]; }
+
+    uint64_t sum() const {
+        uint64_t high = 0;
+        uint32_t low = 0;
+        for (int64_t k = 0; k < count_; ++k) high += high_[k];
+        for (int64_t k = 0; k < count_; ++k) low += low_[k];
+        return (high << kLowBits) + low;
+    }
+
+  private:
+    static constexpr int kLowBits = 25;
+
+    template <typename T>
+    void set(int64_t k, T scaled) {
+        constexpr T kUnit = uint32_t{1} << kLowBits;
+        const auto high = static_cast<int32_t>(scaled * (1 / kUnit));
+        high_[k] = static_cast<uint32_t>(high);
+        low_[k] = static_cast<uint32_t>(static_cast<int32_t>(scaled - static_cast<T>(high) * kUnit));
+    }
+
+    uint32_t high_[kWeightsAtOnce], low_[kWeightsAtOnce];
+#endif
+
+    int64_t count_;
+};
+
+// Calls visit(block, weights) for the blocks of a row.
+template <typename Weights, typename Visit>
+void for_each_block(const Weights& weights, int64_t size, const Visit& visit) {
+    for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
+        visit(begin / kWeightsAtOnce, WeightBlock(weights, begin, std::min(kWeightsAtOnce, size - begin)));
+    }
 }
 
 // ends: (blocks), the cumulative sums after each kWeightsAtOnce weights.
 template <typename Weights>
 void sum_blocks(const Weights& weights, int64_t size, WeightSum* ends) {
     WeightSum total = 0;
-    for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
-        const int64_t count = std::min(kWeightsAtOnce, size - begin);
-        uint32_t high[kWeightsAtOnce], low[kWeightsAtOnce];
-        weights.weigh(begin, count, high, low);
-        ends[begin / kWeightsAtOnce] = total += sum(high, low, count);
-    }
+    for_each_block(weights, size, [&](int64_t block, const WeightBlock& weights_of_block) {
+        ends[block] = total += weights_of_block.sum();
+    });
 }
 
 // The first token of a block whose cumulative sum within the block reaches `target_sum`.
 template <typename Weights>
 int64_t find_in_block(const Weights& weights, int64_t size, int64_t block, uint64_t target_sum) {
-    const int64_t begin = block * kWeightsAtOnce, count = std::min(kWeightsAtOnce, size - begin);
-    uint32_t high[kWeightsAtOnce], low[kWeightsAtOnce];
-    weights.weigh(begin, count, high, low);
+    const int64_t begin = block * kWeightsAtOnce;
+    const WeightBlock weights_of_block(weights, begin, std::min(kWeightsAtOnce, size - begin));
     int64_t token = 0;
-    for (uint64_t sum = 0; (sum += join_weight(high[token], low[token])) < target_sum;) ++token;
+    for (uint64_t sum = 0; (sum += weights_of_block[token]) < target_sum;) ++token;
     return begin + token;
 }
 
@@ -165,25 +215,24 @@ int64_t find_token(const Weights& weights, int64_t size, const WeightSum* ends, 
 // sum_blocks.
 template <typename Weights>
 void fill_cdf(const Weights& weights, int64_t size, WeightSum* ends, uint32_t* cdf) {
-    const Buffer<uint32_t> low(size);
+    const Buffer<uint64_t> sums(size);
     WeightSum total = 0;
-    for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
-        const int64_t count = std::min(kWeightsAtOnce, size - begin);
-        weights.weigh(begin, count, cdf + begin, &low[begin]);
-        ends[begin / kWeightsAtOnce] = total += sum(cdf + begin, &low[begin], count);
-    }
+    for_each_block(weights, size, [&](int64_t block, const WeightBlock& weights_of_block) {
+        uint64_t* const to = &sums[block * kWeightsAtOnce];
+        for (int64_t k = 0; k < weights_of_block.size(); ++k) to[k] = weights_of_block[k];
+        ends[block] = total += weights_of_block.sum();
+    });
     const FixedPointCdf exact(total);
     const HighCdf rounded(exact.last());
     total = 0;
     for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
         const int64_t count = std::min(kWeightsAtOnce, size - begin);
+        uint64_t* const block = &sums[begin];
         const uint64_t cdf_before = exact.cdf(total);
-        uint64_t sum = static_cast<uint64_t>(total) & ((uint64_t{1} << exact.shift()) - 1);  // lost in it
-        uint64_t sums[kWeightsAtOnce];
-        for (int64_t k = 0; k < count; ++k) sums[k] = join_weight(cdf[begin + k], low[begin + k]);
-        for (int64_t k = 0; k < count; ++k) sums[k] = sum += sums[k];
+        uint64_t sum = static_cast<uint64_t>(total - exact.sum(cdf_before));
+        for (int64_t k = 0; k < count; ++k) block[k] = sum += block[k];
         for (int64_t k = 0; k < count; ++k) {
-            cdf[begin + k] = rounded.cdf(cdf_before + (sums[k] >> exact.shift()));
+            cdf[begin + k] = rounded.cdf(cdf_before + (block[k] >> exact.shift()));
         }
         total = ends[begin / kWeightsAtOnce];
     }

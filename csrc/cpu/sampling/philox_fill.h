@@ -37,7 +37,7 @@ class DrawBlock {
     uint64_t at(int64_t k) const { return join_draw(high[k], low_[k]); }
 
     // For those who rarely need all bits.
-    uint64_t complete(int64_t k) const {
+    __attribute__((noinline, cold)) uint64_t complete(int64_t k) const {
         const uint64_t position = position_ + static_cast<uint64_t>(k);
         const Philox low(seed_, sequence_of_low_words(sequence_), position / Philox::kWords);
         return join_draw(high[k], low.words[position % Philox::kWords]);

@@ -27,7 +27,7 @@ struct Probs {
     __device__ static bool is_allowed(acc_t prob) { return prob >= 0 && prob < kInfinity<acc_t>; }
     __device__ acc_t scaled(acc_t prob) const { return prob; }
     __device__ uint64_t weight(acc_t prob, const Scale& scale) const {
-        return weight_of_prob(prob, scale).value();
+        return round_down(scale.scaled(prob));
     }
 };
 
@@ -46,7 +46,7 @@ struct Logits {
         return temperature == 1 ? logit : widen(narrow<scalar_t>(logit / temperature));
     }
     __device__ uint64_t weight(acc_t logit, acc_t largest) const {
-        return weight_of_logit(static_cast<float>(logit - largest)).value();
+        return round_down(scaled_exponential(static_cast<float>(logit - largest)));
     }
 };
 
