@@ -93,16 +93,11 @@ void draw_with_replacement(const MultinomialKernelParams& params, int64_t b, con
              begin += kBlock) {
             const int64_t count = std::min(kBlock, params.num_samples - begin);
             draws.fill_high(params.seed, b, begin, count);
-            bool all_decided = true;  // branches on each draw would take longer
             for (int64_t k = 0; k < count; ++k) {
                 const uint32_t r = draws.high[k];
                 const int64_t token = search_cdf(cdf, guide[guide_bucket(r, bits)], r);
-                all_decided &= !is_undecided(cdf, token, r);
-                samples[begin + k] = token;
-            }
-            for (int64_t k = all_decided ? count : 0; k < count; ++k) {
-                int64_t& token = samples[begin + k];
-                if (is_undecided(cdf, token, draws.high[k])) token = find(draws.complete(k));
+                const bool decided = __builtin_expect(!is_undecided(cdf, token, r), true);
+                samples[begin + k] = decided ? token : find(draws.complete(k));
             }
         }
     };

@@ -215,27 +215,18 @@ int64_t find_token(const Weights& weights, int64_t size, const WeightSum* ends, 
 // sum_blocks.
 template <typename Weights>
 void fill_cdf(const Weights& weights, int64_t size, WeightSum* ends, uint32_t* cdf) {
-    const Buffer<uint64_t> sums(size);
-    WeightSum total = 0;
-    for_each_block(weights, size, [&](int64_t block, const WeightBlock& weights_of_block) {
-        uint64_t* const to = &sums[block * kWeightsAtOnce];
-        for (int64_t k = 0; k < weights_of_block.size(); ++k) to[k] = weights_of_block[k];
-        ends[block] = total += weights_of_block.sum();
-    });
-    const FixedPointCdf exact(total);
+    sum_blocks(weights, size, ends);
+    const FixedPointCdf exact(ends[num_weight_blocks(size) - 1]);
     const HighCdf rounded(exact.last());
-    total = 0;
-    for (int64_t begin = 0; begin < size; begin += kWeightsAtOnce) {
-        const int64_t count = std::min(kWeightsAtOnce, size - begin);
-        uint64_t* const block = &sums[begin];
-        const uint64_t cdf_before = exact.cdf(total);
-        uint64_t sum = static_cast<uint64_t>(total - exact.sum(cdf_before));
-        for (int64_t k = 0; k < count; ++k) block[k] = sum += block[k];
-        for (int64_t k = 0; k < count; ++k) {
-            cdf[begin + k] = rounded.cdf(cdf_before + (block[k] >> exact.shift()));
-        }
-        total = ends[begin / kWeightsAtOnce];
-    }
+    for_each_block(weights, size, [&](int64_t block, const WeightBlock& weights_of_block) {
+        const WeightSum sum_before = block > 0 ? ends[block - 1] : 0;
+        const uint64_t cdf_before = exact.cdf(sum_before);
+        uint64_t sum = static_cast<uint64_t>(sum_before - exact.sum(cdf_before)), sums[kWeightsAtOnce];
+        const int64_t count = weights_of_block.size();
+        for (int64_t k = 0; k < count; ++k) sums[k] = sum += weights_of_block[k];
+        uint32_t* const to = cdf + block * kWeightsAtOnce;
+        for (int64_t k = 0; k < count; ++k) to[k] = rounded.cdf(cdf_before + (sums[k] >> exact.shift()));
+    });
 }
 
 }  // namespace bigramx::cpu::BIGRAMX_TARGET
