@@ -10,7 +10,6 @@
 #include "base/dispatch.h"
 #include "base/interrupt.h"
 #include "base/op_names.h"
-#include "base/python.h"
 #include "count_bigrams.h"
 #include "embedding_cross_entropy.h"
 #include "fit.h"
@@ -86,7 +85,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
     m.def("build_info", &build_info);
     m.def("adamw_fits", &adamw_fits);
-    m.def("adamw_step", &adamw_step, py::call_guard<ReleasedGil>());
+    m.def("adamw_step", without_gil(&adamw_step));
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);
     DirectOp<decltype(count_bigrams)>::define(m, "bigramx", kCountBigrams);
     DirectOp<decltype(EmbeddingCrossEntropy::differentiable)>::define(m, "bigramx", kEmbeddingCrossEntropy);

@@ -13,6 +13,16 @@
 
 namespace bigramx {
 
+// A function that lets other threads run Python. It copies its arguments, as whoever drops the last tensor
+// beside Python's needs the lock: they are dropped after the call.
+template <typename Return, typename... Arguments>
+auto without_gil(Return (*function)(Arguments...)) {
+    return [function](Arguments... arguments) {
+        const ReleasedGil others_run;
+        return function(arguments...);
+    };
+}
+
 template <typename Signature>
 struct DirectOp;
 
@@ -23,9 +33,10 @@ struct DirectOp<Return(Arguments...)> {
         const auto op = std::string(library) + "::" + name;
         const auto handle =
             c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), "").typed<Return(Arguments...)>();
-        m.def(
-            name, [handle](Arguments... arguments) { return handle.call(arguments...); },
-            pybind11::call_guard<ReleasedGil>());
+        m.def(name, [handle](Arguments... arguments) {
+            const ReleasedGil others_run;
+            return handle.call(arguments...);  // copies, see without_gil
+        });
     }
 };
 

@@ -1,27 +1,287 @@
-"""Runs things very often, and looks at what is left behind.
+"""Runs things very often, and looks at what is left behind: memory, files, threads, locks; and interrupts runs of fit.
 
-python -m tests.trust.soak [SECONDS]    # what `make soak` runs
+python -m tests.trust.soak [SECONDS] [--seed SEED]    # what `make soak` runs
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import io
+import json
+import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from subprocess import TimeoutExpired
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, Dataset
 
-from bigramx import BigramLanguageModel, History, fit
+from bigramx import BigramLanguageModel, CharTokenizer, History, fit, functional, ops
+from tests import processes, tree
+from tests.trust import report
+
+Case = Callable[[], object]
+
+# ------------------------------------------------------------------------------------------ what is left behind
+
+
+def usage() -> dict[str, int]:
+    """What this process holds: resident bytes, descriptors, threads, and shared memory under its number."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    held = {name: len(os.listdir(f"/proc/self/{name}")) for name in ("fd", "task")}
+    shared = [name for name in os.listdir("/dev/shm") if f"_{os.getpid()}_" in name]
+    return {"bytes": pages * os.sysconf("SC_PAGE_SIZE"), "shared": len(shared), **held}
+
+
+_MOST = {"bytes": 6 << 20, "fd": 0, "task": 0, "shared": 0}  # how much more a process may hold; bytes: the allocator's
+
+
+def growth(name: str, case: Case, iterations: int) -> list[str]:
+    """What a process holds after so many calls that it did not after a third of them."""
+    _repeat(case, iterations // 3)
+    before = usage()
+    _repeat(case, iterations - iterations // 3)
+    more = {what: held - before[what] for what, held in usage().items()}
+    return [
+        f"{name}: {more[what]} more {what} after {iterations} calls"
+        for what, most in _MOST.items()
+        if more[what] > most
+    ]
+
+
+def _repeat(case: Case, iterations: int) -> None:
+    for _ in range(iterations):
+        case()
+
+
+# ----------------------------------------------------------------------------------------------- what is called
+
+
+def op_cases() -> dict[str, Case]:
+    """A small call of each op in torch.ops.bigramx, of the functions around them, and of the tokenizer."""
+    kernels = torch.ops.bigramx
+    tokens, weight = torch.randint(5, (64,)), torch.randn(5, 5)
+    leaf = torch.randn(5, 5, requires_grad=True)
+    probs, grad = torch.rand(2, 5), torch.randn(5, 5)
+    param, exp_avg, exp_avg_sq, step = torch.zeros(5, 5), torch.zeros(5, 5), torch.zeros(5, 5), torch.ones(())
+    losses, options = torch.empty(2, dtype=torch.float64), (0.01, 0.9, 0.99, 1e-8, 0.01)
+    pairs, tokenizer = (tokens[:-1], weight, tokens[1:]), CharTokenizer("abcde")
+    text = "abcde" * 12
+
+    def backward() -> None:
+        leaf.grad = None
+        functional.embedding_cross_entropy(tokens[:-1], leaf, tokens[1:]).backward()
+
+    return {
+        "adamw_": lambda: kernels.adamw_(param, grad, exp_avg, exp_avg_sq, None, step, *options, False),
+        "count_bigrams": lambda: kernels.count_bigrams(tokens, 5),
+        "embedding_cross_entropy": lambda: kernels.embedding_cross_entropy(*pairs),
+        "embedding_cross_entropy_forward": lambda: kernels.embedding_cross_entropy_forward(*pairs),
+        "embedding_cross_entropy_backward": lambda: kernels.embedding_cross_entropy_backward(losses[0] * 0, *pairs),
+        "fit_": lambda: kernels.fit_(
+            param, exp_avg, exp_avg_sq, step.fill_(1), losses, tokens, 2, 3, -1, *options, 1.0
+        ),
+        "generate": lambda: kernels.generate(tokens[None, :1], weight, 9),
+        "get_batch": lambda: kernels.get_batch(tokens, 2, 3),
+        "multinomial": lambda: kernels.multinomial(probs, 3),
+        "generate, philox": lambda: ops.generate(tokens[None, :1], weight, 9, 1.0, 3, 0.9, 0.1, 2, "philox", None),
+        "multinomial, philox": lambda: functional.multinomial(probs, 3, replacement=True, sampler="philox"),
+        "backward": backward,
+        "encode": lambda: tokenizer.encode(text),
+        "decode": lambda: tokenizer.decode(tokens),
+        "decode a list": lambda: tokenizer.decode([0, 1, 2, 3, 4]),
+    }
+
+
+def error_cases() -> dict[str, Case]:
+    """Calls that raise: each op without arguments, with one of the wrong type, and with one out of range."""
+    tokens, weight, wrong = torch.randint(5, (64,)), torch.randn(5, 5), torch.full((8,), 7)
+    tokenizer = CharTokenizer("abcde")
+    calls: dict[str, Case] = {f"{name}, no arguments": getattr(torch.ops.bigramx, name) for name in tree.schema_names()}
+    calls |= {
+        "a str for a tensor": lambda: ops.count_bigrams("abc", 5),
+        "a dtype": lambda: functional.count_bigrams(tokens.float(), 5),
+        "tokens out of range": lambda: functional.count_bigrams(wrong, 5),
+        "idx out of range": lambda: functional.embedding_cross_entropy(wrong, weight, wrong),
+        "shapes": lambda: functional.embedding_cross_entropy(tokens, weight, tokens[1:]),
+        "a sampler": lambda: ops.generate(tokens[None, :1], weight, 9, 1.0, None, None, None, None, "x", None),
+        "a prompt out of range": lambda: ops.generate(wrong[None], weight, 9, 1.0, *[None] * 6),
+        "no probability": lambda: functional.multinomial(torch.zeros(5), 1),
+        "too few tokens": lambda: ops.get_batch(tokens, 2, 64, None),
+        "an unknown character": lambda: tokenizer.encode("abcx"),
+        "a token out of range": lambda: tokenizer.decode([0, 9]),
+        "a token out of range, in a tensor": lambda: tokenizer.decode(wrong),
+        "a character twice": lambda: CharTokenizer("aa"),
+        "fit": lambda: fit(BigramLanguageModel(5), tokens, batch_size=0),
+        "a damaged file": lambda: BigramLanguageModel.load(io.BytesIO(b"x" * 100)),
+    }
+    return {name: partial(_raises, name, call) for name, call in calls.items()}
+
+
+def _raises(name: str, call: Case) -> None:
+    try:
+        call()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return
+    raise AssertionError(f"{name}: no error")
+
+
+def file_cases(folder: str) -> dict[str, Case]:
+    """Training, saving and loading."""
+    model, tokens, path = BigramLanguageModel(5), torch.randint(5, (64,)), Path(folder) / "model"
+    model.tokenizer = CharTokenizer("abcde")
+    history = fit(model, tokens, max_steps=2)
+
+    def save_and_load() -> None:
+        model.save(path)
+        BigramLanguageModel.load(path)
+        history.save(path)
+        History.load(path)
+
+    def through_memory() -> None:
+        file = io.BytesIO()
+        model.save(file)
+        BigramLanguageModel.load(io.BytesIO(file.getvalue()))
+
+    return {
+        "save and load": save_and_load,
+        "through memory": through_memory,
+        "fit": lambda: fit(model, tokens, tokens, max_steps=4, eval_interval=2),
+        "fit, steps in Python": lambda: fit(model, tokens, max_steps=2, optimizer=torch.optim.AdamW),
+        "generate and evaluate": lambda: (model.generate(tokens[None, :1], 9), model.evaluate(tokens)),
+    }
+
+
+# ------------------------------------------------------------------------------------- threads, forks and workers
+
+
+def in_threads(cases: dict[str, Case], iterations: int) -> list[str]:
+    """What a process holds after four threads have made all calls at once."""
+    found: list[BaseException] = []
+
+    def run(call: Case) -> None:
+        try:
+            _repeat(call, iterations // 4)
+        except BaseException as error:
+            found.append(error)
+
+    def at_once() -> None:
+        calls = [lambda k=k: [case() for case in list(cases.values())[k:] + list(cases.values())[:k]] for k in range(4)]
+        threads = [threading.Thread(target=run, args=[call]) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return growth("threads", at_once, 6) + [f"threads: {error!r}" for error in found]
+
+
+def in_forks(cases: dict[str, Case], iterations: int) -> list[str]:
+    """What a process holds whose children, forked after it has computed in parallel, make all calls.
+
+    What users are told to do makes it right: a child computes in one thread, as a DataLoader's workers do.
+    """
+    torch.set_num_threads(2)
+    torch.randn(1 << 20).exp()
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+    found: list[str] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                for case in cases.values():
+                    case()
+                functional.count_bigrams(torch.zeros(1 << 20, dtype=torch.int64), 5)  # enough for two threads
+                os._exit(0)
+            os._exit(1)
+        if status := os.waitpid(child, 0)[1]:
+            found.append(f"forks: a child ended with {status}")
+
+    return growth("forks", fork, iterations) + found
+
+
+class _Batches(Dataset[Tensor]):
+    """Items that call ops, in whatever process asks for them."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Tensor:
+        idx, targets = ops.get_batch(torch.arange(100), 2, 8, torch.Generator().manual_seed(index))
+        loss = functional.embedding_cross_entropy(idx, torch.eye(100), targets)
+        return torch.stack([loss, *functional.multinomial(torch.ones(5), 2).float()])
+
+
+def in_workers(method: str, iterations: int) -> list[str]:
+    """What a process holds after a DataLoader's workers, which it starts anew for each pass, have made calls."""
+    functional.count_bigrams(torch.zeros(1 << 20, dtype=torch.int64), 5)
+
+    def one_pass() -> None:
+        loader = DataLoader(_Batches(), batch_size=8, num_workers=2, multiprocessing_context=method)
+        assert len(list(loader)) == 4
+
+    return growth(f"workers, {method}", one_pass, iterations)
+
+
+# ------------------------------------------------------------------------------------------------- the end
+
+
+def ends_with_daemons(cases: dict[str, Case]) -> list[str]:
+    """How processes end, each of which leaves a case running in daemon threads."""
+    found = []
+    for name, case in cases.items():
+        child = os.fork()
+        if child == 0:
+            for _ in range(2):
+                threading.Thread(target=_keep, args=[case], daemon=True).start()
+            time.sleep(0.02)
+            sys.exit()
+        if status := os.waitpid(child, 0)[1]:
+            found.append(f"{name} in a daemon thread: the process ended with {status}")
+    return found
+
+
+def _keep(case: Case) -> None:
+    """Calls the case without freeing a tensor, in which PyTorch itself aborts where the interpreter ends."""
+    _kept = [case() for _ in range(30)]
+
+
+def daemon_cases() -> dict[str, Case]:
+    """Long calls, in which a daemon thread nearly always is when the interpreter ends."""
+    tokens, weight = torch.randint(100, (1 << 18,)), torch.randn(100, 100)
+    tokenizer = CharTokenizer("".join(map(chr, range(100))))
+    text, seed, prompt = tokenizer.decode(tokens) * 5, torch.Generator(), tokens[None, :1]
+    probs = torch.rand(1 << 18)
+    moments = [torch.zeros(1 << 21) for _ in range(4)]
+    step = torch.ones(())
+    optimizer = (0.01, 0.9, 0.99, 1e-8, 0.01, False)
+    loss_options = (None, -100, 1, 0.0, 0.0, -1, False, False)
+    return {  # no op of PyTorch's own, nor through torch.ops: these abort there
+        "adamw_": lambda: ops.adamw_(*moments, None, step, *optimizer),
+        "adamw_step": lambda: ops.adamw_step(*moments, None, step, *optimizer),
+        "count_bigrams": lambda: ops.count_bigrams(tokens, 100),
+        "embedding_cross_entropy": lambda: ops.embedding_cross_entropy(tokens, weight, tokens, *loss_options),
+        "generate": lambda: ops.generate(prompt, weight, 10**4, 1.0, *[None] * 4, "torch", seed),
+        "generate, philox": lambda: ops.generate(prompt, weight, 10**5, 1.0, *[None] * 4, "philox", seed),
+        "get_batch": lambda: ops.get_batch(tokens, 1 << 10, 1 << 8, seed),
+        "multinomial": lambda: ops.multinomial(probs, 1, False, "philox", seed),
+        "encode": lambda: tokenizer.encode(text),
+    }
+
 
 # ------------------------------------------------------------------------------------------------- interrupts
 
@@ -200,6 +460,76 @@ def interrupted_runs(seed: int, count: int) -> list[str]:
     return found
 
 
+# --------------------------------------------------------------------------------------------------- all of it
+
+
+def run_section(name: str, iterations: int, seed: int) -> list[str]:
+    """What one section finds, in this process."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(2 if name in ("threads", "forks", "workers fork") else 1)
+    if name == "interrupts":
+        return interrupted_runs(seed, iterations)
+    if name.startswith("workers "):
+        return in_workers(name.removeprefix("workers "), iterations)
+    if name == "daemons":
+        return [found for _ in range(iterations) for found in ends_with_daemons(daemon_cases())]
+    if name in ("threads", "forks"):
+        return (in_threads if name == "threads" else in_forks)({**op_cases(), **error_cases()}, iterations)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = op_cases() if name == "ops" else error_cases() if name == "errors" else file_cases(folder)
+        return [found for what, case in cases.items() for found in growth(what, case, iterations)]
+
+
+SECTIONS = {  # how often, in `make soak`
+    "ops": 10**6,
+    "errors": 10**6,
+    "threads": 10**5,
+    "files": 2000,
+    "forks": 300,
+    "workers fork": 30,
+    "workers spawn": 6,
+    "interrupts": 3000,
+    "daemons": 30,
+}
+
+
+def in_a_process(sections: dict[str, int], seed: int, *, first: str = "", seconds: float = 3600) -> list[str]:
+    """What sections find in a process of their own, which may hang or crash; ``first`` is what it does before."""
+    script = f"""{first}
+import json
+from tests.trust import soak
+print(json.dumps([found for section in {sections}.items() for found in soak.run_section(*section, {seed})]))"""
+    name = ", ".join(sections)
+    try:
+        ended = processes.run([sys.executable, "-c", script], seconds=seconds)
+    except TimeoutExpired:
+        return [f"{name}: has not ended after {seconds:.0f} s"]
+    if ended.returncode:
+        return [f"{name}: ended with {ended.returncode}: {ended.stderr[-500:]}"]
+    found: list[str] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def trial(seconds: float, seed: int) -> tuple[dict[str, int], list[str]]:
+    """All sections, with the share of their iterations that fits into the seconds."""
+    share = min(1.0, seconds / 900)
+    tried: dict[str, int] = {}
+    found: list[str] = []
+    for name, iterations in SECTIONS.items():
+        tried[name] = max(6, round(iterations * share))
+        print(f"soak: {tried[name]} {name}, seed {seed}", flush=True)
+        found += in_a_process({name: tried[name]}, seed)
+    return tried, found
+
+
+def main() -> None:
+    """The command line of `make soak`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", nargs="?", type=float, default=900.0, help="about how long, on a quiet machine")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    arguments = parser.parse_args()
+    report.run("make soak", partial(trial, arguments.seconds, arguments.seed))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print("\n".join(interrupted_runs(*map(int, sys.argv[1:3]))) or "none")
+    main()
