@@ -2,6 +2,7 @@
 
 python -m tests.trust.sanitizers asan    # memory and undefined behaviour, under each CPU capability
 python -m tests.trust.sanitizers tsan    # data races
+python -m tests.trust.sanitizers asan --build    # builds alone
 
 The extension is built apart from the package's own, into build/asan or build/tsan, by setup.py's sources and flags, and
 GCC's sanitizers.
@@ -10,10 +11,10 @@ GCC's sanitizers.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import bigramx
 from tests import processes, tree
 from tests.test_capability import CAPABILITIES, can_run
 from tests.trust import report
 
 HERE = Path(__file__).parent
-TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "tokenizer", "storage")]
+TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "ops", "tokenizer", "storage")]
 SECONDS = 7200.0  # for one test file; sanitized code takes many times as long
 # Reports name lines. Python's own flags may have -fwrapv, with which a signed overflow is nothing to report.
 FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv")
@@ -42,7 +44,7 @@ class Sanitizer:
         checks: For -fsanitize.
         libraries: The compiler's, which must be loaded before all others.
         options: The libraries' own, by variables of the environment.
-        capabilities: Those under which the tests run.
+        for_each_capability: Whether the tests run under each CPU capability, or under this machine's alone.
         sources: What is linked besides csrc/.
         link_flags: How.
     """
@@ -51,7 +53,7 @@ class Sanitizer:
     checks: str
     libraries: tuple[str, ...]
     options: dict[str, dict[str, object]]
-    capabilities: tuple[str, ...]
+    for_each_capability: bool
     sources: tuple[str, ...] = ("planted_faults.cpp",)
     link_flags: tuple[str, ...] = ()
 
@@ -75,7 +77,7 @@ ASAN = Sanitizer(
         "ASAN_OPTIONS": {"detect_leaks": 0, "allocator_may_return_null": 1, "detect_stack_use_after_return": 1},
         "UBSAN_OPTIONS": {"print_stacktrace": 1},
     },
-    tuple(CAPABILITIES),
+    for_each_capability=True,
 )
 TSAN = Sanitizer(
     "tsan",
@@ -83,9 +85,9 @@ TSAN = Sanitizer(
     ("tsan",),
     # What Python and torch do is known only where it passes through pthreads and the allocator.
     {"TSAN_OPTIONS": {"ignore_noninstrumented_modules": 1, "die_after_fork": 0, "suppressions": HERE / "tsan.supp"}},
-    ("avx512", "avx2", "default"),
-    ("planted_faults.cpp", "tsan_openmp.cpp"),
-    ("-Wl,--wrap=GOMP_parallel",),
+    for_each_capability=False,
+    sources=("planted_faults.cpp", "tsan_openmp.cpp"),
+    link_flags=("-Wl,--wrap=GOMP_parallel",),
 )
 SANITIZERS = {sanitizer.name: sanitizer for sanitizer in (ASAN, TSAN)}
 
@@ -93,8 +95,7 @@ SANITIZERS = {sanitizer.name: sanitizer for sanitizer in (ASAN, TSAN)}
 def build(sanitizer: Sanitizer) -> None:
     """Compiles what has changed since the last time."""
     command = [sys.executable, "-m", __spec__.name, sanitizer.name, "--build"]
-    environment = {**os.environ, "BIGRAMX_CUDA": "0"}
-    result = processes.run(command, cwd=tree.ROOT, env=environment, seconds=SECONDS)
+    result = processes.run(command, cwd=tree.ROOT, seconds=SECONDS)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
@@ -104,6 +105,7 @@ def compile_extension(sanitizer: Sanitizer) -> None:
 
     import setup
 
+    os.environ["BIGRAMX_CUDA"] = "0"
     extension, builder = setup.extension_and_builder()
     extension.sources = [*extension.sources, *(f"tests/trust/{source}" for source in sanitizer.sources)]
     extension.extra_compile_args = [*extension.extra_compile_args, *sanitizer.flags]
@@ -111,7 +113,10 @@ def compile_extension(sanitizer: Sanitizer) -> None:
     command = builder(Distribution({"name": "bigramx", "ext_modules": [extension]}))
     command.build_temp, command.build_lib = str(sanitizer.folder / "objects"), str(sanitizer.folder)
     command.ensure_finalized()
-    command.run()
+    sanitizer.folder.mkdir(parents=True, exist_ok=True)
+    with open(sanitizer.folder / "lock", "w") as lock:  # while another process builds, which make may have started
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command.run()
 
 
 def extension_of(sanitizer: Sanitizer) -> Path:
@@ -133,21 +138,32 @@ def run(sanitizer: Sanitizer, capability: str, command: Sequence[str]) -> tuple[
             variables[name] = ":".join(
                 f"{option}={value}" for option, value in {**options, "log_path": f"{folder}/report"}.items()
             )
-        preloaded = f"LD_PRELOAD={' '.join(map(library, sanitizer.libraries))}"
-        start = [*fixed_addresses(), "env", preloaded, sys.executable, *command]
+        start = [*fixed_addresses(), "env", f"LD_PRELOAD={preloaded(sanitizer)}", sys.executable, *command]
         result = processes.run(start, cwd=tree.ROOT, env={**os.environ, **variables}, seconds=SECONDS)
         logs = [path.read_text(errors="replace") for path in Path(folder).iterdir()]
         return result, findings_in(result.stderr, *logs)
 
 
-def library(name: str) -> str:
-    """The path of one of the compiler's libraries."""
+def missing(sanitizer: Sanitizer) -> str | None:
+    """What the sanitizer cannot be used without."""
     compiler = os.environ.get("CXX", "c++")
-    path = subprocess.run([compiler, f"-print-file-name=lib{name}.so"], stdout=subprocess.PIPE, text=True, check=True)
-    found = path.stdout.strip()
-    if not os.path.isabs(found):
-        sys.exit(f"{compiler} has no lib{name}.so; name a GCC with CXX=...")
-    return found
+    if not bigramx.build_info()["compiler"].startswith("GCC"):
+        return f"the sanitizers are GCC's, and {compiler} is another compiler"
+    for name in sanitizer.libraries:
+        if not os.path.isabs(output_of(compiler, f"-print-file-name=lib{name}.so").strip()):
+            return f"{compiler} has no lib{name}.so"
+    return None
+
+
+def preloaded(sanitizer: Sanitizer) -> str:
+    """The paths of the libraries, as they were linked."""
+    linked = dict(re.findall(r"^\s*lib(\S+)\.so\S* => (/\S+)", output_of("ldd", extension_of(sanitizer)), re.MULTILINE))
+    return " ".join(linked[name] for name in sanitizer.libraries)
+
+
+def output_of(*command: str | Path) -> str:
+    """What a command prints."""
+    return processes.run(command, check=True).stdout
 
 
 def fixed_addresses() -> list[str]:
@@ -162,24 +178,32 @@ def findings_in(*logs: str) -> list[str]:
     return sorted({line for line in lines if FINDING.search(line)})
 
 
-def run_tests(sanitizer: Sanitizer, capability: str, name: str) -> tuple[int, list[str]]:
-    """How many tests of a file passed, and the findings; a test that fails is one, too."""
+def run_tests(sanitizer: Sanitizer, capability: str, name: str, chosen: str = "not compile") -> tuple[int, list[str]]:
+    """How many tests of a file passed, and the findings; a test that fails is one, too.
+
+    What torch.compile makes is not instrumented.
+    """
     # Uncaptured (-s), as libubsan writes to standard error, beside libasan even with a log_path. The sanitizer's
     # handler of SIGSEGV tells more than that of pytest.
-    command = ["-m", "pytest", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", name]
+    command = ["-m", "pytest", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", chosen, name]
     result, findings = run(sanitizer, capability, command)
-    print(f"make {sanitizer.name}: {capability}, {name}: {result.stdout.strip().splitlines()[-1:]}", flush=True)
+    last = (result.stdout.splitlines() or [""])[-1]
+    print(f"make {sanitizer.name}: {capability}, {name}: {last}", flush=True)
     if result.returncode != 0:
         failed = re.findall(r"^(?:FAILED|ERROR) .*$", result.stdout, re.MULTILINE)
         findings += failed or [f"{name} ends with {result.returncode}: {result.stderr[-500:]}"]
-    passed = re.search(r"(\d+) passed", result.stdout)
+    passed = re.search(r"(\d+) passed", last)
     return int(passed[1]) if passed else 0, [f"{capability}: {finding}" for finding in findings]
 
 
 def trial(sanitizer: Sanitizer) -> tuple[dict[str, int], list[str]]:
-    """Runs all tests under each capability."""
+    """Runs all tests, under each capability where that matters."""
+    if reason := missing(sanitizer):
+        sys.exit(f"make {sanitizer.name}: {reason}")
     build(sanitizer)
-    capabilities = [capability for capability in sanitizer.capabilities if can_run(capability)]
+    capabilities = [capability for capability in CAPABILITIES if can_run(capability)]
+    if not sanitizer.for_each_capability:
+        capabilities = capabilities[-1:]
     results = [run_tests(sanitizer, capability, name) for capability in capabilities for name in TESTS]
     tried = {"tests": sum(passed for passed, _findings in results), "CPU capabilities": len(capabilities)}
     return tried, [finding for _passed, findings in results for finding in findings]

@@ -54,7 +54,10 @@ planted.to_integer(ctypes.c_double(1e30))
 @functools.cache
 def build_once(name: str) -> None:
     """Builds at the first test that needs it."""
-    sanitizers.build(sanitizers.SANITIZERS[name])
+    sanitizer = sanitizers.SANITIZERS[name]
+    if reason := sanitizers.missing(sanitizer):
+        pytest.skip(reason)
+    sanitizers.build(sanitizer)
 
 
 def findings(sanitizer: Sanitizer, capability: str, script: str) -> list[str]:
@@ -88,3 +91,18 @@ def test_finds_races() -> None:
 
 def test_knows_what_happens_before_and_after_a_parallel_region() -> None:
     assert findings(TSAN, HERE, "for _ in range(1000): planted.sum_in_parallel()") == []
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "name", "chosen"),
+    [
+        (ASAN, "tests/test_ops.py", "memory_that or opcheck_others or opcheck_fit"),
+        (TSAN, "tests/test_embedding_cross_entropy.py", "many_pairs"),
+    ],
+    ids=["asan", "tsan"],
+)
+def test_quick_tests_are_clean(sanitizer: Sanitizer, name: str, chosen: str) -> None:
+    build_once(sanitizer.name)
+    passed, found = sanitizers.run_tests(sanitizer, HERE, name, chosen)
+    assert found == []
+    assert passed > 5
