@@ -155,7 +155,9 @@ $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/d
 	@$(MAKE) --no-print-directory distcheck
 	@touch $@
 
+# The tests wait for the builds with sanitizers, which take the other core meanwhile.
 $(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/* tests/trust/results/* tests/trust/*.supp)
 	@$(MAKE) --no-print-directory simt
+	@for name in asan tsan; do MAX_JOBS=1 nice $(BIN)/python -m tests.trust.sanitizers $$name --build; done >build/sanitizers.log 2>&1 &
 	$(BIN)/python -m pytest
 	@touch $@

@@ -1,5 +1,6 @@
 """`python -m bigramx`, and the `bigramx` command."""
 
+import signal
 import sys
 
 
@@ -7,11 +8,14 @@ def main() -> None:
     """Runs the command line; where a package is missing, exits with one line that names it."""
     try:
         from bigramx.cli import run
+
+        run()
     except ModuleNotFoundError as error:
         if error.name not in {"typer", "rich"}:
             raise
         sys.exit(f"bigramx: the command line needs {error.name}; type: pip install typer rich matplotlib")
-    run()
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

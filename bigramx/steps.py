@@ -309,12 +309,14 @@ class Steps:
         The numbers of its states, and how often its tensors were written; as writes through ``.data`` are not counted,
         the entries of the table that have a gradient as well.
         """
-        weight = self.module.token_embedding_table.weight
-        if not is_plain_tensor(weight) or fsdp_in(self.model) is not None:
+        table = self.module._modules.get("token_embedding_table")
+        weight = None if table is None else table._parameters.get("weight")  # none that is computed at each look
+        if weight is None or weight.dim() != 2 or not is_plain_tensor(weight) or fsdp_in(self.model) is not None:
             return None
+        entries = weight.detach()[pairs[0] % weight.size(0), pairs[1] % weight.size(1)]  # of a forward of one's own
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         values = itertools.chain(*(group["params"] for group in self.optimizer.param_groups), states)
-        return [value._version if isinstance(value, Tensor) else value for value in values], weight.detach()[pairs]
+        return [value._version if isinstance(value, Tensor) else value for value in values], entries
 
     def _clip_gradients(self) -> None:
         if self.max_grad_norm is None:

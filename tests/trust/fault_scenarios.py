@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, cli, data, fit, functional, optim
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, functional, optim
+from bigramx.__main__ import main as main_of_command
 from tests.trust.faults import PREFIX
 
 _V = 150  # a model of 90 KB: written by several calls, killed in the middle of some
@@ -193,7 +194,7 @@ def _train(folder: Path, *options: str) -> Callable[[], None]:
     def train() -> None:
         resume = ["--resume"] if (out / "model.safetensors").exists() else []
         sys.argv = ["bigramx", "train", str(text), "--out", str(out), *arguments, *resume, *options]
-        cli.run()
+        main_of_command()
 
     return train
 
