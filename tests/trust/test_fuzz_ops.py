@@ -1,0 +1,305 @@
+"""The short form of make fuzz; and the fuzzer itself, which finds faults that are planted."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, library
+
+from bigramx import _C
+from tests import processes
+from tests.tree import ROOT, schema_names
+from tests.trust import fuzz_cases, fuzz_judge, fuzz_ops, fuzz_tensors, fuzz_watch
+from tests.trust.fuzz_cases import Case, Draw, of_op, of_target, targets
+
+pytestmark = pytest.mark.cpu_only
+
+CALLS = 2500
+PLANTED_CALLS = 40
+
+
+def run(*arguments: str) -> str:
+    """What a program of Python prints; it need not succeed."""
+    return processes.run([sys.executable, *arguments], cwd=ROOT).stdout
+
+
+def test_short_form() -> None:
+    printed = run("-m", "tests.trust.fuzz_ops", "250", "--seed", "1", "--calls", str(CALLS))
+    assert "findings: none" in printed, printed
+    calls, returned, compared = (
+        int(re.search(rf"([\d,]+) {what}", printed)[1].replace(",", ""))  # type: ignore[index]
+        for what in ("calls", "returned", "compared")
+    )
+    assert calls > 0.85 * CALLS
+    assert returned > 0.4 * calls
+    assert compared > 0.6 * calls
+
+
+# ---------------------------------------------------------------------------------------------- what is called
+
+
+def test_everything_bound_to_python_is_called() -> None:
+    called = {target.path for target in targets()}
+    assert {f"torch.ops.bigramx.{name}.default" for name in schema_names()} <= called
+    bound = {name for name in dir(_C) if not name.startswith("__")} - {"build_info"}
+    assert {re.split(r"[.(]", path)[1] for path in called if path.startswith("_C.")} == bound
+    methods = {name for name in dir(_C.Alphabet) if not name.startswith("_")}
+    assert {path.rpartition(".")[2] for path in called if "Alphabet(" in path} == methods
+    assert {"functional.generate", "functional.adamw_", "data.get_batch", "ops.fit_"} <= called
+
+
+def only_plain(seed: int, index: int) -> Case:
+    """A valid call of each target in turn."""
+    draw = Draw(f"{seed}/{index}")
+    case = of_target(targets()[index % len(targets())], draw)
+    return Case(case.target, case.plain, case.plain)
+
+
+def test_plain_calls_return(instrument: dict[str, Any]) -> None:
+    assert instrument["findings of plain calls"] == []
+    outcomes = instrument["outcomes of plain calls"]
+    assert outcomes.keys() <= {"returned", "returned and compared"}, outcomes
+    assert outcomes["returned and compared"] > 3.5 * len(targets())
+
+
+def test_a_case_is_made_by_its_number_alone(instrument: dict[str, Any]) -> None:
+    assert len(set(programs())) == 40
+    assert instrument["programs"] == programs()
+
+
+def programs() -> list[str]:
+    return [fuzz_cases.case(5, index, targets()).program() for index in range(40)]
+
+
+def test_most_calls_are_nearly_valid() -> None:
+    num_odd = [len(fuzz_cases.case(5, index, targets()).odd) for index in range(1000)]
+    assert sum(count <= 2 for count in num_odd) > 700
+    assert sum(count > 4 for count in num_odd) > 20
+
+
+def test_a_case_is_a_program() -> None:
+    case = next(c for k in range(1000) if (c := fuzz_cases.case(5, k, targets())).target.op == "generate" and not c.odd)
+    names = dict(fuzz_judge._NAMES)
+    exec(case.program(), names)
+    assert names["idx"].dim() == 2
+
+
+# ------------------------------------------------------------------------------------------------------ tensors
+
+
+@pytest.mark.parametrize(
+    "kind", ["guarded", "unaligned", "strided", "column_major", "own", "inference", "fenced", "read_only"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
+def test_odd_tensors_have_their_values(kind: str, dtype: torch.dtype) -> None:
+    tensor = torch.arange(12).view(3, 4).to(dtype)
+    made = getattr(fuzz_tensors, kind)(tensor)
+    assert torch.equal(made.as_subclass(Tensor), tensor)
+    assert made.dtype == dtype
+
+
+def access(address: int) -> str:
+    """How this process may access the memory there, such as rw-p."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end, rights = re.match(r"(\w+)-(\w+) (\S+)", line).groups()  # type: ignore[union-attr]
+        if int(begin, 16) <= address < int(end, 16):
+            return rights
+    raise AssertionError(address)
+
+
+def test_a_fence_and_a_read_only_map() -> None:
+    fenced, read_only = fuzz_tensors.fenced(torch.ones(10)), fuzz_tensors.read_only(torch.ones(10))
+    end = fenced.data_ptr() + fenced.nbytes
+    assert (access(end - 1)[:3], access(end)[:3]) == ("rw-", "---")
+    assert access(read_only.data_ptr())[:3] == "r--"
+
+
+def test_odd_tensors_are_odd() -> None:
+    tensor = torch.arange(12.0).view(3, 4)
+    assert fuzz_tensors.unaligned(tensor).data_ptr() % 2 == 1
+    assert fuzz_tensors.guarded(tensor).storage_offset() > 0
+    assert fuzz_tensors.strided(tensor).stride() == (8, 2)
+    assert fuzz_tensors.column_major(tensor).stride() == (1, 3)
+    assert fuzz_tensors.negated(tensor).is_neg()
+    assert fuzz_tensors.imaginary(tensor).is_neg()
+    assert torch.equal(fuzz_tensors.imaginary(tensor).resolve_neg(), tensor)
+    assert fuzz_tensors.freed(tensor).untyped_storage().nbytes() == 0
+    assert fuzz_tensors.huge(tensor, 2**62, 1).shape == (2**62, 1)
+    assert torch.equal(fuzz_tensors.huge(tensor, 2**62, 1)[:2], torch.zeros(2, 1))
+
+
+# --------------------------------------------------------------------------------------------- planted faults
+
+
+def crashes(tokens: Tensor, batch_size: int) -> Tensor:
+    return tokens.clone() if batch_size > 0 else ctypes.string_at(0)  # type: ignore[return-value]
+
+
+def hangs(tokens: Tensor, batch_size: int) -> Tensor:
+    while batch_size == -100:
+        time.sleep(0.01)
+    return tokens.clone()
+
+
+def reads_beyond_its_argument(tokens: Tensor, batch_size: int) -> Tensor:
+    if tokens.is_contiguous() and tokens.numel() > 0:
+        ctypes.string_at(tokens.data_ptr() + tokens.nbytes, 1)
+    return tokens.clone()
+
+
+def writes_to_its_argument(tokens: Tensor, batch_size: int) -> Tensor:
+    before = tokens.clone()
+    tokens.zero_()
+    return before
+
+
+def writes_beside_its_argument(tokens: Tensor, batch_size: int) -> Tensor:
+    if tokens.storage_offset() > 0:
+        tokens.as_strided((1,), (1,), 0).zero_()
+    return tokens.clone()
+
+
+def writes_before_it_raises(tokens: Tensor, batch_size: int) -> Tensor:
+    tokens.zero_()
+    raise ValueError(f"expected batch_size to be another than {batch_size}")
+
+
+def does_not_name_the_argument(tokens: Tensor, batch_size: int) -> Tensor:
+    if batch_size > 100:
+        raise RuntimeError("too large")
+    return tokens.clone()
+
+
+def raises_another_type(tokens: Tensor, batch_size: int) -> Tensor:
+    assert batch_size < 100, "batch_size"
+    return tokens.clone()
+
+
+def returns_something_else(tokens: Tensor, batch_size: int) -> Tensor:
+    return tokens + (batch_size < 0)
+
+
+def accepts_what_is_wrong(tokens: Tensor, batch_size: int) -> Tensor:
+    return tokens.clone()
+
+
+def allocates_too_much(tokens: Tensor, batch_size: int) -> Tensor:
+    return tokens.clone() if batch_size > 1 else torch.empty(2**50)
+
+
+def leaves_grad_mode_off(tokens: Tensor, batch_size: int) -> Tensor:
+    torch.set_grad_enabled(batch_size > 0)
+    return tokens.clone()
+
+
+def returns_from_freed_memory(tokens: Tensor, batch_size: int) -> Tensor:
+    return tokens.new_zeros(tokens.shape)
+
+
+def twin(tokens: Tensor, batch_size: int) -> Tensor:
+    return tokens.clone()
+
+
+def strict_twin(tokens: Tensor, batch_size: int) -> Tensor:
+    torch.empty(min(batch_size, 1))  # raises for a negative size
+    return tokens.clone()
+
+
+PLANTED: dict[Callable[..., Tensor], str] = {
+    crashes: "SIGSEGV",
+    hangs: "hangs for more than 1 s",
+    reads_beyond_its_argument: "SIGSEGV",
+    writes_to_its_argument: "writes",
+    writes_beside_its_argument: "writes",
+    writes_before_it_raises: "raises, but has written",
+    does_not_name_the_argument: "an error that names no argument",
+    raises_another_type: "an error of a type that PyTorch does not raise",
+    returns_something_else: "result 0 is unlike plain PyTorch's",
+    accepts_what_is_wrong: "returns where plain PyTorch raises",
+    allocates_too_much: "out of memory where plain PyTorch is not",
+    leaves_grad_mode_off: "changes the grad mode",
+    returns_from_freed_memory: "returns although tokens has no memory",
+}
+
+
+def fuzz_planted() -> dict[str, list[str]]:
+    """What the fuzzer finds in each of these."""
+    planted = library.Library("planted", "DEF")
+    for function in PLANTED:
+        is_written = "(a!)" if function is writes_beside_its_argument else ""
+        planted.define(f"{function.__name__}(Tensor{is_written} tokens, int batch_size) -> Tensor")
+        planted.impl(function.__name__, function, "CPU")
+        fuzz_judge.TWINS[function.__name__] = strict_twin if function is accepts_what_is_wrong else twin
+    found = {}
+    for function in PLANTED:
+        case_of = partial(fuzz_cases.case, 1, targets=(of_op(function.__name__, "planted"),))
+        tally = fuzz_watch.watch(case_of, PLANTED_CALLS)
+        found[function.__name__] = [f"{tally.counts.total()} cases", *fuzz_ops.described(tally, case_of)]
+    return found
+
+
+def use_instrument() -> None:
+    """Prints what these tests are about, in a process that may fork: this one has started threads."""
+    fuzz_watch.HANG = 1.0
+    plain = fuzz_watch.watch(partial(only_plain, 1), 4 * len(targets()))
+    print(
+        json.dumps(
+            {
+                "outcomes of plain calls": plain.counts,
+                "findings of plain calls": [
+                    (only_plain(1, k).program(), finding.kind) for k, finding in plain.findings
+                ],
+                "programs": programs(),
+                "planted": fuzz_planted(),
+            }
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def instrument() -> Any:
+    return json.loads(run("-c", f"import {__name__} as tests; tests.use_instrument()"))
+
+
+@pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_found(instrument: dict[str, Any], fault: Callable[..., Tensor]) -> None:
+    found = instrument["planted"][fault.__name__]
+    assert any(f"planted.{fault.__name__}.default: {PLANTED[fault]}: " in finding for finding in found), found
+
+
+def test_a_finding_is_shrunk(instrument: dict[str, Any]) -> None:
+    """The only odd argument left is the one that matters."""
+    (finding,) = (text for text in instrument["planted"]["does_not_name_the_argument"] if "too large" in text)
+    assert re.search(r"\n    tokens = torch\.randint\([^()]*\([^()]*\)[^()]*\)\n", finding), finding
+
+
+def test_a_child_that_dies_is_replaced(instrument: dict[str, Any]) -> None:
+    """Each case is run once."""
+    assert instrument["planted"]["crashes"][0] == f"{PLANTED_CALLS} cases"
+
+
+def test_kinds_of_errors() -> None:
+    case = fuzz_cases.case(
+        5, next(k for k in range(99) if fuzz_cases.case(5, k, targets()).target.op == "generate"), targets()
+    )
+
+    def kinds(error: BaseException, expected: BaseException | None = None) -> list[str]:
+        return [finding.kind for finding in fuzz_judge.judge_error(case, error, expected, is_fake=False)]
+
+    assert kinds(ValueError("expected top_k >= 1")) == []
+    assert kinds(ValueError("expected k >= 1")) == ["an error that names no argument"]
+    assert kinds(ValueError("expected k >= 1"), ValueError("expected k >= 1")) == []
+    assert kinds(ValueError("expected k >= 1"), IndexError("expected k >= 1")) == ["an error that names no argument"]
+    assert kinds(AssertionError("top_k")) == ["an error of a type that PyTorch does not raise"]
+    assert kinds(RuntimeError("top_k: vector::reserve")) == ["an internal error"]
+    assert kinds(RuntimeError("DefaultCPUAllocator: can't allocate memory")) == []
