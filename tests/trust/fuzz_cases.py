@@ -112,7 +112,7 @@ def of_function(path: str, function: Callable[..., object]) -> Target:
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         annotation = str(parameter.annotation)
-        kind = annotation.removesuffix(" | None").rpartition(".")[2]
+        kind = annotation.partition(" | ")[0].rpartition(".")[2]
         kind = {"Reduction": "str", "Sampler": "str"}.get(kind, kind)
         is_keyword = parameter.kind is inspect.Parameter.KEYWORD_ONLY
         parameters.append(Parameter(parameter.name, kind, "None" in annotation, parameter.name in written, is_keyword))
@@ -141,17 +141,22 @@ def of_module() -> Iterator[Target]:
             yield Target(path, f"{definition.name}.{method.name}", tuple(parameters))
 
 
+def of_package() -> Iterator[Target]:
+    """The public functions that wrap these."""
+    for name, function in vars(functional).items():
+        if inspect.isfunction(function) and function.__module__ == functional.__name__ and not name.startswith("_"):
+            yield of_function(f"functional.{name}", function)
+    yield of_function("data.get_batch", data.get_batch)
+    tokenizer = bigramx.CharTokenizer.from_text(CHARACTERS)
+    for method in (tokenizer.encode, tokenizer.decode):
+        path = f"bigramx.CharTokenizer.from_text({CHARACTERS!r}).{method.__name__}"
+        yield replace(of_function(path, method), op=f"Alphabet.{method.__name__}")
+
+
 @cache
 def targets() -> tuple[Target, ...]:
     """All that is fuzzed."""
-    functions = [
-        (f"{module.__name__.rpartition('.')[2]}.{name}", function)
-        for module, names in ((functional, None), (data, ("get_batch",)))
-        for name, function in vars(module).items()
-        if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
-        if names is None or name in names
-    ]
-    return (*map(of_op, op_names()), *of_module(), *(of_function(path, function) for path, function in functions))
+    return (*map(of_op, op_names()), *of_module(), *of_package())
 
 
 # ---------------------------------------------------------------------------------------------- plain arguments
@@ -274,7 +279,7 @@ def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
 DTYPES = sorted(
     {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype) and "q" not in str(value)}
 )
-INTEGERS = [-(2**63), -(2**31) - 1, -100, -2, -1, 0, 1, 2, 3, 64, 1000, 2**16, 2**24 + 1, 2**31 - 1, 2**31, 2**32]
+INTEGERS = [-(2**63), -(2**31) - 1, -100, -2, -1, 0, 1, 2, 3, 64, 1000, 2**16, 2**18 + 1, 2**31 - 1, 2**31, 2**32]
 INTEGERS += [2**40, 2**53 + 1, 2**60, 2**61, 2**62, 2**63 - 2, 2**63 - 1, 2**63]
 NUMBERS = [
     "float('nan')",

@@ -94,6 +94,87 @@ def test_a_case_is_a_program() -> None:
     assert names["idx"].dim() == 2
 
 
+# ------------------------------------------------------------------------------------------------- regressions
+
+# What make fuzz has found: what is called, and its odd arguments; V is 5.
+FOUND: list[tuple[str, dict[str, str]]] = [
+    *(
+        (f"{module}.{name}", {"tokens": f"{lost}(torch.randint(0, 5, (400,)){', 16' if lost == 'shrunk' else ''})"})
+        for module in ("ops", "torch.ops.bigramx")
+        for name in ("count_bigrams", "get_batch", "fit_")
+        for lost in ("freed", "shrunk")
+    ),
+    ("ops.multinomial", {"probs": "freed(torch.rand(5))"}),
+    ("ops.multinomial", {"probs": "shrunk(torch.rand(3, 5), 16)", "sampler": "'philox'"}),
+    ("ops.generate", {"weight": "freed(torch.randn(5, 5))"}),
+    ("ops.generate", {"idx": "freed(torch.randint(0, 5, (2, 3)))"}),
+    ("ops.generate", {"max_new_tokens": "2**63 - 1"}),
+    ("ops.generate", {"weight": "huge(torch.randn(5, 5), 2**31, 2**31)"}),
+    ("ops.embedding_cross_entropy", {"weight": "freed(torch.randn(5, 5))"}),
+    ("ops.embedding_cross_entropy", {"weight": "shrunk(torch.randn(5, 5), 16)"}),
+    ("ops.embedding_cross_entropy", {"weight": "huge(torch.randn(5, 5), 2**62, 5)"}),
+    ("ops.embedding_cross_entropy", {"weight": "freed(torch.randn(5, 5))", "return_logits": "torch.ones(2)"}),
+    ("ops.embedding_cross_entropy", {"class_weight": "with_value(torch.rand(5), float('inf'))", "ignore_index": "0"}),
+    ("functional.embedding_cross_entropy", {"reduction": "[1, 2]"}),
+    ("functional.embedding_cross_entropy", {"padding_idx": "object()"}),
+    ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"targets": "torch.rand(2, 3, 5).softmax(-1)"}),
+    ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"loss_dtype": "torch.complex64"}),
+    ("torch.ops.bigramx.embedding_cross_entropy_backward.default", {"targets": "torch.rand(2, 3, 5).softmax(-1)"}),
+    ("torch.ops.bigramx.embedding_cross_entropy_backward.default", {"grad_loss": "torch.ones((), dtype=torch.int64)"}),
+    *(("ops.adamw_", {name: "freed(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    *(("ops.adamw_", {name: "negated(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    *(("ops.adamw_", {name: "imaginary(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    *(("ops.adamw_", {name: "inference(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    *(("ops.adamw_", {name: "parameter(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    *(("_C.adamw_step", {name: "torch.rand(5, 5).to_sparse()"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    ("_C.adamw_step", {"param": "zero_tensor(torch.rand(5, 5))"}),
+    ("_C.adamw_step", {"step": "inference(torch.tensor(3.0))"}),
+    ("ops.adamw_", {"max_exp_avg_sq": "exp_avg_sq"}),
+    ("ops.adamw_", {"grad": "param", "exp_avg_sq": "exp_avg"}),
+    ("ops.adamw_", {"step": "freed(torch.tensor(3.0))", "maximize": "torch.ones(2)"}),
+    ("_C.adamw_fits", {"grad": "freed(torch.rand(5, 5))", "step": "object()"}),
+    ("ops.fit_", {"batch_size": "2**61", "block_size": "8"}),
+    ("ops.fit_", {"padding_idx": "5"}),
+    ("ops.fit_", {"weight": "column_major(torch.randn(5, 5))"}),
+    ("ops.fit_", {"weight": "torch.randn(5, 5, dtype=torch.float16)"}),
+    ("ops.fit_", {"exp_avg_sq": "exp_avg"}),
+    ("ops.fit_", {"exp_avg": "negated(torch.rand(5, 5))"}),
+    ("ops.fit_", {"exp_avg_sq": "freed(torch.rand(5, 5))"}),
+    ("ops.fit_", {"step": "torch.tensor(-1.0)"}),
+    ("ops.fit_", {"tokens": "torch.randint(5, 9, (400,))"}),
+    ("_C.Alphabet('abcdefgh').decode_sequence", {"tokens": "5"}),
+    ("_C.Alphabet('abcdefgh').decode_sequence", {"tokens": "{1, 2}"}),
+    ("_C.Alphabet('abcdefgh').decode", {"tokens": "torch.rand(3)"}),
+    ("_C.Alphabet('abcdefgh').decode", {"tokens": "in_dtype(torch.rand(3), torch.uint4)"}),
+    ("_C.Alphabet('abcdefgh').decode", {"tokens": "shrunk(torch.randint(0, 8, (9,)), 16)"}),
+    ("_C.Alphabet('abcdefgh').decode", {"tokens": "torch.randint(0, 8, (9,)).to('meta')"}),
+]
+
+
+def found_case(index: int) -> Case:
+    """One of these, with valid arguments besides."""
+    path, odd = FOUND[index]
+    (target,) = (target for target in targets() if target.path in {path, f"{path}.default"})
+    draw = Draw("regression")
+    draw.V, draw.B, draw.T, draw.reduction, draw.is_soft, draw.dtype, draw.wide_dtype = (
+        5,
+        2,
+        3,
+        1,
+        False,
+        *["float32"] * 2,
+    )
+    case = of_target(target, draw)
+    return Case(target, {**case.plain, **odd}, case.plain)
+
+
+def test_what_was_found_is_mended(instrument: dict[str, Any]) -> None:
+    assert instrument["findings of what was found"] == []
+    outcomes = instrument["outcomes of what was found"]
+    assert sum(outcomes.values()) == len(FOUND), outcomes
+    assert outcomes.keys() <= {"returned and compared", "raised", "raised and compared"}, outcomes
+
+
 # ------------------------------------------------------------------------------------------------------ tensors
 
 
@@ -252,12 +333,17 @@ def use_instrument() -> None:
     """Prints what these tests are about, in a process that may fork: this one has started threads."""
     fuzz_watch.HANG = 1.0
     plain = fuzz_watch.watch(partial(only_plain, 1), 4 * len(targets()))
+    found = fuzz_watch.watch(found_case, len(FOUND))
     print(
         json.dumps(
             {
                 "outcomes of plain calls": plain.counts,
                 "findings of plain calls": [
                     (only_plain(1, k).program(), finding.kind) for k, finding in plain.findings
+                ],
+                "outcomes of what was found": found.counts,
+                "findings of what was found": [
+                    (found_case(k).program(), finding.kind) for k, finding in found.findings
                 ],
                 "programs": programs(),
                 "planted": fuzz_planted(),
