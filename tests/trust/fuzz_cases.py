@@ -79,6 +79,8 @@ class Case:
                 argument = parameter.name
             passed.append(f"{parameter.name}={argument}" if parameter.is_keyword else argument)
         call = f"{self.target.path}({', '.join(passed)})"
+        if any(word in " ".join(lines) for word in ("requires_grad", "parameter(", "computed(")):
+            call = f"differentiate({call})"
         if self.num_threads > 1:
             lines.insert(0, f"torch.set_num_threads({self.num_threads})")
         return "\n".join([*lines, f"with {self.context}:\n    {call}" if self.context else call])
@@ -276,129 +278,55 @@ def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
 
 # ------------------------------------------------------------------------------------------------ odd arguments
 
+# fmt: off
 DTYPES = sorted(
     {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype) and "q" not in str(value)}
 )
-INTEGERS = [-(2**63), -(2**31) - 1, -100, -2, -1, 0, 1, 2, 3, 64, 1000, 2**16, 2**18 + 1, 2**31 - 1, 2**31, 2**32]
-INTEGERS += [2**40, 2**53 + 1, 2**60, 2**61, 2**62, 2**63 - 2, 2**63 - 1, 2**63]
+INTEGERS = [
+    -(2**63), -(2**31) - 1, -100, -2, -1, 0, 1, 2, 3, 64, 1000, 2**16, 2**18 + 1, 2**31 - 1, 2**31, 2**32, 2**40,
+    2**53 + 1, 2**60, 2**61, 2**62, 2**63 - 2, 2**63 - 1, 2**63,
+]
 NUMBERS = [
-    "float('nan')",
-    "float('inf')",
-    "-float('inf')",
-    "-1.0",
-    "-1e-300",
-    "0.0",
-    "5e-324",
-    "1e-38",
-    "1.0",
-    "1.5",
-    "1e30",
-]
-NUMBERS += ["1.7e308", "2**63", "10**400"]
-STRANGERS = [
-    "None",
-    "5",
-    "1.5",
-    "True",
-    "'a'",
-    "[1, 2]",
-    "object()",
-    "torch.float32",
-    "torch.ones(2)",
-    "torch.Generator()",
-    "b'a'",
-]
-ELEMENTS = [
-    "float('nan')",
-    "float('inf')",
-    "-float('inf')",
-    "1e-45",
-    "-0.0",
-    "-1.0",
-    "3e38",
-    "-3e38",
-    "1e-38",
-    "1e4",
-    "1e-20",
+    "float('nan')", "float('inf')", "-float('inf')", "-1.0", "-1e-300", "0.0", "5e-324", "1e-38", "1.0", "1.5", "1e30",
+    "1.7e308", "2**63", "10**400",
 ]
 TEXTS = [
-    "'torch'",
-    "'philox'",
-    "''",
-    "'Philox'",
-    "'mean'",
-    "'a\\0b'",
-    "'\\ud800'",
-    "'\\U0001F600'",
-    "'x' * 1000",
-    "'aa'",
+    "'torch'", "'philox'", "''", "'Philox'", "'mean'", "'a\\0b'", "'\\ud800'", "'\\U0001F600'", "'x' * 1000", "'aa'",
 ]
 LISTS = [
-    "[]",
-    "()",
-    "[-1]",
-    "[8]",
-    "[2**63]",
-    "[2**64]",
-    "[1.5]",
-    "[None]",
-    "['a']",
-    "[True]",
-    "{1, 2}",
-    "range(3)",
-    "iter([1])",
-    "(1, 2)",
+    "[]", "()", "[-1]", "[8]", "[2**63]", "[2**64]", "[1.5]", "[None]", "['a']", "[True]", "{1, 2}", "range(3)",
+    "iter([1])", "(1, 2)",
+]
+STRANGERS = [
+    "None", "5", "1.5", "True", "'a'", "[1, 2]", "object()", "torch.float32", "torch.ones(2)", "torch.Generator()",
+    "b'a'",
 ]
 GENERATORS = ["torch.default_generator", "torch.Generator()", "torch.Generator().manual_seed(2**63)"]
 CONTEXTS = ["torch.no_grad()", "torch.inference_mode()", "torch.enable_grad()", "torch.autocast('cpu', torch.bfloat16)"]
 
-# {}: the expression so far. By what they change. Nothing can be made of LAST.
+# Elements of a tensor of numbers; and changes of a tensor, {} being the expression so far, by what they change.
+ELEMENTS = [
+    "float('nan')", "float('inf')", "-float('inf')", "1e-45", "-0.0", "-1.0", "3e38", "-3e38", "1e-38", "1e4", "1e-20",
+]
 MEMORY = ["guarded({})", "fenced({})", "unaligned({})", "read_only({})"]
 STRIDES = ["strided({})", "column_major({})", "expanded({})", "overlapping({})", "{}.mT"]
 SHAPES = [
-    "{}[:0]",
-    "{}[..., :0]",
-    "{}[0]",
-    "{}[None]",
-    "{}.flatten()",
-    "{}[:1]",
-    "{}[..., :1]",
-    "{}.repeat(2, 1)",
+    "{}[:0]", "{}[..., :0]", "{}[0]", "{}[None]", "{}.flatten()", "{}[:1]", "{}[..., :1]", "{}.repeat(2, 1)",
     "{}.sum()",
-]
-SHAPES += ["{}[None, None, None]", "{}.squeeze()", "{}[..., None]"]
-LAST = [
-    "freed({})",
-    "freed({})",
-    "shrunk({}, 16)",
-    "huge({}, 2**62, 1)",
-    "huge({}, 2**62)",
-    "huge({}, 1, 2**62)",
-    "huge({}, 2**31, 2**31)",
-    "huge({}, 2**32)",
-    "huge({}, 2**20, 2)",
+    "{}[None, None, None]", "{}.squeeze()", "{}[..., None]",
 ]
 KINDS = [
-    "negated({})",
-    "conjugated({})",
-    "imaginary({})",
-    "quantized({})",
-    "nested({})",
-    "zero_tensor({})",
-    "own({})",
-    "fake({})",
-]
-KINDS += [
-    "inference({})",
-    "parameter({})",
-    "computed({})",
-    "{}.requires_grad_()",
-    "{}.to_sparse()",
-    "{}.to_sparse_csr()",
-    "{}.to_mkldnn()",
+    "negated({})", "conjugated({})", "imaginary({})", "quantized({})", "nested({})", "zero_tensor({})", "own({})",
+    "fake({})", "inference({})", "parameter({})", "computed({})", "{}.requires_grad_()", "{}.to_sparse()",
+    "{}.to_sparse_csr()", "{}.to_mkldnn()",
 ]
 DEVICES = ["{}.to('meta')", "{}.numpy()"]
+LAST = [  # nothing can be made of these
+    "freed({})", "freed({})", "shrunk({}, 16)", "huge({}, 2**62, 1)", "huge({}, 2**62)", "huge({}, 1, 2**62)",
+    "huge({}, 2**31, 2**31)", "huge({}, 2**32)", "huge({}, 2**20, 2)",
+]
 ALIASES = ["{}", "{}.detach()", "{}.mT", "{}.flatten()", "{}[...]", "{}[:1]"]
+# fmt: on
 
 
 def odd_tensor(argument: str, parameter: Parameter, earlier: Sequence[str], draw: Draw) -> str:

@@ -92,14 +92,16 @@ class Child:
 
 
 def _serve(case_of: Callable[[int], Case], indices: range, until: float, slot: Slot, writer: int) -> NoReturn:
+    parent = os.getppid()
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what dies would say so
     size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         for index in indices:
-            if time.monotonic() > until:
+            if time.monotonic() > until or os.getppid() != parent:
                 break
             slot.note(index, "arguments")
             outcome, findings = _outcome(case_of(index), lambda stage, index=index: slot.note(index, stage))  # type: ignore[misc]

@@ -112,7 +112,7 @@ FOUND: list[tuple[str, dict[str, str]]] = [
     ("ops.generate", {"weight": "huge(torch.randn(5, 5), 2**31, 2**31)"}),
     ("ops.embedding_cross_entropy", {"weight": "freed(torch.randn(5, 5))"}),
     ("ops.embedding_cross_entropy", {"weight": "shrunk(torch.randn(5, 5), 16)"}),
-    ("ops.embedding_cross_entropy", {"weight": "huge(torch.randn(5, 5), 2**62, 5)"}),
+    ("ops.embedding_cross_entropy", {"weight": "huge(torch.randn(5, 5), 2**62, 1)", "targets": "0 * idx"}),
     ("ops.embedding_cross_entropy", {"weight": "freed(torch.randn(5, 5))", "return_logits": "torch.ones(2)"}),
     ("ops.embedding_cross_entropy", {"class_weight": "with_value(torch.rand(5), float('inf'))", "ignore_index": "0"}),
     ("functional.embedding_cross_entropy", {"reduction": "[1, 2]"}),
