@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from bigramx import _C
+from bigramx import _C, functional
 from tests import processes
 from tests.tree import ROOT, schema_names
 from tests.trust import fuzz_cases, fuzz_judge, fuzz_ops, fuzz_tensors, fuzz_watch
@@ -166,6 +166,24 @@ def found_case(index: int) -> Case:
     )
     case = of_target(target, draw)
     return Case(target, {**case.plain, **odd}, case.plain)
+
+
+def test_a_bool_is_a_bool() -> None:
+    """And no object that happens to be true; the message comes without the repr of any tensor."""
+    with pytest.raises(TypeError, match="Expected a value of type 'bool' for argument 'replacement'"):
+        functional.multinomial(torch.ones(3), 1, "no")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^multinomial\(\): incompatible function arguments$"):
+        _C.multinomial(torch.ones(3), 1, "no", None, None)
+
+
+def test_objects_that_hold_no_tokens() -> None:
+    alphabet = _C.Alphabet("abc")
+    for tokens in (5, {1, 2}, torch.ones(2), None, "ab"):
+        with pytest.raises(TypeError, match="expected tokens to be a list or a tuple, got "):
+            alphabet.decode_sequence(tokens)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected tokens to be integers, got Float"):
+        alphabet.decode(torch.ones(2))
+    assert alphabet.decode(torch._neg_view(torch.tensor([-1, -2]))) == "bc"
 
 
 def test_what_was_found_is_mended(instrument: dict[str, Any]) -> None:
