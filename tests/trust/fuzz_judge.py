@@ -157,7 +157,9 @@ def settings() -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------------- errors
 
 ERRORS = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)  # and no others, nor subclasses
-OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|Storage size calculation overflowed")
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|Storage size calculation overflowed|size of scratch memory"
+)
 # PyTorch's own, from before the call reaches an op; pybind11's, whose callers then ask the op for its message; and what
 # no single argument is to blame for.
 FROM_OUTSIDE = re.compile(
@@ -169,7 +171,7 @@ FROM_OUTSIDE = re.compile(
 OF_TWINS = re.compile(
     r"without overflow|result type Complex|does not have a grad_fn|Setting requires_grad=True on inference tensor"
     r"|automatic differentiation|view of a leaf Variable|Could not run 'aten::|can't allocate memory|SparseTensorImpl"
-    r"|cannot be saved for backward"
+    r"|cannot be saved for backward|not differentiable with respect to argument 'weight'"
 )
 # What an argument may be called besides by its name.
 OTHER_WORDS = {"tokens": "token", "text": "character", "probs": "probabilities"}
@@ -248,6 +250,8 @@ def _loss_forward(**arguments: Any) -> Any:
 
 
 def _loss_backward(grad_loss: Tensor, **arguments: Any) -> Any:
+    if not grad_loss.isfinite().all():
+        raise NoTwinError  # the gradient is not finite either; whether it is NaN depends on the order of operations
     weight = arguments["weight"] = arguments["weight"].detach().requires_grad_()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         loss, _logits = _loss_op(**arguments)
