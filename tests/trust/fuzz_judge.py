@@ -103,6 +103,11 @@ def is_whole(tensor: Tensor) -> bool:
     return (tensor.storage_offset() + last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
+def lost(arguments: Mapping[str, Any]) -> list[str]:
+    """The dense tensors whose storage does not have all of their elements."""
+    return [name for name, value in arguments.items() if is_dense(value) and not is_whole(value)]
+
+
 # ------------------------------------------------------------------------------------------------------- memory
 
 
@@ -402,6 +407,8 @@ def run(case: Case, begin_stage: Callable[[str], None] = _ignore) -> Verdict:
         context = context_of(case)
     except Exception:
         return Verdict("invalid")
+    if any(isinstance(value, FakeTensor) for value in arguments.values()) and lost(arguments):
+        return Verdict("invalid")  # PyTorch's message about the first prints the others, without memory or not
     positional = [arguments[p.name] for p in case.target.parameters if not p.is_keyword]
     keywords = {p.name: arguments[p.name] for p in case.target.parameters if p.is_keyword}
     memory = Memory(arguments)
@@ -437,17 +444,23 @@ def _judge_raised(case: Case, error: BaseException, begin_stage: Callable[[str],
     arguments = build(case)
     twins_error = expected if isinstance(expected, BaseException) else None
     verdict.findings += judge_error(case, error, twins_error, is_fake=has_fakes(arguments))
-    is_asked_for = any(type(argument) is int and argument > 2**20 for argument in arguments.values())
+    is_asked_for = any(map(_asks_for_memory, arguments.values()))
     if OUT_OF_MEMORY.search(str(error)) and isinstance(expected, Results) and not is_asked_for:
         verdict.findings.append(Finding("out of memory where plain PyTorch is not", str(error)[:160]))
     return verdict
 
 
+def _asks_for_memory(argument: object) -> bool:
+    """Whether it is a large size, or a view that PyTorch itself makes into a tensor before the call."""
+    if isinstance(argument, Tensor):
+        return argument.is_conj() or argument.is_neg()
+    return type(argument) is int and argument > 2**20
+
+
 def _judge_returned(case: Case, results: Results, begin_stage: Callable[[str], None]) -> Verdict:
     verdict = Verdict("returned")
-    lost = [name for name, value in results.arguments.items() if is_dense(value) and not is_whole(value)]
-    if lost and not case.target.op.endswith("_fits"):
-        verdict.findings.append(Finding(f"returns although {lost[0]} has no memory"))
+    if (names := lost(results.arguments)) and not case.target.op.endswith("_fits"):
+        verdict.findings.append(Finding(f"returns although {names[0]} has no memory"))
     expected = _plain(case, begin_stage)
     if isinstance(expected, BaseException):
         if isinstance(expected, TypeError) or OF_TWINS.search(str(expected)) or results.is_fake:
@@ -464,7 +477,7 @@ def _plain(case: Case, begin_stage: Callable[[str], None], *, wide: bool = False
     """What plain PyTorch returns or raises; None where that cannot be known."""
     begin_stage("twin")
     arguments = build(case)
-    if any(isinstance(value, FakeTensor) or (is_dense(value) and not is_whole(value)) for value in arguments.values()):
+    if lost(arguments) or any(isinstance(value, FakeTensor) for value in arguments.values()):
         return None
     if wide:
         arguments = in_float64(arguments)
