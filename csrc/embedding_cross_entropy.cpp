@@ -396,7 +396,9 @@ void apply_autocast(Params& params) {
     };
     params.loss_dtype = widened(params.loss_dtype);
     at::Tensor& class_weight = params.class_weight;
-    if (class_weight.defined()) class_weight = class_weight.to(widened(class_weight.scalar_type()));
+    if (!class_weight.defined()) return;
+    if (!is_traced(class_weight)) check_tensor(kName, "class_weight", class_weight);
+    class_weight = class_weight.to(widened(class_weight.scalar_type()));
 }
 
 }  // namespace
