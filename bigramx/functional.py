@@ -14,7 +14,7 @@ Sampler = Literal["torch", "philox"]
 
 
 def _reduction_code(reduction: str) -> int:
-    if reduction not in ops.REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in ops.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction; expected 'none', 'mean' or 'sum'")
     return ops.REDUCTIONS[reduction]
 
@@ -32,6 +32,8 @@ def _padding_row(padding_idx: int | None, weight: Tensor) -> int:
         return ops.NO_PADDING
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected weight to be a Tensor, got {type(weight).__name__}")
+    if not isinstance(padding_idx, (int, torch.SymInt)):
+        raise TypeError(f"expected padding_idx to be an int or None, got {type(padding_idx).__name__}")
     num_embeddings = weight.size(0)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise AssertionError(

@@ -58,17 +58,15 @@ bool has_no_mode() {
     return (c10::default_included_set | c10::autocast_dispatch_keyset).has_all(included);
 }
 
-// Whether tensors are no Python subclass and no wrapper of functorch, have no conj or neg bit and no other
+// Whether the tensor is no Python subclass and no wrapper of functorch, has no conj or neg bit and no other
 // layout.
-bool are_plain(c10::DispatchKeySet keys) {
+bool is_plain(const at::Tensor& tensor) {
     using c10::DispatchKey;
     constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
                                           DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
                                           DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
-    return kPlain.has_all(keys);
+    return kPlain.has_all(tensor.key_set());
 }
-
-bool is_plain(const at::Tensor& tensor) { return are_plain(tensor.key_set()); }
 
 bool may_change(const at::Tensor& tensor) {
     return tensor.is_contiguous() && (!tensor.is_inference() || c10::InferenceMode::is_enabled());
@@ -163,13 +161,16 @@ void take_step(AdamWParams&& params) {
 
 // This entry has no dispatcher before it, which would have sent the others elsewhere.
 void check_plain(const AdamWParams& params) {
-    c10::DispatchKeySet keys;
-    for (const at::Tensor* tensor : {&params.param, &params.grad, &params.exp_avg, &params.exp_avg_sq,
-                                     &params.max_exp_avg_sq, &params.step}) {
-        if (tensor->defined()) keys = keys | tensor->key_set();
+    for (const NamedTensor& named : {NamedTensor{"param", params.param},
+                                     {"grad", params.grad},
+                                     {"exp_avg", params.exp_avg},
+                                     {"exp_avg_sq", params.exp_avg_sq},
+                                     {"max_exp_avg_sq", params.max_exp_avg_sq},
+                                     {"step", params.step}}) {
+        TORCH_CHECK(!named.tensor.defined() || is_plain(named.tensor), kAdamW, ": expected ", named.name,
+                    " to be a plain tensor, for which adamw_fits, got the keys ",
+                    c10::toString(named.tensor.key_set()));
     }
-    TORCH_CHECK(are_plain(keys), kAdamW, ": expected plain tensors, for which adamw_fits, got the keys ",
-                c10::toString(keys));
 }
 
 }  // namespace
@@ -200,6 +201,7 @@ void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at
                        step,
                        {lr, beta1, beta2, eps, weight_decay, maximize}};
     check_plain(params);
+    check_writable(kAdamW, "step", step);
     check_adamw(kAdamW, params);
     count(step, 1);
     try {

@@ -84,8 +84,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using namespace bigramx;
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
     m.def("build_info", &build_info);
-    m.def("adamw_fits", &adamw_fits);
-    m.def("adamw_step", without_gil(&adamw_step));
+    DirectOp<decltype(adamw_fits)>::define(m, "adamw_fits", adamw_fits);
+    DirectOp<decltype(adamw_step)>::define(m, "adamw_step", adamw_step);
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);
     DirectOp<decltype(count_bigrams)>::define(m, "bigramx", kCountBigrams);
     DirectOp<decltype(EmbeddingCrossEntropy::differentiable)>::define(m, "bigramx", kEmbeddingCrossEntropy);

@@ -396,7 +396,9 @@ void apply_autocast(Params& params) {
     };
     params.loss_dtype = widened(params.loss_dtype);
     at::Tensor& class_weight = params.class_weight;
-    if (class_weight.defined()) class_weight = class_weight.to(widened(class_weight.scalar_type()));
+    if (!class_weight.defined()) return;
+    if (!is_traced(class_weight)) check_tensor(kName, "class_weight", class_weight);
+    class_weight = class_weight.to(widened(class_weight.scalar_type()));
 }
 
 }  // namespace
@@ -443,12 +445,12 @@ std::tuple<at::Tensor, at::Tensor> EmbeddingCrossEntropyOps<Option...>::backward
     const Tensor& grad_loss, const Tensor& idx, const Tensor& weight, const Tensor& targets,
     const std::optional<Tensor>& class_weight, Option... option) {
     check_defined(kName, "grad_loss", grad_loss);
+    check_floating(kName, "grad_loss", grad_loss);
     const Params params{
         idx, weight, targets, class_weight.value_or(Tensor()), {option...}, grad_loss.scalar_type()};
     check_kernel_params(params);
     check_tensor(kName, "grad_loss", grad_loss);
     check_same_device(kName, "grad_loss", grad_loss, "weight", weight);
-    check_floating(kName, "grad_loss", grad_loss);
     const int64_t num_gradients = params.is_reduced() ? 1 : targets.numel();
     TORCH_CHECK(grad_loss.numel() == num_gradients, kName, ": expected grad_loss to have ", num_gradients,
                 " elements, got shape ", grad_loss.sizes());

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "base/checks.h"
+#include "base/dispatch.h"
 #include "base/op_names.h"
 
 namespace bigramx {
@@ -15,7 +16,10 @@ int64_t fit(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Te
     const GetBatchParams batch{tokens, batch_size, block_size, generator};
     check_batch(kFit, batch);
     check_writable(kFit, "weight", weight);
+    check_dtype(kFit, "weight", weight, {at::kFloat, at::kDouble});
     check_square(kFit, "weight", weight);
+    TORCH_CHECK(weight.is_contiguous(), kFit, ": expected weight to be contiguous, got strides ",
+                weight.strides());
     check_same_device(kFit, "tokens", tokens, "weight", weight);
     check_writable(kFit, "step", step);
     check_writable(kFit, "losses", losses);
@@ -46,9 +50,14 @@ int64_t fit(at::Tensor weight, at::Tensor exp_avg, at::Tensor exp_avg_sq, at::Te
     for (const at::Tensor* counted : {&step, &losses}) {
         if (!counted->is_inference()) counted->unsafeGetTensorImpl()->bump_version();
     }
-    return fit_cpu({batch, adamw, padding_idx, losses, max_seconds});
+    try {
+        return fit_cpu({batch, adamw, padding_idx, losses, max_seconds});
+    } catch (const c10::IndexError& error) {
+        C10_THROW_ERROR(IndexError, c10::str(kFit, ": expected tokens to be rows of weight; ",
+                                             error.what_without_backtrace()));
+    }
 }
 
-TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(kFit, &fit); }
+TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(kFit, &Registered<&fit>::call); }
 
 }  // namespace bigramx

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "base/checks.h"
 #include "base/interrupt.h"
 #include "base/python.h"
 #include "cpu/base/huge_pages.h"
@@ -18,6 +19,7 @@ namespace py = pybind11;
 namespace bigramx {
 namespace {
 
+constexpr const char* kDecode = "decode";
 constexpr int64_t kPage = 256;
 constexpr int64_t kChunk = 1 << 20;  // tokens between checks for signals
 constexpr uint32_t kNumCodePoints = 0x110000;
@@ -166,7 +168,12 @@ at::Tensor Alphabet::encode(py::handle text) const {
 }
 
 py::object Alphabet::decode(const at::Tensor& tokens) const {
-    const at::Tensor contiguous = tokens.contiguous();
+    check_dense(kDecode, "tokens", tokens);
+    TORCH_CHECK_TYPE(at::isIntegralType(tokens.scalar_type(), /*includeBool=*/false), kDecode,
+                     ": expected tokens to be integers, got ", tokens.scalar_type());
+    TORCH_CHECK(tokens.is_cpu(), kDecode, ": expected tokens to be on the CPU, got ", tokens.device());
+    check_tensor(kDecode, "tokens", tokens);
+    const at::Tensor contiguous = materialized(tokens).contiguous();
     const int64_t num_tokens = contiguous.numel();
     const auto decode_as = [&](const auto* data) {
         return new_str(num_tokens, largest_, [&](auto* characters) {
@@ -186,12 +193,16 @@ py::object Alphabet::decode(const at::Tensor& tokens) const {
             return bits;
         });
     };
-    return AT_DISPATCH_V2(contiguous.scalar_type(), "decode",
+    return AT_DISPATCH_V2(contiguous.scalar_type(), kDecode,
                           AT_WRAP([&] { return decode_as(contiguous.const_data_ptr<scalar_t>()); }),
                           AT_EXPAND(AT_INTEGRAL_TYPES), AT_EXPAND(AT_BAREBONES_UNSIGNED_TYPES));
 }
 
 py::object Alphabet::decode_sequence(py::handle tokens) const {
+    if (!PyList_Check(tokens.ptr()) && !PyTuple_Check(tokens.ptr())) {
+        throw py::type_error(
+            c10::str("expected tokens to be a list or a tuple, got ", Py_TYPE(tokens.ptr())->tp_name));
+    }
     const int64_t num_tokens = PySequence_Fast_GET_SIZE(tokens.ptr());
     return new_str(num_tokens, largest_, [&](auto* characters) {
         SignalCheck signals;

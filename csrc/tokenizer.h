@@ -18,10 +18,12 @@ class Alphabet {
     // A str -> (N) int64 tokens. Raises ValueError for a character that is not in the alphabet.
     at::Tensor encode(pybind11::handle text) const;
 
-    // Tokens of any integer dtype and shape, on the CPU -> str. Raises IndexError for one out of range.
+    // Tokens of any integer dtype and shape, on the CPU -> str. Raises IndexError for one out of range,
+    // TypeError for another dtype.
     pybind11::object decode(const at::Tensor& tokens) const;
 
-    // The same for a list or a tuple; None if it holds anything but plain ints.
+    // The same for a list or a tuple; None if it holds anything but plain ints. Raises TypeError for another
+    // object.
     pybind11::object decode_sequence(pybind11::handle tokens) const;
 
   private:

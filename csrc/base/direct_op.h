@@ -8,20 +8,13 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "base/python.h"
 
 namespace bigramx {
-
-// A function that lets other threads run Python. It copies its arguments, as whoever drops the last tensor
-// beside Python's needs the lock: they are dropped after the call.
-template <typename Return, typename... Arguments>
-auto without_gil(Return (*function)(Arguments...)) {
-    return [function](Arguments... arguments) {
-        const ReleasedGil others_run;
-        return function(arguments...);
-    };
-}
 
 template <typename Signature>
 struct DirectOp;
@@ -33,10 +26,31 @@ struct DirectOp<Return(Arguments...)> {
         const auto op = std::string(library) + "::" + name;
         const auto handle =
             c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), "").typed<Return(Arguments...)>();
-        m.def(name, [handle](Arguments... arguments) {
-            const ReleasedGil others_run;
-            return handle.call(arguments...);  // copies, see without_gil
+        define(m, name, [handle](Arguments... arguments) { return handle.call(arguments...); });
+    }
+
+    // Another function of this signature. It takes positional arguments alone: pybind11's own message for
+    // those of another type has the repr of each, which reads tensors whose memory may be gone. Other threads
+    // run Python meanwhile. The arguments are copies, as whoever drops the last tensor beside Python's needs
+    // the lock: they are dropped after the call.
+    template <typename Function>
+    static void define(pybind11::module& m, const char* name, const Function& function) {
+        m.def(name, [name, function](const pybind11::args& arguments) {
+            return call(name, function, arguments, std::index_sequence_for<Arguments...>());
         });
+    }
+
+  private:
+    template <typename Function, size_t... k>
+    static Return call(const char* name, const Function& function, const pybind11::args& arguments,
+                       std::index_sequence<k...>) {
+        std::tuple<pybind11::detail::make_caster<Arguments>...> casters;
+        // A bool is no other object that happens to be true.
+        const bool fits = arguments.size() == sizeof...(k) &&
+                          (std::get<k>(casters).load(arguments[k], !std::is_same_v<Arguments, bool>) && ...);
+        if (!fits) throw pybind11::type_error(std::string(name) + "(): incompatible function arguments");
+        const ReleasedGil others_run;
+        return function(pybind11::detail::cast_op<std::decay_t<Arguments>&>(std::get<k>(casters))...);
     }
 };
 

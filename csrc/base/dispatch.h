@@ -3,7 +3,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
+
+#include <new>
+#include <utility>
 
 namespace bigramx {
 
@@ -11,6 +15,22 @@ namespace bigramx {
 // kernel; and for ops that write to their arguments, that those with the conjugate or the negative bit are
 // resolved first. Call it once all ops are registered.
 void complete_registrations();
+
+// The function of an op as the dispatcher calls it: where its own memory is short, the error is one of
+// PyTorch's.
+template <auto function>
+struct Registered;
+
+template <typename Return, typename... Arguments, Return (*function)(Arguments...)>
+struct Registered<function> {
+    static Return call(Arguments... arguments) {
+        try {
+            return function(std::forward<Arguments>(arguments)...);
+        } catch (const std::bad_alloc&) {
+            C10_THROW_ERROR(Error, "not enough memory: a kernel can't allocate memory for its own use");
+        }
+    }
+};
 
 }  // namespace bigramx
 
@@ -29,9 +49,9 @@ bool uses_cuda_kernels(const at::Tensor& tensor);
     (::bigramx::uses_cuda_kernels(tensor) ? function##_cuda(__VA_ARGS__) : function##_cpu(__VA_ARGS__))
 
 // Registers the function of an op, which dispatches by BIGRAMX_DISPATCH_DEVICE.
-#define BIGRAMX_REGISTER(op, function)                            \
-    TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(op, function); } \
-    TORCH_LIBRARY_IMPL(bigramx, CUDA, m) { m.impl(op, function); }
+#define BIGRAMX_REGISTER(op, function)                                                          \
+    TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(op, &::bigramx::Registered<function>::call); } \
+    TORCH_LIBRARY_IMPL(bigramx, CUDA, m) { m.impl(op, &::bigramx::Registered<function>::call); }
 
 #else
 
@@ -45,6 +65,6 @@ inline bool uses_cuda_kernels(const at::Tensor&) { return false; }
 
 #define BIGRAMX_DISPATCH_DEVICE(tensor, function, ...) function##_cpu(__VA_ARGS__)
 #define BIGRAMX_REGISTER(op, function) \
-    TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(op, function); }
+    TORCH_LIBRARY_IMPL(bigramx, CPU, m) { m.impl(op, &::bigramx::Registered<function>::call); }
 
 #endif
