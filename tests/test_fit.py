@@ -439,7 +439,7 @@ def test_a_call_ends_after_the_step_that_exceeds_its_time() -> None:
     ("changes", "error", "message"),
     [
         ({"weight": torch.zeros(5, 4)}, RuntimeError, r"'weight' must be square.*\[5, 4\]"),
-        ({"weight": torch.zeros(5, 5).half()}, RuntimeError, "param .*got Half"),
+        ({"weight": torch.zeros(5, 5).half()}, RuntimeError, "weight .*got Half"),
         ({"exp_avg": torch.zeros(5)}, RuntimeError, r"exp_avg to have the shape of param, \[5, 5\], got \[5\]"),
         ({"losses": torch.zeros(4)}, RuntimeError, "losses .*got Float"),
         ({"losses": torch.zeros(0, dtype=torch.float64)}, RuntimeError, r"not empty, got shape \[0\]"),
