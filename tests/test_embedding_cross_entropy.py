@@ -820,7 +820,7 @@ def test_tables_larger_than_their_memory(num_rows: int, num_classes: int, reduct
         torch.testing.assert_close(tables[0].grad, tables[1].grad)
 
 
-@pytest.mark.parametrize("num_rows", [2**40, 2**61, 2**62])
+@pytest.mark.parametrize("num_rows", [2**61, 2**62])
 @pytest.mark.parametrize("num_classes", [0, 1])
 def test_kernels_of_tables_larger_than_their_memory(num_rows: int, num_classes: int) -> None:
     """Asked for directly, they raise an error, of the memory that each row would take."""
