@@ -42,16 +42,19 @@ def test_faults(scenario: str) -> None:
 
 
 CARELESS = """
-import sys, time
+import functools, io, sys, time
 from pathlib import Path
 from tests.trust import fault_scenarios
 from tests.trust.fault_scenarios import Checkpoints
 
+@functools.cache
+def content_of(checkpoints, which):
+    file = io.BytesIO()
+    save(checkpoints, file, which)
+    return file.getvalue()
+
 def save_in_place(self, path, which):
-    new = path.with_name("new")
-    save(self, new, which)
-    content = new.read_bytes()
-    new.unlink()
+    content = content_of(self, which)
     with open(path, "wb", buffering=0) as file:
         for begin in range(0, len(content), 4096):
             file.write(content[begin : begin + 4096])
