@@ -25,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -118,24 +119,7 @@ def _forked(work: Callable[[], object], output: Path | None = None) -> Iterator[
     """The id of a child that does the work and exits; killed at the end if it has not been waited for."""
     pid = os.fork()
     if pid == 0:
-        if output is not None:
-            file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-        status = 1
-        try:
-            work()
-            status = 0
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        _work_and_exit(work, output)
     try:
         yield pid
     finally:
@@ -143,6 +127,30 @@ def _forked(work: Callable[[], object], output: Path | None = None) -> Iterator[
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+
+
+def _work_and_exit(work: Callable[[], object], output: Path | None) -> NoReturn:
+    """Exits with the status of the work, or as Python does where a signal comes before or after it."""
+    status = 128 + signal.SIGINT
+    try:
+        if output is not None:
+            file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        try:
+            work()
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        except Exception:
+            status = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def _wait(pid: int) -> int:
@@ -244,7 +252,7 @@ def _ends_of_training(
             printed = output.read_text(encoding="utf-8")
             if not statuses(status) or "Traceback" in printed:
                 run.log.finding(f"{what}: exit status {status}, after {delay:.4f} s: {printed[-2000:]}")
-            if saves and "/s" in printed and not path.exists():
+            if saves and "saved in" in printed and not path.exists():
                 run.log.finding(f"{what}: nothing was saved: {printed[-2000:]}")
             if path.exists() and History.load(path).step < before:
                 run.log.finding(f"{what}: the run went back from step {before} to {History.load(path).step}")
