@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
 from bigramx import reference
 from tests.trust.fuzz_cases import CHARACTERS, PRELUDE, Case
@@ -171,16 +171,16 @@ FROM_OUTSIDE = re.compile(
     r"Could not run 'bigramx::|incompatible function arguments|There were no tensor arguments to this function"
     r"|not implemented under torch.compile|convert all Tensors to FakeTensors|Could not infer dtype of"
 )
-# What the twins raise because of how they compute. Besides, torch.ops takes an int for a bool and a dtype for an int
-# where PyTorch's own functions raise TypeError.
+# What the twins raise because of how they compute; the kernels' loss has a dtype of its own under autocast. Besides,
+# torch.ops takes an int for a bool and a dtype for an int where PyTorch's own functions raise TypeError.
 OF_TWINS = re.compile(
     r"without overflow|result type Complex|does not have a grad_fn|Setting requires_grad=True on inference tensor"
     r"|automatic differentiation|view of a leaf Variable|Could not run 'aten::|can't allocate memory|SparseTensorImpl"
     r"|cannot be saved for backward|not differentiable with respect to argument 'weight'"
-    r"|Cannot access accelerator device"
+    r"|Cannot access accelerator device|expected scalar type \w+ but found"
 )
 # What an argument may be called besides by its name.
-OTHER_WORDS = {"tokens": "token", "text": "character", "probs": "probabilities"}
+OTHER_WORDS = {"tokens": "token", "targets": "target", "text": "character", "probs": "probabilities"}
 INTERNAL = re.compile(r"INTERNAL ASSERT|vector::|std::|basic_string|bad_alloc|pybind11|SymIntArrayRef")
 
 
@@ -192,7 +192,7 @@ def judge_error(
     kind = f"{type(error).__name__}: {message.splitlines()[0] if message else ''}"[:160]
     if isinstance(expected, type(error)) and _bare(case, str(expected)) == _bare(case, message):
         return
-    if OUT_OF_MEMORY.search(message):
+    if OUT_OF_MEMORY.search(message) or (is_fake and isinstance(error, DynamicOutputShapeException)):
         return
     if FROM_OUTSIDE.search(message) or "Padding_idx must be within" in message:  # F.embedding's AssertionError
         return

@@ -99,7 +99,7 @@ def page() -> str:
     trials = [Trial(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
     rows = ["| target | tried | time | findings |", "| --- | --- | --- | --- |"]
     for trial in trials:
-        findings = "<br>".join(trial.findings) or "none"
+        findings = "<br>".join(finding.splitlines()[0] for finding in trial.findings) or "none"
         rows.append(f"| `{trial.target}` | {_counts(trial)} | {_duration(trial.seconds)} | {findings} |")
     places = sorted({f"{trial.date}: {', '.join(f'{k} {v}' for k, v in trial.machine.items())}." for trial in trials})
     return "\n\n".join([INTRODUCTION, "\n".join(rows), *places]) + "\n"
