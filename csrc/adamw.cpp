@@ -173,18 +173,25 @@ void check_plain(const AdamWParams& params) {
     }
 }
 
+AdamWParams params_of(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
+                      const OptionalTensor& max_exp_avg_sq, const at::Tensor& step,
+                      const AdamWOptions& options) {
+    return {std::move(param),
+            grad,
+            std::move(exp_avg),
+            std::move(exp_avg_sq),
+            max_exp_avg_sq.value_or(at::Tensor()),
+            step,
+            options};
+}
+
 }  // namespace
 
 void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Tensor exp_avg_sq,
            const std::optional<at::Tensor>& max_exp_avg_sq, const at::Tensor& step, double lr, double beta1,
            double beta2, double eps, double weight_decay, bool maximize) {
-    AdamWParams params{std::move(param),
-                       grad,
-                       std::move(exp_avg),
-                       std::move(exp_avg_sq),
-                       max_exp_avg_sq.value_or(at::Tensor()),
-                       step,
-                       {lr, beta1, beta2, eps, weight_decay, maximize}};
+    AdamWParams params = params_of(std::move(param), grad, std::move(exp_avg), std::move(exp_avg_sq),
+                                   max_exp_avg_sq, step, {lr, beta1, beta2, eps, weight_decay, maximize});
     check_adamw(kAdamW, params);
     take_step(std::move(params));
 }
@@ -193,13 +200,8 @@ void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at
                 const OptionalTensor& max_exp_avg_sq, at::Tensor step, double lr, double beta1, double beta2,
                 double eps, double weight_decay, bool maximize) {
     RECORD_FUNCTION("bigramx::adamw_", {});  // as the dispatcher would
-    AdamWParams params{std::move(param),
-                       grad,
-                       std::move(exp_avg),
-                       std::move(exp_avg_sq),
-                       max_exp_avg_sq.value_or(at::Tensor()),
-                       step,
-                       {lr, beta1, beta2, eps, weight_decay, maximize}};
+    AdamWParams params = params_of(std::move(param), grad, std::move(exp_avg), std::move(exp_avg_sq),
+                                   max_exp_avg_sq, step, {lr, beta1, beta2, eps, weight_decay, maximize});
     check_plain(params);
     check_writable(kAdamW, "step", step);
     check_adamw(kAdamW, params);

@@ -136,6 +136,13 @@ def call_op(op: str, entry: str, arguments: Arguments) -> Any:
     return getattr(OPS, op)(*values) if entry == "torch.ops" else getattr(ops, op)(*values)
 
 
+def call_changed(op: str, entry: str, name: str, change: Any) -> Any:
+    """The call that succeeds, but for one tensor."""
+    arguments = arguments_of(op)
+    arguments[name] = change(arguments[name])
+    return call_op(op, entry, arguments)
+
+
 def tensors_of(result: Any) -> list[torch.Tensor]:
     results = result if isinstance(result, tuple) else (result,)
     return [value for value in results if isinstance(value, torch.Tensor)]
@@ -176,10 +183,8 @@ def past_the_end(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("spoil", [freed, shrunk, past_the_end], ids=lambda function: function.__name__)
 @pytest.mark.parametrize(("op", "name", "entry"), TENSORS)
 def test_memory_that_does_not_hold_a_tensor(op: str, name: str, entry: str, spoil: Any) -> None:
-    arguments = arguments_of(op)
-    arguments[name] = spoil(arguments[name])
     with pytest.raises(RuntimeError, match=f"expected the storage of {name} to hold its elements"):
-        call_op(op, entry, arguments)
+        call_changed(op, entry, name, spoil)
 
 
 def quantized(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,10 +209,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize(("op", "name", "entry"), TENSORS)
 def test_layouts_without_kernels_are_named(op: str, name: str, entry: str, make: Any) -> None:
-    arguments = arguments_of(op)
-    arguments[name] = make(arguments[name])
     with pytest.raises(NotImplementedError, match=f"not implemented for {name} of layout .*; expected a dense tensor"):
-        call_op(op, entry, arguments)
+        call_changed(op, entry, name, make)
 
 
 def is_written(op: str, name: str) -> bool:

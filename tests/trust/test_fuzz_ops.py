@@ -121,11 +121,11 @@ FOUND: list[tuple[str, dict[str, str]]] = [
     ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"loss_dtype": "torch.complex64"}),
     ("torch.ops.bigramx.embedding_cross_entropy_backward.default", {"targets": "torch.rand(2, 3, 5).softmax(-1)"}),
     ("torch.ops.bigramx.embedding_cross_entropy_backward.default", {"grad_loss": "torch.ones((), dtype=torch.int64)"}),
-    *(("ops.adamw_", {name: "freed(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
-    *(("ops.adamw_", {name: "negated(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
-    *(("ops.adamw_", {name: "imaginary(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
-    *(("ops.adamw_", {name: "inference(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
-    *(("ops.adamw_", {name: "parameter(torch.rand(5, 5))"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+    *(
+        ("ops.adamw_", {name: f"{odd}(torch.rand(5, 5))"})
+        for odd in ("freed", "negated", "imaginary", "inference", "parameter")
+        for name in ("param", "grad", "exp_avg", "exp_avg_sq")
+    ),
     *(("_C.adamw_step", {name: "torch.rand(5, 5).to_sparse()"}) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
     ("_C.adamw_step", {"param": "zero_tensor(torch.rand(5, 5))"}),
     ("_C.adamw_step", {"step": "inference(torch.tensor(3.0))"}),
