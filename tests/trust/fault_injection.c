@@ -10,7 +10,6 @@
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -61,10 +60,7 @@ static int allocation_fails(size_t bytes) {
     }
 
 WRAP(int, fsync, -1, (int fd), (fd))
-WRAP(int, fdatasync, -1, (int fd), (fd))
 WRAP(int, rename, -1, (const char* from, const char* to), (from, to))
-WRAP(int, renameat, -1, (int from_fd, const char* from, int to_fd, const char* to),
-     (from_fd, from, to_fd, to))
 WRAP(int, link, -1, (const char* from, const char* to), (from, to))
 WRAP(int, unlink, -1, (const char* path), (path))
 WRAP(int, fchmod, -1, (int fd, mode_t mode), (fd, mode))
@@ -74,10 +70,6 @@ WRAP(int, ftruncate64, -1, (int fd, off64_t size), (fd, size))
 WRAP(int, flock, -1, (int fd, int operation), (fd, operation))
 WRAP(off64_t, lseek64, -1, (int fd, off64_t offset, int whence), (fd, offset, whence))
 WRAP(ssize_t, read, -1, (int fd, void* bytes, size_t size), (fd, bytes, size))
-WRAP(ssize_t, pread64, -1, (int fd, void* bytes, size_t size, off64_t at), (fd, bytes, size, at))
-WRAP(ssize_t, pwrite64, -1, (int fd, const void* bytes, size_t size, off64_t at), (fd, bytes, size, at))
-WRAP(void*, mmap64, MAP_FAILED, (void* at, size_t size, int protection, int flags, int fd, off64_t offset),
-     (at, size, protection, flags, fd, offset))
 
 // "short write": half of the bytes arrive, as a disk that fills up may do.
 ssize_t write(int fd, const void* bytes, size_t size) {
