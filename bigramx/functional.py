@@ -220,7 +220,8 @@ def multinomial(
         sampler: ``"torch"`` draws as torch.multinomial does, and leaves the generator in the same state; the default on
             the CPU, and only available there. ``"philox"`` draws by a counter from one 64-bit seed: sample k of row b
             depends on (seed, b, k) and the row alone, without replacement also on the samples before it; faster,
-            especially for large V; the default on a GPU.
+            especially for large V; the default on a GPU. Its distribution is within V 2^-54 of the probabilities, in
+            total variation.
         generator: Where the randomness comes from; None: PyTorch's default generator.
 
     Returns:
@@ -279,7 +280,8 @@ def generate(
         sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,
             equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU, and
             only available there. ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on
-            (seed, b, t) alone; the default on a GPU.
+            (seed, b, t) alone; the default on a GPU. Its distribution is within V 2^-54 of the probabilities, in total
+            variation, beside the rounding of float32 exponentials.
         generator: Where the randomness comes from; None: PyTorch's default generator, on a GPU that of the device. One
             on the CPU gives the same tokens on a GPU as on the CPU.
 

@@ -235,6 +235,7 @@ def fit(
             is on.
         NotImplementedError: The norm of a sparse gradient is to be clipped.
         IndexError: A token is out of range for the model.
+        OverflowError: ``batch_size`` or ``block_size`` does not fit into 64 bits.
         MemoryError: The table, its gradient and the optimizer's states cannot fit into memory.
     """
     if torch.is_inference_mode_enabled():
