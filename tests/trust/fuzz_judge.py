@@ -2,6 +2,10 @@
 
 A call returns what its twin in bigramx.reference returns, or raises an error of PyTorch's that names an argument. It
 writes to nothing but what its schema says, and not at all where it raises; it leaves PyTorch's settings as they were.
+
+Each call begins with the same dispatch keys, whatever PyTorch left of the one before. Within an op on fake tensors it
+may fail to print a large tensor; the frame of Tensor.__repr__ then lives as long as the traceback, and in it a guard,
+which at its end sets the keys that it found, those within the op: nothing records a gradient any more.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -147,9 +152,23 @@ def _offsets(tensor: Tensor, nbytes: int) -> Tensor:
     return torch.arange(nbytes).as_strided(shape, strides, tensor.storage_offset() * size).reshape(-1)
 
 
+KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def unwind(error: BaseException | None) -> None:
+    """Drops what the frames of an error hold, as its end would do later."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 def settings() -> dict[str, object]:
     """What a call leaves as it was."""
     return {
+        "dispatch keys": (
+            str(torch._C._dispatch_tls_local_include_set()),
+            str(torch._C._dispatch_tls_local_exclude_set()),
+        ),
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "default dtype": torch.get_default_dtype(),
@@ -278,8 +297,10 @@ def _adamw_step(step: Tensor, **arguments: Any) -> None:
 
 
 def _fit(beta2: float, **arguments: Any) -> int:
-    if not beta2 > 0.1:
-        raise NoTwinError  # a gradient is then divided by itself: the sign of a rounding error makes a whole step
+    # Where a gradient is divided by itself, or is 0 but for rounding, as that of a single class is, the rounding error
+    # makes a whole step.
+    if not beta2 > 0.1 or arguments["weight"].size(-1) == 1:
+        raise NoTwinError
     return reference.fit_(beta2=beta2, **arguments)
 
 
@@ -288,7 +309,8 @@ def _encode(text: str) -> Tensor:
 
 
 def _decode(tokens: Any) -> str:
-    return "".join(CHARACTERS[token] for token in torch.as_tensor(tokens).flatten().tolist())
+    tokens = torch.as_tensor(tokens)
+    return "".join(CHARACTERS[token] for token in tokens.flatten().tolist()) if tokens.numel() > 0 else ""
 
 
 TWINS: dict[str, Callable[..., Any]] = {
@@ -340,8 +362,8 @@ def _is_differentiated(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_leaf and value.requires_grad and value.grad is not None
 
 
-def differ(actual: Any, expected: Any, tolerance: float) -> str:
-    """How two values differ, or nothing."""
+def differ(actual: Any, expected: Any, tolerance: float, scale: float = 1.0) -> str:
+    """How two values differ, or nothing. scale: of the terms that they are sums of, which may cancel."""
     if expected is None:
         return ""
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
@@ -350,15 +372,16 @@ def differ(actual: Any, expected: Any, tolerance: float) -> str:
         return f"{actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
     if not is_dense(actual) or not is_dense(expected):
         return ""
-    return _difference(actual.detach(), expected.detach(), tolerance if expected.is_floating_point() else 0.0)
+    return _difference(actual.detach(), expected.detach(), tolerance if expected.is_floating_point() else 0.0, scale)
 
 
-def _difference(actual: Tensor, expected: Tensor, tolerance: float) -> str:
+def _difference(actual: Tensor, expected: Tensor, tolerance: float, scale: float) -> str:
     if torch.equal(actual, expected):
         return ""
     wide = actual.double().flatten(), expected.double().flatten()
     finite = wide[1].isfinite()
-    scale = max(float(wide[1][finite].abs().max()), 1.0) if finite.any() else 1.0
+    if finite.any():
+        scale = max(scale, float(wide[1][finite].abs().max()))
     close = torch.isclose(*wide, rtol=0, atol=tolerance * scale, equal_nan=True)
     if close.all():
         return "" if tolerance > 0 else "integers that are equal as float64"
@@ -373,6 +396,16 @@ def _tolerance(arguments: Mapping[str, Any]) -> float:
     """That of the narrowest dtype among the arguments."""
     dtypes = [value.dtype for value in arguments.values() if isinstance(value, Tensor)]
     return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=0.0)
+
+
+def _scale(arguments: Mapping[str, Any]) -> float:
+    """That of the terms of a loss that is no mean: of its class weights."""
+    weights = arguments.get("class_weight")
+    if not isinstance(weights, Tensor) or not is_dense(weights) or arguments["reduction"] in (1, "mean"):
+        return 1.0
+    largest: float = max(weights[weights.isfinite()].double().abs().tolist(), default=0.0)
+    num_pairs: int = arguments["targets"].numel()
+    return max(1.0, num_pairs * largest)
 
 
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,6 +434,11 @@ def written_by(case: Case) -> set[str]:
 
 def run(case: Case, begin_stage: Callable[[str], None] = _ignore) -> Verdict:
     """Makes the call, and judges it. begin_stage: told what comes next."""
+    with torch._C._ForceDispatchKeyGuard(*KEYS):
+        return _run(case, begin_stage)
+
+
+def _run(case: Case, begin_stage: Callable[[str], None]) -> Verdict:
     torch.set_num_threads(1)
     try:
         arguments = build(case)
@@ -419,12 +457,18 @@ def run(case: Case, begin_stage: Callable[[str], None] = _ignore) -> Verdict:
     try:
         with context:
             returned = function(*positional, **keywords)
+            if returned is NotImplemented:  # of what `_C` binds; ops.direct then asks the op
+                raise TypeError("incompatible function arguments")
             differentiate(returned)
         outcome: Results | BaseException = Results(returned, arguments, torch.get_rng_state())
     except BaseException as error:
+        unwind(error)
         outcome = error
     begin_stage("judgement")
-    changed = [Finding(f"changes the {what}") for what, value in settings().items() if before[what] != value]
+    after = settings()
+    if has_fakes(arguments) and not isinstance(outcome, Results):
+        after["dispatch keys"] = before["dispatch keys"]  # PyTorch's, not ours
+    changed = [Finding(f"changes the {what}") for what, value in after.items() if before[what] != value]
     torch.set_num_threads(1)
     if isinstance(outcome, Results):
         verdict = _judge_returned(case, outcome, begin_stage)
@@ -498,16 +542,18 @@ def _plain(case: Case, begin_stage: Callable[[str], None], *, wide: bool = False
 
 
 def _compare(case: Case, actual: Results, expected: Results) -> Iterator[Finding]:
-    tolerance = _tolerance(actual.arguments)
+    tolerance, scale = _tolerance(actual.arguments), _scale(actual.arguments)
     values, plain_values = actual.values(written_by(case)), expected.values(written_by(case))
-    found = {name: differ(values.get(name), value, tolerance) for name, value in plain_values.items()}
+    found = {name: differ(values.get(name), value, tolerance, scale) for name, value in plain_values.items()}
     exact: Results | BaseException | None = None
     for name in [name for name, difference in found.items() if difference]:
         if not isinstance(plain_values[name], Tensor) or not plain_values[name].is_floating_point():
             continue
         exact = exact or _plain(case, _ignore, wide=True)
         exact_value = exact.values(written_by(case)).get(name) if isinstance(exact, Results) else None
-        if exact_value is not None and differ(plain_values[name], exact_value.to(plain_values[name].dtype), tolerance):
+        if exact_value is not None and differ(
+            plain_values[name], exact_value.to(plain_values[name].dtype), tolerance, scale
+        ):
             found[name] = ""  # where float64 gives something else, PyTorch itself does not know
     for name, difference in found.items():
         if difference:
