@@ -79,7 +79,7 @@ def test_bin_is_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
         assert data.read_bin(path).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64])
 @pytest.mark.parametrize("num_tokens", [1, 2**18, 2**19 + 1])
 def test_range_of_tokens(dtype: torch.dtype, num_tokens: int) -> None:
     tokens = torch.full((2 * num_tokens,), 7).to(dtype)[::2]
