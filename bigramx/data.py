@@ -233,10 +233,12 @@ class _Reader:
             yield from self._rows(_tensor_of(values), name)
 
     def _of_arrow(self, column: Any, name: str) -> Iterator[Shard]:
-        """Of integers, or of lists of them: each list is a shard."""
-        first = 0
+        """Of integers, or of lists of them: each list is a shard, in the memory of the column."""
+        first, has_rows = 0, "list" in str(column.type)
+        if not has_rows and hasattr(column, "chunks"):  # one sequence, however many chunks it is stored in
+            memory.check_room(column.nbytes, f"{name}, {len(column):,} tokens,")
+            column = column.combine_chunks()
         for chunk in getattr(column, "chunks", [column]):
-            has_rows = hasattr(chunk, "flatten")
             try:
                 values = _tensor_of((chunk.flatten() if has_rows else chunk).to_numpy())
             except (ValueError, TypeError, NotImplementedError):
