@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigramx import memory, ops, storage
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
-from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_tokens, read_meta
+from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_bin, open_tokens, read_meta
 from bigramx.tokenizer import CharTokenizer
 
 __all__ = [
@@ -129,7 +129,7 @@ def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
             ``dtype``.
         OSError: It cannot be read, or is no regular file.
     """
-    return open_tokens(path, _dtype_of(dtype)).tokens
+    return open_bin(path, _dtype_of(dtype)).tokens
 
 
 def read_tokens(

@@ -8,7 +8,7 @@ import os
 import pickletools
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeGuard
 
 import torch
@@ -81,13 +81,28 @@ def open_tokens(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
         ValueError: The file holds something else, or not what its header says, or tokens of another dtype.
         OSError: It cannot be read, or is no regular file.
     """
+    return (open_npy if os.fsdecode(path).lower().endswith(".npy") else open_bin)(path, dtype)
+
+
+def open_bin(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
+    """``open_tokens``, of a file with llm.c's header or none, whatever its name is."""
+    return _open(path, dtype, _bin_tokens)
+
+
+def open_npy(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
+    """``open_tokens``, of a NumPy file."""
+    return _open(path, dtype, _npy_tokens)
+
+
+def _open(
+    path: AnyPath, dtype: torch.dtype | None, find: Callable[[IO[bytes], str, int, torch.dtype | None], TokenFile]
+) -> Shard:
     with storage.open_to_read(path) as file:  # type: ignore[arg-type]
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "expected a regular file, got a pipe", os.fsdecode(path))
-        read = _npy_tokens if os.fsdecode(path).lower().endswith(".npy") else _bin_tokens
         try:
-            tokens = read(file, os.fsdecode(path), status.st_size, dtype)
+            tokens = find(file, os.fsdecode(path), status.st_size, dtype)
         except ValueError as error:
             raise ValueError(f"{storage.name_of(path)}: {error}") from None  # type: ignore[arg-type]
         return Shard(tokens.map(file), os.fsdecode(path), tokens)
