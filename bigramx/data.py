@@ -441,7 +441,7 @@ def get_batch(
 def _gather_batch(
     tokens: TokenShards, batch_size: int, block_size: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    # The op's errors, and its results to be filled, from as many tokens in no memory.
+    # The op's errors, and its results to be filled: it is given as many tokens in no memory.
     stand_in = torch.zeros((), dtype=torch.uint8, device="cpu").expand(len(tokens))
     idx, targets = ops.get_batch(stand_in, batch_size, block_size, torch.Generator())
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
