@@ -445,7 +445,5 @@ def _gather_batch(
     stand_in = torch.zeros((), dtype=torch.uint8, device="cpu").expand(len(tokens))
     idx, targets = ops.get_batch(stand_in, batch_size, block_size, torch.Generator())
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
-    for b, offset in enumerate(offsets.tolist()):
-        block = tokens[offset : offset + block_size + 1]
-        idx[b], targets[b] = block[:-1], block[1:]
-    return idx, targets
+    blocks = torch.stack([tokens[offset : offset + block_size + 1] for offset in offsets.tolist()])
+    return idx.copy_(blocks[:, :-1]), targets.copy_(blocks[:, 1:])

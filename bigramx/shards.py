@@ -209,7 +209,7 @@ class TokenShards:
             raise ValueError("step must be greater than zero")
         views, skipped = [], 0
         for part in self._parts_between(begin, end):
-            view = part.tokens[skipped::step]
+            view = part.tokens if step == 1 else part.tokens[skipped::step]
             skipped = (skipped - part.tokens.numel()) % step
             if view.numel() > 0:
                 views.append(view)
