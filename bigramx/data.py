@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from bigramx import memory, ops, storage
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
 from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_bin, open_tokens, read_meta
-from bigramx.tokenizer import CharTokenizer
+from bigramx.tokenizer import CharTokenizer, adapt
 
 __all__ = [
     "NanoGPT",
@@ -31,6 +31,8 @@ __all__ = [
     "read_tokens",
     "split",
 ]
+
+_Tokens = TypeVar("_Tokens", Tensor, TokenShards)
 
 _TOP = "paths"  # the name of read_tokens' argument
 _CHUNK = 2**18  # tokens that are read at once
@@ -137,19 +139,21 @@ def read_tokens(
 ) -> TokenShards:
     """Tokens of files, or of memory, as one lazy sequence of shards.
 
-    Files are memory-mapped, and stay on their disk. A folder stands for the files in it and its folders, a pattern
-    (``fineweb_train_*.bin``, ``corpus/**/*.txt``) for those that match, both in the order of their names; what is
-    hidden is left out. By its name a file is
+    Files are memory-mapped, stay on their disk, and must not be cut short meanwhile (see ``read_bin``). A folder stands
+    for the files in it and its folders, a pattern (``fineweb_train_*.bin``, ``corpus/**/*.txt``) for those that match,
+    both in the order of their names; what is hidden is left out. By its name a file is
 
     - ``.bin``: tokens, of nanoGPT without a header, or of llm.c and FineWeb with one (see ``read_bin``);
     - ``.npy``: a NumPy array, 1-D;
-    - any other: UTF-8 text, which the tokenizer encodes. In a folder that has files of tokens, these alone are read.
+    - any other: UTF-8 text, which the tokenizer encodes.
+
+    Of a folder that has files of tokens these alone are read; of another what is text, with a warning if there is more.
 
     Args:
         paths: A path, folder or pattern; or tokens: a Tensor, a NumPy array or memmap, a list of ints, a column of a
             Hugging Face dataset, TokenShards; or a sequence of these. Where there are two dimensions (rows of an array,
             lists in a list) each row is a shard of its own.
-        tokenizer: Encodes texts, each a shard.
+        tokenizer: Encodes texts, each a shard: anything that ``tokenizer.adapt`` takes.
         dtype: uint8, uint16, uint32, int32 or int64: what ``.bin`` files without a header hold, and the rest must.
         eot: The token that ends a document.
 
@@ -161,6 +165,9 @@ def read_tokens(
         RuntimeError: A Tensor or an array has more than two dimensions, or holds no integers.
         OSError: A file cannot be read, or is no regular file.
         MemoryError: A text is too large.
+
+    Warns:
+        UserWarning: Files of a folder are no texts, and left out.
     """
     reader = _Reader(tokenizer, _dtype_of(dtype))
     return TokenShards.of(reader.shards(paths, _TOP), eot)
@@ -170,7 +177,8 @@ class _Reader:
     """Makes shards of what ``read_tokens`` is given."""
 
     def __init__(self, tokenizer: Any, dtype: torch.dtype | None) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
+        self._tokenizer = None if tokenizer is None else adapt(tokenizer)
+        self._dtype = dtype
 
     def shards(self, source: Any, name: str) -> Iterator[Shard]:
         """Those of anything; ``name`` is what errors call it where it has no path."""
@@ -203,7 +211,10 @@ class _Reader:
         text, num_bytes = _read_sized_text(path)
         if isinstance(self._tokenizer, CharTokenizer):
             memory.check_room(8 * len(text), f"{storage.name_of(path)}: encoding {len(text):,} characters")
-        tokens = torch.as_tensor(self._tokenizer.encode(text), dtype=torch.int64)
+        try:
+            tokens = self._tokenizer.encode(text)
+        except ValueError as error:
+            raise ValueError(f"{storage.name_of(path)}: {error}") from None
         narrow = torch.uint16 if self._tokenizer.vocab_size <= 2**16 else torch.int32
         return Shard(_converted(tokens, self._dtype or narrow, path), path, num_bytes=num_bytes)
 
@@ -393,12 +404,12 @@ def documents(tokens: Tensor | TokenShards, eot: int | None = None) -> Iterator[
         begin += shard.numel()
 
 
-def split(tokens: Any, train_fraction: float | None = None) -> tuple[Any, Any]:
+def split(tokens: _Tokens, train_fraction: float | None = None) -> tuple[_Tokens, _Tokens]:
     """The first part of the tokens for training and the rest for validation; views, as in the lecture.
 
     Args:
         tokens: (N) tokens, or TokenShards.
-        train_fraction: How large the first part is. None: 0.9, or TokenShards as the names of their files say.
+        train_fraction: How large the first part is. None: 0.9; or, of TokenShards, as their files are named.
 
     Raises:
         ValueError: ``train_fraction`` is not between 0 and 1.

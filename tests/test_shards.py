@@ -127,16 +127,27 @@ class TestSplit:
             assert torch.equal(ours[:], expected)
         assert [len(part) for part in data.split(shards)] == [len(part) for part in data.split(whole)]
 
-    @pytest.mark.parametrize("name", ["val", "fineweb_val_000000", "TinyStories-VAL", "x.valid", "validation_1"])
-    def test_by_the_names_of_files(self, tmp_path: Path, name: str) -> None:
-        written(tmp_path, **{"a_train_1": [1, 2], "interval": [3], name: [4, 5], "train2": [6]})
-        train, val = data.split(data.read_tokens(tmp_path, eot=9))
-        assert sorted(train[:].tolist()) == [1, 2, 3, 6]
-        assert val[:].tolist() == [4, 5]
-        assert train.eot == val.eot == 9
+    @pytest.mark.parametrize(
+        ("train", "val"),
+        [
+            ("train", "val"),
+            ("fineweb_train_000001", "fineweb_val_000000"),
+            ("TinyStories-Train", "TinyStories-VAL"),
+            ("wiki.training", "wiki.valid"),
+            ("z_train2", "a_validation"),
+        ],
+    )
+    def test_as_the_names_of_files_say(self, tmp_path: Path, train: str, val: str) -> None:
+        written(tmp_path, **{train: [1, 2], val: [4, 5, 6], "some.test": [7]})
+        parts = data.split(data.read_tokens(tmp_path, eot=9))
+        assert [part[:].tolist() for part in parts] == [[1, 2], [4, 5, 6]]
+        assert parts[0].eot == parts[1].eot == 9
         assert [len(part) for part in data.split(data.read_tokens(tmp_path), 0.5)] == [3, 3]
-        alone = data.read_tokens(tmp_path / f"{name}.bin")
-        assert [len(part) for part in data.split(alone)] == [1, 1]
+        written(tmp_path, other=[1, 2, 3, 4])  # of which nothing is said
+        assert [len(part) for part in data.split(data.read_tokens(tmp_path))] == [9, 1]
+        for alone in (train, val):
+            tokens = data.read_tokens(tmp_path / f"{alone}.bin")
+            assert [len(part) for part in data.split(tokens)] == [len(tokens) - 1, 1]
 
     def test_bad_fractions(self) -> None:
         with pytest.raises(ValueError, match=r"got 1\.5"):
