@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import codecs
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from bigramx import memory, ops, storage
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
 from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_bin, open_tokens, read_meta
-from bigramx.tokenizer import CharTokenizer, adapt
+from bigramx.tokenizer import CharTokenizer, Tokenizer, adapt
 
 __all__ = [
     "NanoGPT",
@@ -36,6 +35,7 @@ _Tokens = TypeVar("_Tokens", Tensor, TokenShards)
 
 _TOP = "paths"  # the name of read_tokens' argument
 _CHUNK = 2**18  # tokens that are read at once
+_DTYPE_OF_SIZE = {2**8: torch.uint8, 2**16: torch.uint16, 2**31: torch.int32, 2**63: torch.int64}  # of a vocabulary
 _MAX_COUNTS = 2**27  # entries, of 8 bytes: 1 GB
 
 
@@ -98,14 +98,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: It cannot be read, or is no regular file.
         MemoryError: It does not fit into memory.
     """
-    return _read_sized_text(path)[0]
-
-
-def _read_sized_text(path: str | os.PathLike[str]) -> tuple[str, int]:
-    """A text, and its bytes without the mark."""
     content = storage.read_file(path)
     try:
-        return str(content, "utf-8-sig"), len(content) - len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
+        return str(content, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{storage.name_of(path)}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
@@ -152,7 +147,7 @@ def read_tokens(
     Args:
         paths: A path, folder or pattern; or tokens: a Tensor, a NumPy array or memmap, a list of ints, a column of a
             Hugging Face dataset, TokenShards; or a sequence of these. Where there are two dimensions (rows of an array,
-            lists in a list) each row is a shard of its own.
+            lists in a list) each row is a shard of its own, as is each text of a column.
         tokenizer: Encodes texts, each a shard: anything that ``tokenizer.adapt`` takes.
         dtype: uint8, uint16, uint32, int32 or int64: what ``.bin`` files without a header hold, and the rest must.
         eot: The token that ends a document.
@@ -208,15 +203,18 @@ class _Reader:
         if self._tokenizer is None:
             storage.open_to_read(path).close()  # raises if there is none
             raise ValueError(f"{storage.name_of(path)}: expected a tokenizer for a text, or a .bin or .npy file")
-        text, num_bytes = _read_sized_text(path)
-        if isinstance(self._tokenizer, CharTokenizer):
-            memory.check_room(8 * len(text), f"{storage.name_of(path)}: encoding {len(text):,} characters")
+        return self._encoded(read_text(path), path, self._tokenizer)
+
+    def _encoded(self, text: str, name: str, tokenizer: Tokenizer) -> Shard:
+        printable = storage.printable(name)
+        if isinstance(tokenizer, CharTokenizer):
+            memory.check_room(8 * len(text), f"{printable}: encoding {len(text):,} characters")
         try:
-            tokens = self._tokenizer.encode(text)
+            tokens = tokenizer.encode(text)
         except ValueError as error:
-            raise ValueError(f"{storage.name_of(path)}: {error}") from None
-        narrow = torch.uint16 if self._tokenizer.vocab_size <= 2**16 else torch.int32
-        return Shard(_converted(tokens, self._dtype or narrow, path), path, num_bytes=num_bytes)
+            raise ValueError(f"{printable}: {error}") from None
+        dtype = self._dtype or next(dtype for size, dtype in _DTYPE_OF_SIZE.items() if tokenizer.vocab_size <= size)
+        return Shard(_converted(tokens, dtype, name), name, num_bytes=_num_bytes(text))
 
     def _stored(self, tokens: Tensor, name: str) -> Shard:
         """A shard of tokens, (N) int64, that no one else holds."""
@@ -244,8 +242,12 @@ class _Reader:
             yield from self._rows(_tensor_of(values), name)
 
     def _of_arrow(self, column: Any, name: str) -> Iterator[Shard]:
-        """Of integers, or of lists of them: each list is a shard, in the memory of the column."""
+        """Of integers, or of lists of them, each a shard, in the memory of the column; or of texts to be encoded."""
         first, has_rows = 0, "list" in str(column.type)
+        if self._tokenizer is not None and "string" in str(column.type) and not has_rows and column.null_count == 0:
+            for k, text in enumerate(column):
+                yield self._encoded(text.as_py(), f"{name}[{k}]", self._tokenizer)
+            return
         if not has_rows and hasattr(column, "chunks"):  # one sequence, however many chunks it is stored in
             memory.check_room(column.nbytes, f"{name}, {len(column):,} tokens,")
             column = column.combine_chunks()
@@ -273,6 +275,11 @@ class _Reader:
             return
         for k, item in enumerate(items):
             yield from self.shards(item, f"{name}[{k}]")
+
+
+def _num_bytes(text: str) -> int:
+    """Of the text in UTF-8."""
+    return sum(len(text[k : k + _CHUNK].encode("utf-8", "surrogatepass")) for k in range(0, len(text), _CHUNK))
 
 
 def _arrow_of(source: Any) -> Any:

@@ -420,9 +420,9 @@ class TestTexts:
         tokenizer = CharTokenizer("aé")
         shards = data.read_tokens(tmp_path, tokenizer=tokenizer, eot=1)
         assert [shard.tolist() for shard in shards.shards] == [[0, 1], []]
-        assert (shards.dtype, shards.num_bytes, shards.eot) == (torch.uint16, 3, 1)
+        assert (shards.dtype, shards.num_bytes, shards.eot) == (torch.uint8, 3, 1)
         assert shards.between(0, 1).num_bytes is None
-        assert data.read_tokens(tmp_path, tokenizer=tokenizer, dtype="uint8").dtype == torch.uint8
+        assert data.read_tokens(tmp_path, tokenizer=tokenizer, dtype="uint32").dtype == torch.uint32
         assert data.read_tokens([tmp_path, [1]], tokenizer=tokenizer).num_bytes is None
 
     def test_by_any_tokenizer(self, tmp_path: Path) -> None:
