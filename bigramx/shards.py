@@ -22,10 +22,11 @@ from torch import Tensor
 from bigramx import memory, storage
 
 DTYPES = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
-_NOT_RESERVED = 0x4000  # MAP_NORESERVE, which Python's mmap names from 3.11 on
+_NOT_RESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.10 does not name it
 _PURPOSES = {"val": {"val", "valid", "validation"}, "test": {"test"}, "train": {"train", "training"}}
 _NAMES_SHOWN = 3
 _TOKENS_AT_ONCE = 2**14  # that iteration makes tensors of
+_FEW = 2**20  # tokens, for which there is always room
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -219,7 +220,8 @@ class TokenShards:
         if len(views) == 1:
             return views[0].to(self.dtype)
         num_tokens = sum(view.numel() for view in views)
-        memory.check_room(num_tokens * self.dtype.itemsize, f"a copy of {num_tokens:,} tokens")
+        if num_tokens > _FEW:  # asking takes longer than copying a few
+            memory.check_room(num_tokens * self.dtype.itemsize, f"a copy of {num_tokens:,} tokens")
         return torch.cat([view.to(self.dtype) for view in views])
 
     def __iter__(self) -> Iterator[Tensor]:
