@@ -7,14 +7,21 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "base/python.h"
 
 namespace bigramx {
+
+// How an argument is held during the call: a list in memory of its own.
+template <typename Argument>
+using Held = std::conditional_t<std::is_same_v<Argument, at::IntArrayRef>, std::vector<int64_t>,
+                                std::decay_t<Argument>>;
 
 template <typename Signature>
 struct DirectOp;
@@ -62,7 +69,7 @@ struct DirectOp<Return(Arguments...)> {
         if (!fits) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
         const auto run = [&]() -> Return {
             const ReleasedGil others_run;
-            return function(pybind11::detail::cast_op<std::decay_t<Arguments>&>(std::get<k>(casters))...);
+            return function(pybind11::detail::cast_op<Held<Arguments>&>(std::get<k>(casters))...);
         };
         if constexpr (std::is_void_v<Return>) {
             run();
