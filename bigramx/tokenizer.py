@@ -288,7 +288,9 @@ def _read_any(content: bytes, pattern: str | None, special_tokens: Mapping[str, 
         if pattern is None:
             raise ValueError("a .tiktoken file lacks the pattern that cuts a text into words: expected pattern=")
         return TiktokenTokenizer.of_parts(pattern, parse_ranks(content), special_tokens)
-    return SentencePieceTokenizer(content)
+    if content.startswith(b"\n"):  # the tag of the first piece
+        return SentencePieceTokenizer(content)
+    raise ValueError("not a tokenizer: no JSON, no .model of SentencePiece or minbpe, no .tiktoken file")
 
 
 def train_bpe(
