@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigramx.functional import Reduction, Sampler, _stop_tokens
+from bigramx.functional import Reduction, Sampler, stop_tokens
+from bigramx.shards import TokenShards
 
 
 class BigramLanguageModel(nn.Module):
@@ -287,7 +288,7 @@ def share_of_total(r: Tensor, total: Tensor) -> Tensor:
 
 
 def get_batch(
-    tokens: Tensor, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+    tokens: Tensor | TokenShards, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """See data.get_batch: the lecture's stacks of slices."""
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
