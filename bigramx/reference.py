@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigramx.functional import Reduction, Sampler, stop_tokens
+from bigramx.functional import Reduction, Sampler, _stop_tokens
 from bigramx.shards import TokenShards
 
 
