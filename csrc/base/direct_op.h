@@ -62,7 +62,7 @@ struct DirectOp<Return(Arguments...)> {
     template <typename Function, size_t... k>
     static pybind11::object call(const Function& function, const pybind11::args& arguments,
                                  std::index_sequence<k...>) {
-        std::tuple<pybind11::detail::make_caster<Arguments>...> casters;
+        std::tuple<pybind11::detail::make_caster<Held<Arguments>>...> casters;
         // A bool is no other object that happens to be true.
         const bool fits = arguments.size() == sizeof...(k) &&
                           (std::get<k>(casters).load(arguments[k], !std::is_same_v<Arguments, bool>) && ...);
