@@ -444,8 +444,9 @@ class _Job:
 
     def _enter(self, stage: str) -> None:
         self._next_time = 0.0
-        self._advance()
+        self._advance()  # what is left of the stage before
         self._stage, self._next_time = stage, 0.0
+        self._advance()
 
     def _advance(self, num_bytes: int = 0, num_tokens: int = 0) -> None:
         """Tells the other ranks, and the user, what is done; hears of their errors."""
@@ -514,13 +515,14 @@ class _Job:
                 num_bytes = piece.num_bytes * num_done // total - piece.num_bytes * before // total
                 self._advance(num_bytes, num_tokens)
 
+            running.begin(piece)
             try:
                 running.counts.update(tokens, progress=advance)
             except IndexError:
                 with _naming(piece.path):
                     data.check_range(shard, running.counts.vocab_size)
                 raise
-            running.add(piece)
+            running.save_when_due()
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -573,11 +575,23 @@ class _Running:
                 self._pieces |= partial.pieces
                 self._superseded.append(partial.path)
         self._num_saved = len(self._pieces)
+        self._piece: _Piece | None = None
+        self._num_pairs = 0
         self._next_time = time.monotonic() + interval
 
-    def add(self, piece: _Piece) -> None:
-        """The piece is counted; saves when it is time."""
-        self._pieces.add(piece)
+    def begin(self, piece: _Piece) -> None:
+        """What is added to the counts now is this piece, whole or not at all."""
+        self._settle()
+        self._num_pairs = self.counts.num_pairs
+        self._piece = piece
+
+    def _settle(self) -> None:
+        """Tells by the counts whether the piece has been added: an interrupt may come at any moment."""
+        if self._piece is not None and self.counts.num_pairs > self._num_pairs:
+            self._pieces.add(self._piece)
+
+    def save_when_due(self) -> None:
+        """Saves once in each interval, and rarely if that takes long."""
         if time.monotonic() >= self._next_time:
             begin = time.monotonic()
             self.save()
@@ -586,6 +600,7 @@ class _Running:
 
     def save(self) -> None:
         """Writes the counts, if there are new ones, and removes the files that they were taken from."""
+        self._settle()
         if len(self._pieces) == self._num_saved:
             return
         self._path.parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,11 @@ class Outcome:
 
 
 def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> list[Outcome]:
-    """The shards of the folder, counted by so many ranks. ``before_update`` is called with the rank, and how often."""
-    before_update = options.pop("before_update", None)
+    """The shards of the folder, counted by so many ranks.
+
+    ``before_update`` is called by each rank with its number, and how often it has been; ``beside`` by this process.
+    """
+    before_update, beside = options.pop("before_update", None), options.pop("beside", lambda: None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     pids = []
@@ -60,6 +65,7 @@ def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> l
             run_rank(rank, folder, output, before_update, options)
         pids.append(pid)
     begin = time.monotonic()
+    beside()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert time.monotonic() - begin < 30, "the ranks took long to end"
     outcomes = []
@@ -179,6 +185,31 @@ def a_killed_rank_ends_all_by_its_name(folder: Path) -> None:
             assert f"RankError: rank {victim}" in outcome.raised, outcome
             assert "died" in outcome.raised, outcome
         assert not (folder / f"without {victim}" / "counts.safetensors.index.json").exists()
+
+
+@check
+def a_rank_that_does_not_answer_ends_all(folder: Path) -> None:
+    write_shards(folder)
+    stopped = folder / "stopped"
+
+    def before_update(rank: int, k: int) -> None:
+        if rank == 1 and k == 1:
+            stopped.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while rank != 1 and k > 0 and not stopped.exists():
+            time.sleep(0.01)
+
+    def kill_at_last() -> None:
+        """Rank 1, when the others have ended."""
+        while len(list(folder.glob("outcome-*.json"))) < 2:
+            time.sleep(0.01)
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+
+    outcomes = run_ranks(folder, 3, before_update=before_update, timeout=timedelta(seconds=1), beside=kill_at_last)
+    assert outcomes.pop(1).status == -signal.SIGKILL
+    for outcome in outcomes:
+        assert outcome.status == 1
+        assert re.match("RankError: .*rank 1.* died, or does not answer", outcome.raised), outcome
 
 
 @check
