@@ -131,9 +131,13 @@ class _Options(NamedTuple):
     dtype: torch.dtype | str | None
     tokenizer: Encoder | None
 
-    def open(self, path: str) -> Tensor:
-        """The tokens of a shard, (N)."""
-        (tokens,) = data.read_tokens(path, tokenizer=self.tokenizer, dtype=self.dtype).shards
+    def open(self, piece: _Piece) -> Tensor:
+        """The tokens of the shard that it is a piece of, (N)."""
+        size = os.stat(piece.path).st_size
+        if size != piece.size:
+            name = storage.name_of(piece.path)
+            raise ValueError(f"{name}: expected {piece.size} bytes as rank 0 found at the start, got {size} bytes")
+        (tokens,) = data.read_tokens(piece.path, tokenizer=self.tokenizer, dtype=self.dtype).shards
         return tokens
 
     def described(self) -> dict[str, object]:
@@ -427,7 +431,7 @@ class _Job:
         path, shard = "", torch.empty(0)
         while (k := self._ranks.claim(self._stage)) < len(pieces):
             if pieces[k].path != path:
-                path, shard = pieces[k].path, options.open(pieces[k].path)
+                path, shard = pieces[k].path, options.open(pieces[k])
             yield pieces[k], shard
 
     # ------------------------------------------------------------------------------------------------ counting
