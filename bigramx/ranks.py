@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -27,7 +28,6 @@ _FAILED, _ENDED = "failed", "ended"
 _CHECK_INTERVAL = 0.25  # seconds between two looks into the store
 _LAST_WORDS = 5.0  # seconds in which the others read why the job ended
 _PROBE_TAG = 2**16 + 1
-_calls = itertools.count()
 
 
 class RankError(RuntimeError):
@@ -209,14 +209,12 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
     if not dist.is_available() or not (dist.is_initialized() or is_described):
         yield Ranks()
         return
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # no public function gives it
-
     is_own = not dist.is_initialized()
     if is_own:
-        dist.init_process_group("gloo", timeout=timeout)
+        _init_process_group(timeout)
     is_gloo = dist.get_backend() == "gloo"
     group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
-    ranks = Ranks(group, PrefixStore(f"bigramx/{next(_calls)}", _get_default_store()))
+    ranks = Ranks(group, _store_of(group))
     try:
         yield ranks
         ranks.gather("")
@@ -229,3 +227,22 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
             dist.destroy_process_group()
         elif not is_gloo:
             dist.destroy_process_group(group)
+
+
+def _init_process_group(timeout: timedelta | None) -> None:
+    """As the environment describes it; torchrun may keep its store when it starts the ranks again."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"bigramx/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _store_of(group: dist.ProcessGroup | None) -> Store:
+    """The group's store, under a prefix that no other job has."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # no public function gives it
+
+    prefix = [secrets.token_hex(8)]
+    dist.broadcast_object_list(prefix, group=group, group_src=0)
+    return PrefixStore(f"bigramx/{prefix[0]}", _get_default_store())
