@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from bigramx import functional
-from bigramx.data import are_worth_counting, check_range, check_tokens, chunks, token_range
+from bigramx.data import (
+    TokenShards,
+    are_worth_counting,
+    check_range,
+    check_tokens,
+    num_pairs,
+    shards_of,
+    token_range,
+)
 
 _CHUNK = 2**18  # tokens, or elements of a table, that are read at once: 2 MB in 64 bits
 _COUNTED_AT_ONCE = 2**24  # bytes of tokens that are given to count_bigrams
@@ -25,17 +33,17 @@ _SAMPLE_STEP = 2**10  # every so many values of a run are in the sample by which
 _StoredRun = Callable[[], Tensor]
 
 
-def count_pairs(tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor:
-    """``functional.count_bigrams`` on ``device`` of tokens, (N), that may lie elsewhere.
+def count_pairs(tokens: Tensor | TokenShards, vocab_size: int, device: torch.device) -> Tensor:
+    """``functional.count_bigrams`` on ``device`` of tokens, (N), that may lie elsewhere; of shards the sum of theirs.
 
     Raises:
         IndexError: A token is out of range. On a GPU that may be an assertion on the device.
     """
-    if 8 * vocab_size**2 > _LARGE_TABLE:
+    if 8 * vocab_size**2 > _LARGE_TABLE or vocab_size**2 * len(shards_of(tokens)) > len(tokens):
         return _count_in_place(tokens, vocab_size, device)
     counts = torch.zeros((vocab_size, vocab_size), dtype=torch.int64, device=device)
     try:
-        for chunk in _overlapping(tokens, _COUNTED_AT_ONCE // tokens.element_size()):
+        for chunk in _overlapping(tokens, _COUNTED_AT_ONCE // tokens.dtype.itemsize):
             counts += functional.count_bigrams(chunk.to(device), vocab_size)
     except IndexError:
         check_range(tokens, vocab_size)  # its message has the position among all tokens
@@ -43,7 +51,7 @@ def count_pairs(tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor
     return counts
 
 
-def _count_in_place(tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+def _count_in_place(tokens: Tensor | TokenShards, vocab_size: int, device: torch.device) -> Tensor:
     check_range(tokens, vocab_size)
     counts = torch.zeros(vocab_size**2, dtype=torch.int64, device=device)
     for last, following in _pairs(tokens, device):
@@ -52,15 +60,15 @@ def _count_in_place(tokens: Tensor, vocab_size: int, device: torch.device) -> Te
     return counts.view(vocab_size, vocab_size)
 
 
-def loss_of_tokens(weight: Tensor, tokens: Tensor) -> float:
-    """The mean cross-entropy of ``tokens``, (N), under the logits ``weight``, (V, V). NaN for fewer than two tokens.
+def loss_of_tokens(weight: Tensor, tokens: Tensor | TokenShards) -> float:
+    """The mean cross-entropy of ``tokens``, (N), under the logits ``weight``, (V, V). NaN where there is no pair.
 
     One logsumexp for each row that occurs, in float64 for a float64 table and else in float32; all sums are in float64.
 
     Raises:
         IndexError: A token is out of range.
     """
-    if len(tokens) < 2:
+    if num_pairs(tokens) == 0:
         return float("nan")
     vocab_size, device = len(weight), weight.device
     check_range(tokens, vocab_size)
@@ -78,7 +86,7 @@ def loss_of_tokens(weight: Tensor, tokens: Tensor) -> float:
     total = sum(
         _sum(largest[last] - weight[last, following] + rest[last]) for last, following in _pairs(tokens, device)
     )
-    return total / (len(tokens) - 1)
+    return total / num_pairs(tokens)
 
 
 def loss_of_counts(weight: Tensor, counts: Tensor) -> float:
@@ -91,34 +99,36 @@ def loss_of_counts(weight: Tensor, counts: Tensor) -> float:
     return _mean(total, counts)
 
 
-def optimal_loss(tokens: Tensor) -> float:
+def optimal_loss(tokens: Tensor | TokenShards) -> float:
     """The lowest mean cross-entropy, in nats, that a bigram table can have on ``tokens``, (N), which are any integers.
 
-    It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN for fewer
-    than two tokens.
+    It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN where
+    there is no pair. Of shards only the pairs within each count.
 
     Where no table of counts pays off, the distinct pairs take 8 bytes of memory each (16 if the tokens span more than
     16 bits), and half as much again while they are counted.
 
     Raises:
-        RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
+        RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, uint32, int32 or
+            int64.
     """
     check_tokens(tokens)
-    if len(tokens) < 2:
+    if num_pairs(tokens) == 0:
         return float("nan")
     smallest, largest = token_range(tokens)
     if smallest >= 0 and are_worth_counting(tokens, largest + 1):
         return optimal_loss_of_counts(count_pairs(tokens, largest + 1, tokens.device))
-    last_runs = _occurrences(chunk for _begin, chunk in chunks(tokens[:-1]))
+    last_runs = _occurrences(last for last, _following in _pairs(tokens, tokens.device))
     of_last = _sum_n_log_n(load()[1] for load in last_runs)
     if largest - smallest < 2**32:
         rank, num_ranks = partial(torch.sub, other=smallest), largest - smallest + 1
     else:
-        values = torch.cat([load()[0] for load in last_runs] + [tokens[-1:].long()]).unique()
+        ends = [shard[-1:].long() for shard in shards_of(tokens)]
+        values = torch.cat([load()[0] for load in last_runs] + ends).unique()
         rank, num_ranks = partial(torch.searchsorted, values), len(values)
     del last_runs
     pair_runs = _occurrences(_numbered_pairs(tokens, rank, num_ranks))
-    return (of_last - _sum_n_log_n(load()[1] for load in pair_runs)) / (len(tokens) - 1)
+    return (of_last - _sum_n_log_n(load()[1] for load in pair_runs)) / num_pairs(tokens)
 
 
 def optimal_loss_of_counts(counts: Tensor) -> float:
@@ -137,17 +147,35 @@ def _rows_at_once(row_size: int) -> int:
     return max(1, _CHUNK // max(1, row_size))
 
 
-def _overlapping(tokens: Tensor, num_pairs: int) -> Iterator[Tensor]:
-    """Views of the tokens, with as many pairs each: the last token of one is the first of the next."""
-    for begin in range(0, max(1, len(tokens) - 1), num_pairs):
-        yield tokens[begin : begin + num_pairs + 1]
+def _overlapping(tokens: Tensor | TokenShards, num_pairs: int) -> Iterator[Tensor]:
+    """Views of the tokens, with as many pairs each: the last token of one is the first of the next.
+
+    The tokens of each shard by themselves.
+    """
+    for shard in shards_of(tokens):
+        for begin in range(0, max(1, len(shard) - 1), num_pairs):
+            yield shard[begin : begin + num_pairs + 1]
 
 
-def _pairs(tokens: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens but the last, chunk by chunk, and the one that follows each; int64."""
-    for chunk in _overlapping(tokens, _CHUNK):
-        values = chunk.to(device).long()
-        yield values[:-1], values[1:]
+def _pairs(tokens: Tensor | TokenShards, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64."""
+    for views in _gathered(_overlapping(tokens, _CHUNK)):
+        values = [view.to(device).long() for view in views]
+        yield torch.cat([value[:-1] for value in values]), torch.cat([value[1:] for value in values])
+
+
+def _gathered(views: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of the views, each of about a chunk of tokens: shards may be much smaller."""
+    gathered: list[Tensor] = []
+    size = 0
+    for view in views:
+        if size + len(view) > _CHUNK + 1 and gathered:
+            yield gathered
+            gathered, size = [], 0
+        gathered.append(view)
+        size += len(view)
+    if gathered:
+        yield gathered
 
 
 def _sum(values: Tensor) -> float:
@@ -164,12 +192,11 @@ def _mean(total: float, counts: Tensor) -> float:
     return (total / counts.sum().double()).item()
 
 
-def _numbered_pairs(tokens: Tensor, rank: Callable[[Tensor], Tensor], num_ranks: int) -> Iterator[Tensor]:
+def _numbered_pairs(tokens: Tensor | TokenShards, rank: Callable[[Tensor], Tensor], num_ranks: int) -> Iterator[Tensor]:
     """A number for each pair of tokens, chunk by chunk: int32 if that holds it, and how often it may occur."""
     is_short = num_ranks <= 2**16 and len(tokens) <= 2**31
-    for chunk in _overlapping(tokens, _CHUNK):
-        ranks = rank(chunk.long().contiguous())
-        numbers = (ranks[:-1] - num_ranks // 2) * num_ranks + ranks[1:]
+    for last, following in _pairs(tokens, tokens.device):
+        numbers = (rank(last) - num_ranks // 2) * num_ranks + rank(following)
         yield numbers.int() if is_short else numbers
 
 
