@@ -87,6 +87,7 @@ generate = _op("generate")
 get_batch = _op("get_batch")
 multinomial = _op("multinomial")
 Alphabet = _C.Alphabet
+PairCounter = _C.PairCounter
 
 # Not ops: what optim.AdamW asks and does for each parameter, at a fraction of an op's cost.
 adamw_fits = _C.adamw_fits
