@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import mmap
+import array
 import os
-import stat
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bigramx import ops, storage
+from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
+from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_tokens
 
-_INTEGERS = (torch.uint8, torch.uint16, torch.int32, torch.int64)
+__all__ = ["TokenShards"]
+
 _CHUNK = 2**18  # tokens that are read at once
 _MAX_COUNTS = 2**27  # entries, of 8 bytes: 1 GB
 
 
-def check_tokens(tokens: Tensor) -> None:
-    """Raises a RuntimeError where ``tokens`` is not 1-D, or not uint8, uint16, int32 or int64."""
-    if tokens.dim() != 1:
-        raise RuntimeError(f"expected tokens to be 1-D, got shape {tuple(tokens.shape)}")
-    if tokens.dtype not in _INTEGERS:
-        raise RuntimeError(f"expected tokens to be uint8, uint16, int32 or int64, got {tokens.dtype}")
+def shards_of(tokens: Tensor | TokenShards) -> tuple[Tensor, ...]:
+    """The sequences of tokens, (N) each, within which pairs are."""
+    return tokens.shards if isinstance(tokens, TokenShards) else (tokens,)
 
 
-def are_worth_counting(tokens: Tensor, vocab_size: int) -> bool:
+def num_pairs(tokens: Tensor | TokenShards) -> int:
+    """How many pairs of a token and the next there are, none of which crosses from one shard to another."""
+    return sum(max(0, shard.numel() - 1) for shard in shards_of(tokens))
+
+
+def check_tokens(tokens: Tensor | TokenShards) -> None:
+    """Raises a RuntimeError where ``tokens`` are not 1-D, or not uint8, uint16, uint32, int32 or int64."""
+    for shard in shards_of(tokens):
+        check_shard(shard)
+
+
+def are_worth_counting(tokens: Tensor | TokenShards, vocab_size: int) -> bool:
     """Whether a table of pair counts, (V, V), is small compared with ``tokens``, (N), and takes 1 GB at most."""
     return 4 * vocab_size**2 <= len(tokens) and vocab_size**2 <= _MAX_COUNTS
 
 
-def chunks(tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+def chunks(tokens: Tensor | TokenShards) -> Iterator[tuple[int, Tensor]]:
     """The tokens, a part at a time, and the position of its first: so few that a copy in int64 takes 2 MB."""
     for begin in range(0, len(tokens), _CHUNK):
         yield begin, tokens[begin : begin + _CHUNK].long()
 
 
-def check_range(tokens: Tensor, vocab_size: int) -> None:
+def check_range(tokens: Tensor | TokenShards, vocab_size: int) -> None:
     """Raises an IndexError where a token is out of range: it names the first such and its position."""
     for begin, chunk in chunks(tokens):
         smallest, largest = chunk.aminmax()
@@ -47,7 +59,7 @@ def check_range(tokens: Tensor, vocab_size: int) -> None:
             )
 
 
-def token_range(tokens: Tensor) -> tuple[int, int]:
+def token_range(tokens: Tensor | TokenShards) -> tuple[int, int]:
     """The smallest and the largest of the tokens, (N), N > 0, which are read chunk by chunk."""
     extremes = [[int(token) for token in chunk.aminmax()] for _begin, chunk in chunks(tokens)]
     return min(smallest for smallest, _largest in extremes), max(largest for _smallest, largest in extremes)
@@ -78,45 +90,160 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ) from None
 
 
-def read_bin(path: str | os.PathLike[str]) -> Tensor:
-    """NanoGPT's ``.bin`` tokens, little-endian uint16, as a memory-mapped (N) uint16 tensor.
+def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
+    """The tokens of one ``.bin`` file, memory-mapped, (N).
+
+    NanoGPT's have no header, and hold uint16; llm.c's and FineWeb's say whether they hold uint16 or uint32. All are
+    little-endian.
 
     Pages are read on first access; the file is never written. It must not be cut short while the tokens are in use: the
     system would end the process (SIGBUS). One that is replaced, as ``storage.write_with`` does, stays as it was.
 
+    Args:
+        path: The file.
+        dtype: uint8, uint16, uint32, int32 or int64: what it holds. None: what its header says, without one uint16.
+
     Raises:
-        ValueError: The file is empty or of an odd size.
+        ValueError: The file is empty or of an odd size, or its header is unknown, or disagrees with the file or with
+            ``dtype``.
         OSError: It cannot be read, or is no regular file.
     """
-    with storage.open_to_read(path) as file:
-        status = os.fstat(file.fileno())
-        num_bytes = status.st_size
-        if not stat.S_ISREG(status.st_mode) or num_bytes == 0 or num_bytes % 2:
-            raise ValueError(f"{storage.name_of(path)}: expected a file of uint16 tokens, got {num_bytes} bytes")
-        # Private and writable, as tensors are: what is written to them stays in memory.
-        pages = mmap.mmap(file.fileno(), num_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(pages, dtype=torch.uint16)
+    return open_tokens(path, _dtype_of(dtype)).tokens
 
 
-def split(tokens: Tensor, train_fraction: float = 0.9) -> tuple[Tensor, Tensor]:
+class Encoder(Protocol):
+    """What makes tokens of a text: any tokenizer."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> Tensor:
+        """(N) tokens."""
+
+
+def read_tokens(
+    paths: Any, *, tokenizer: Encoder | None = None, dtype: torch.dtype | str | None = None, eot: int | None = None
+) -> TokenShards:
+    """Tokens of files, or of memory, as one lazy sequence of shards.
+
+    Files are memory-mapped, and stay on their disk. A folder stands for the files in it and its folders, a pattern
+    (``fineweb_train_*.bin``, ``corpus/**/*.txt``) for those that match, both in the order of their names; what is
+    hidden is left out. By its name a file is
+
+    - ``.bin``: tokens, of nanoGPT without a header, or of llm.c and FineWeb with one (see ``read_bin``);
+    - ``.npy``: a NumPy array, 1-D;
+    - any other: UTF-8 text, which the tokenizer encodes. In a folder that has files of tokens, these alone are read.
+
+    Args:
+        paths: A path, folder or pattern; or tokens: a Tensor, a NumPy array or memmap, a list of ints, a column of a
+            Hugging Face dataset, TokenShards; or a sequence of these. Where there are two dimensions (rows of an array,
+            lists in a list) each row is a shard of its own.
+        tokenizer: Encodes texts, each a shard.
+        dtype: uint8, uint16, uint32, int32 or int64: what ``.bin`` files without a header hold, and the rest must.
+        eot: The token that ends a document.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file holds something else, or not what its header says, or tokens of another dtype than ``dtype``;
+            or it is a text, and there is no tokenizer.
+        TypeError: ``paths`` is something else.
+        RuntimeError: A Tensor or an array has more than two dimensions, or holds no integers.
+        OSError: A file cannot be read, or is no regular file.
+        MemoryError: A text is too large.
+    """
+    reader = _Reader(tokenizer, _dtype_of(dtype))
+    return TokenShards.of(reader.shards(paths, "tokens"), eot)
+
+
+class _Reader:
+    """Makes shards of what ``read_tokens`` is given."""
+
+    def __init__(self, tokenizer: Encoder | None, dtype: torch.dtype | None) -> None:
+        self._tokenizer, self._dtype = tokenizer, dtype
+
+    def shards(self, source: Any, name: str) -> Iterator[Shard]:
+        if is_any_path(source):
+            for path in files_of(source):
+                yield self._file(path)
+        elif isinstance(source, TokenShards):
+            yield from source.parts
+        elif isinstance(source, Tensor):
+            yield from self._rows(source, name)
+        elif hasattr(source, "__array__"):
+            yield from self._rows(_of_array(source), name)
+        elif isinstance(source, (range, array.array)):
+            yield from self._rows(torch.tensor(source, dtype=self._dtype or torch.int64, device="cpu"), name)
+        elif isinstance(source, Iterable):
+            yield from self._items(list(source), name)
+        else:
+            raise TypeError(f"expected paths to be paths or tokens, got {type(source).__name__}")
+
+    def _file(self, path: str) -> Shard:
+        if are_tokens(path):
+            return open_tokens(path, self._dtype)
+        if self._tokenizer is None:
+            raise ValueError(f"{storage.name_of(path)}: expected a tokenizer for a text, or a .bin or .npy file")
+        return Shard(self._tokenizer.encode(read_text(path)), path)
+
+    def _rows(self, tokens: Tensor, name: str) -> Iterator[Shard]:
+        if tokens.dim() == 2:
+            for k, row in enumerate(tokens):
+                yield from self._rows(row, f"{name}[{k}]")
+            return
+        check_shard(tokens)
+        yield Shard(tokens, name)
+
+    def _items(self, items: list[Any], name: str) -> Iterator[Shard]:
+        if all(isinstance(item, int) for item in items):
+            yield from self._rows(torch.tensor(items, dtype=self._dtype or torch.int64, device="cpu"), name)
+            return
+        for k, item in enumerate(items):
+            yield from self.shards(item, f"{name}[{k}]")
+
+
+def _of_array(source: Any) -> Tensor:
+    import numpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a memmap that must not be written
+        return torch.from_numpy(numpy.asarray(source))
+
+
+def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that tokens have, of its name as well."""
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"expected dtype to be a torch.dtype or its name, got {dtype!r}")
+    if found not in DTYPES:
+        raise ValueError(f"expected dtype to be uint8, uint16, uint32, int32 or int64, got {found}")
+    return found
+
+
+def split(tokens: Any, train_fraction: float | None = None) -> tuple[Any, Any]:
     """The first part of the tokens for training and the rest for validation; views, as in the lecture.
+
+    Args:
+        tokens: (N) tokens, or TokenShards.
+        train_fraction: How large the first part is. None: 0.9, or TokenShards as the names of their files say.
 
     Raises:
         ValueError: ``train_fraction`` is not between 0 and 1.
     """
-    if not 0 <= train_fraction <= 1:
-        raise ValueError(f"expected 0 <= train_fraction <= 1, got {train_fraction}")
-    n = int(train_fraction * len(tokens))
+    if isinstance(tokens, TokenShards):
+        return tokens.split(train_fraction)
+    n = int(checked_fraction(train_fraction) * len(tokens))
     return tokens[:n], tokens[n:]
 
 
 def get_batch(
-    tokens: Tensor, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+    tokens: Tensor | TokenShards, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Random blocks and the token that follows each of theirs, drawn as in the lecture's get_batch.
 
     Args:
-        tokens: (N) uint8, uint16, int32 or int64, N > block_size.
+        tokens: (N) uint8, uint16, uint32, int32 or int64, N > block_size; or TokenShards, from which the batches are
+            those of the concatenated tokens, and a block may be of two shards.
         batch_size: B.
         block_size: T.
         generator: Where the randomness comes from; None: PyTorch's default generator of the CPU, so that the batches
@@ -130,5 +257,22 @@ def get_batch(
         ValueError: A size is not positive, or there are too few tokens for one block.
         TypeError: An argument is of the wrong type.
     """
+    if isinstance(tokens, TokenShards):
+        if len(tokens.shards) != 1:
+            return _gather_batch(tokens, batch_size, block_size, generator)
+        (tokens,) = tokens.shards
     idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
+    return idx, targets
+
+
+def _gather_batch(
+    tokens: TokenShards, batch_size: int, block_size: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    # The op's errors, and its results to be filled, from as many tokens in no memory.
+    stand_in = torch.zeros((), dtype=torch.uint8, device="cpu").expand(len(tokens))
+    idx, targets = ops.get_batch(stand_in, batch_size, block_size, torch.Generator())
+    offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
+    for b, offset in enumerate(offsets.tolist()):
+        block = tokens[offset : offset + block_size + 1]
+        idx[b], targets[b] = block[:-1], block[1:]
     return idx, targets

@@ -109,3 +109,16 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
             for parent in (group, *group.parents):
                 with contextlib.suppress(OSError, ValueError):  # "max": no limit
                     yield int((parent / name).read_text())
+
+
+def check_room(num_bytes: int, what: str, device: torch.device | str = "cpu") -> None:
+    """Raises a MemoryError where a device has less memory than that in all.
+
+    Raises:
+        MemoryError: It says what is needed, and what there is.
+    """
+    total = total_memory(torch.device(device))
+    if total is not None and num_bytes > total:
+        raise MemoryError(
+            f"{what} takes {_gigabytes(num_bytes)}, and {device} has {_gigabytes(total)} of memory in all"
+        )

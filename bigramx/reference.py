@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigramx.functional import Reduction, Sampler
+from bigramx.shards import TokenShards
 
 
 class BigramLanguageModel(nn.Module):
@@ -292,7 +293,7 @@ def share_of_total(r: Tensor, total: Tensor) -> Tensor:
 
 
 def get_batch(
-    tokens: Tensor, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+    tokens: Tensor | TokenShards, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """See data.get_batch: the lecture's stacks of slices."""
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
