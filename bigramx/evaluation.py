@@ -14,18 +14,22 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bigramx import functional
 from bigramx.counts import BigramCounts
-from bigramx.data import are_worth_counting, check_range, check_tokens, chunks, token_range
-
-if TYPE_CHECKING:
-    from bigramx.data import TokenShards
-    from bigramx.tokenizer import Tokenizer
+from bigramx.data import (
+    TokenShards,
+    are_worth_counting,
+    check_range,
+    check_tokens,
+    chunks,
+    token_range,
+)
+from bigramx.tokenizer import Tokenizer, decode_stream
 
 _CHUNK = 2**18  # tokens, or elements of a table, that are read at once: 2 MB in 64 bits
 _COUNTED_AT_ONCE = 2**24  # bytes of tokens that are given to count_bigrams
@@ -185,7 +189,8 @@ class _Tally:
         """Adds the pairs of a chunk, whose first token is the last one of the chunk before; returns the new tokens."""
         tokens = chunk.to(self._device).long()
         idx, targets = tokens[:-1], tokens[1:]
-        is_counted = torch.ones_like(idx, dtype=torch.bool) if self._eot is None else idx != self._eot
+        is_end = torch.zeros_like(idx, dtype=torch.bool) if self._eot is None else idx == self._eot
+        is_counted = ~is_end
         num_known = min(self._position, 1)
         if len(tokens) > 0 and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             is_unknown = (tokens < 0) | (tokens >= self._vocab_size)
@@ -203,7 +208,7 @@ class _Tally:
             lambda n: f"{targets[n]} after {idx[n]} {self._at(1 + int(is_counted.nonzero()[n]))}",
         )
         if self._documents is not None:
-            self._documents.add(tokens[:-1] == self._eot, is_counted, losses)
+            self._documents.add(is_end, is_counted, losses)
         self._num_tokens += len(tokens) - num_known
         self._position += max(len(tokens) - 1, 0)
         return chunk[num_known:]

@@ -503,7 +503,7 @@ class TestEvaluate:
 
     def test_progress(self) -> None:
         done: list[int] = []
-        evaluate(BigramLanguageModel(3), shards_of(torch.zeros(10), torch.zeros(600_000).long()), progress=done.append)
+        evaluate(BigramLanguageModel(3), shards_of(torch.zeros(10).byte(), torch.zeros(600_000).byte()), progress=done.append)
         assert sum(done) == 600_010
         assert len(done) > 2
 
