@@ -26,7 +26,8 @@ from bigramx.data import (
     are_worth_counting,
     check_range,
     check_tokens,
-    chunks,
+    num_pairs,
+    shards_of,
     token_range,
 )
 from bigramx.tokenizer import Tokenizer, decode_stream
@@ -262,7 +263,7 @@ class _Documents:
     """The losses of documents, which follow each other in the pairs of sequences."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros((2, 1024), dtype=torch.float64)  # of the losses of each document; and their number
+        self._sums = torch.zeros((2, 1024), dtype=torch.float64, device="cpu")  # of the losses of each document; and their number
         self._size = 0  # how many there are; the last one goes on
 
     def begin(self, is_open: bool) -> None:
@@ -392,17 +393,17 @@ def _logits(model: nn.Module, idx: Tensor) -> Tensor:
     return whole.reshape(len(idx), -1)
 
 
-def count_pairs(tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor:
-    """``functional.count_bigrams`` on ``device`` of tokens, (N), that may lie elsewhere.
+def count_pairs(tokens: Tensor | TokenShards, vocab_size: int, device: torch.device) -> Tensor:
+    """``functional.count_bigrams`` on ``device`` of tokens, (N), that may lie elsewhere; of shards the sum of theirs.
 
     Raises:
         IndexError: A token is out of range. On a GPU that may be an assertion on the device.
     """
-    if 8 * vocab_size**2 > _LARGE_TABLE:
+    if 8 * vocab_size**2 > _LARGE_TABLE or vocab_size**2 * len(shards_of(tokens)) > len(tokens):
         return _count_in_place(tokens, vocab_size, device)
     counts = torch.zeros((vocab_size, vocab_size), dtype=torch.int64, device=device)
     try:
-        for chunk in _overlapping(tokens, _COUNTED_AT_ONCE // tokens.element_size()):
+        for chunk in _overlapping(tokens, _COUNTED_AT_ONCE // tokens.dtype.itemsize):
             counts += functional.count_bigrams(chunk.to(device), vocab_size)
     except IndexError:
         check_range(tokens, vocab_size)  # its message has the position among all tokens
@@ -410,7 +411,7 @@ def count_pairs(tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor
     return counts
 
 
-def _count_in_place(tokens: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+def _count_in_place(tokens: Tensor | TokenShards, vocab_size: int, device: torch.device) -> Tensor:
     check_range(tokens, vocab_size)
     counts = torch.zeros(vocab_size**2, dtype=torch.int64, device=device)
     for last, following in _pairs(tokens, device):
@@ -419,19 +420,19 @@ def _count_in_place(tokens: Tensor, vocab_size: int, device: torch.device) -> Te
     return counts.view(vocab_size, vocab_size)
 
 
-def loss_of_tokens(weight: Tensor, tokens: Tensor) -> float:
-    """The mean cross-entropy of ``tokens``, (N), under the logits ``weight``, (V, V). NaN for fewer than two tokens.
+def loss_of_tokens(weight: Tensor, tokens: Tensor | TokenShards) -> float:
+    """The mean cross-entropy of ``tokens``, (N), under the logits ``weight``, (V, V). NaN where there is no pair.
 
     One logsumexp for each row that occurs, in float64 for a float64 table and else in float32; all sums are in float64.
 
     Raises:
         IndexError: A token is out of range.
     """
-    if len(tokens) < 2:
+    if num_pairs(tokens) == 0:
         return float("nan")
     check_range(tokens, len(weight))
     losses_of = _TableLosses(weight, torch.float32)
-    return sum(_sum(losses_of(*pairs)[0]) for pairs in _pairs(tokens, weight.device)) / (len(tokens) - 1)
+    return sum(_sum(losses_of(*pairs)[0]) for pairs in _pairs(tokens, weight.device)) / num_pairs(tokens)
 
 
 def loss_of_counts(weight: Tensor, counts: Tensor) -> float:
@@ -441,7 +442,7 @@ def loss_of_counts(weight: Tensor, counts: Tensor) -> float:
     """
     total = 0.0
     if counts.layout != torch.strided:
-        losses_of = _TableLosses(weight)
+        losses_of, counts = _TableLosses(weight), _csr(counts)
         for rows, columns, pair_counts in _entries(counts, weight.device):
             losses = losses_of(rows, columns)[0]
             total += _sum(losses.mul_(pair_counts).masked_fill_(pair_counts == 0, 0))
@@ -453,10 +454,13 @@ def loss_of_counts(weight: Tensor, counts: Tensor) -> float:
     return _mean(total, counts)
 
 
+def _csr(counts: Tensor) -> Tensor:
+    """Sparse counts of any layout, (V, V), as torch.sparse_csr."""
+    return counts if counts.layout == torch.sparse_csr else BigramCounts.from_csr(counts).to_csr()
+
+
 def _entries(counts: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The rows, the columns and the counts of sparse counts, (V, V), chunk by chunk."""
-    if counts.layout != torch.sparse_csr:
-        counts = BigramCounts.from_csr(counts).to_csr()
+    """The rows, the columns and the counts of counts in CSR, (V, V), chunk by chunk."""
     crow, columns, values = counts.crow_indices(), counts.col_indices(), counts.values()
     for begin in range(0, len(columns), _CHUNK):
         part = slice(begin, min(begin + _CHUNK, len(columns)))
@@ -468,7 +472,7 @@ def optimal_loss(tokens: Tensor | TokenShards | BigramCounts) -> float:
     """The lowest mean cross-entropy, in nats, that a bigram table can have on these tokens.
 
     It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN for no
-    pair.
+    pair. Of shards that have an ``eot``, the pairs after it do not count.
 
     Where no table of counts pays off, the distinct pairs take 8 bytes of memory each (16 if the tokens span more than
     16 bits), and half as much again while they are counted.
@@ -482,29 +486,30 @@ def optimal_loss(tokens: Tensor | TokenShards | BigramCounts) -> float:
     """
     if isinstance(tokens, BigramCounts):
         return optimal_loss_of_counts(tokens.to_csr())
-    if not isinstance(tokens, Tensor):
-        vocab_size = 1 + max((token_range(shard)[1] for shard in tokens.shards if len(shard) > 0), default=0)
-        counts = BigramCounts(vocab_size, eot=tokens.eot)
-        counts.update(tokens)
-        return optimal_loss(counts)
-    if tokens.layout != torch.strided or (tokens.dim() == 2 and tokens.size(0) == tokens.size(1)):
+    if isinstance(tokens, TokenShards):
+        if tokens.eot is not None and len(tokens) > 0:
+            counts = BigramCounts(max(token_range(tokens)[1], tokens.eot) + 1, eot=tokens.eot)
+            counts.update(tokens)
+            return optimal_loss(counts)
+    elif tokens.layout != torch.strided or (tokens.dim() == 2 and tokens.size(0) == tokens.size(1)):
         return optimal_loss_of_counts(tokens)
     check_tokens(tokens)
-    if len(tokens) < 2:
+    if num_pairs(tokens) == 0:
         return float("nan")
     smallest, largest = token_range(tokens)
     if smallest >= 0 and are_worth_counting(tokens, largest + 1):
         return optimal_loss_of_counts(count_pairs(tokens, largest + 1, tokens.device))
-    last_runs = _occurrences(chunk for _begin, chunk in chunks(tokens[:-1]))
+    last_runs = _occurrences(last for last, _following in _pairs(tokens, tokens.device))
     of_last = _sum_n_log_n(load()[1] for load in last_runs)
     if largest - smallest < 2**32:
         rank, num_ranks = partial(torch.sub, other=smallest), largest - smallest + 1
     else:
-        values = torch.cat([load()[0] for load in last_runs] + [tokens[-1:].long()]).unique()
+        ends = [shard[-1:].long() for shard in shards_of(tokens)]
+        values = torch.cat([load()[0] for load in last_runs] + ends).unique()
         rank, num_ranks = partial(torch.searchsorted, values), len(values)
     del last_runs
     pair_runs = _occurrences(_numbered_pairs(tokens, rank, num_ranks))
-    return (of_last - _sum_n_log_n(load()[1] for load in pair_runs)) / (len(tokens) - 1)
+    return (of_last - _sum_n_log_n(load()[1] for load in pair_runs)) / num_pairs(tokens)
 
 
 def optimal_loss_of_counts(counts: Tensor) -> float:
@@ -512,6 +517,7 @@ def optimal_loss_of_counts(counts: Tensor) -> float:
     if counts.layout == torch.strided:
         of_last = _sum_n_log_n(counts.sum(dim=1).split(_CHUNK))
         return _mean(of_last - _sum_n_log_n(row_blocks(counts)), counts)
+    counts = _csr(counts)
     totals = torch.zeros(counts.size(0), dtype=torch.int64, device=counts.device)
     of_pairs = 0.0
     for rows, _columns, pair_counts in _entries(counts, counts.device):
@@ -530,17 +536,35 @@ def _rows_at_once(row_size: int) -> int:
     return max(1, _CHUNK // max(1, row_size))
 
 
-def _overlapping(tokens: Tensor, num_pairs: int) -> Iterator[Tensor]:
-    """Views of the tokens, with as many pairs each: the last token of one is the first of the next."""
-    for begin in range(0, max(1, len(tokens) - 1), num_pairs):
-        yield tokens[begin : begin + num_pairs + 1]
+def _overlapping(tokens: Tensor | TokenShards, num_pairs: int) -> Iterator[Tensor]:
+    """Views of the tokens, with as many pairs each: the last token of one is the first of the next.
+
+    The tokens of each shard by themselves.
+    """
+    for shard in shards_of(tokens):
+        for begin in range(0, max(1, len(shard) - 1), num_pairs):
+            yield shard[begin : begin + num_pairs + 1]
 
 
-def _pairs(tokens: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens but the last, chunk by chunk, and the one that follows each; int64."""
-    for chunk in _overlapping(tokens, _CHUNK):
-        values = chunk.to(device).long()
-        yield values[:-1], values[1:]
+def _pairs(tokens: Tensor | TokenShards, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64."""
+    for views in _gathered(_overlapping(tokens, _CHUNK)):
+        values = [view.to(device).long() for view in views]
+        yield torch.cat([value[:-1] for value in values]), torch.cat([value[1:] for value in values])
+
+
+def _gathered(views: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of the views, each of about a chunk of tokens: shards may be much smaller."""
+    gathered: list[Tensor] = []
+    size = 0
+    for view in views:
+        if size + len(view) > _CHUNK + 1 and gathered:
+            yield gathered
+            gathered, size = [], 0
+        gathered.append(view)
+        size += len(view)
+    if gathered:
+        yield gathered
 
 
 def _sum(values: Tensor) -> float:
@@ -557,12 +581,11 @@ def _mean(total: float, counts: Tensor) -> float:
     return (total / counts.sum().double()).item()
 
 
-def _numbered_pairs(tokens: Tensor, rank: Callable[[Tensor], Tensor], num_ranks: int) -> Iterator[Tensor]:
+def _numbered_pairs(tokens: Tensor | TokenShards, rank: Callable[[Tensor], Tensor], num_ranks: int) -> Iterator[Tensor]:
     """A number for each pair of tokens, chunk by chunk: int32 if that holds it, and how often it may occur."""
     is_short = num_ranks <= 2**16 and len(tokens) <= 2**31
-    for chunk in _overlapping(tokens, _CHUNK):
-        ranks = rank(chunk.long().contiguous())
-        numbers = (ranks[:-1] - num_ranks // 2) * num_ranks + ranks[1:]
+    for last, following in _pairs(tokens, tokens.device):
+        numbers = (rank(last) - num_ranks // 2) * num_ranks + rank(following)
         yield numbers.int() if is_short else numbers
 
 

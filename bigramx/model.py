@@ -14,7 +14,7 @@ from torch.types import FileLike
 
 from bigramx import evaluation, functional, fusion, reference
 from bigramx.counts import BigramCounts
-from bigramx.data import are_worth_counting, check_tokens
+from bigramx.data import TokenShards, are_worth_counting, check_tokens, shards_of
 from bigramx.functional import Sampler
 from bigramx.history import PREFIX, History
 from bigramx.storage import name_of, read_tensors, write_tensors
@@ -240,12 +240,14 @@ class BigramLanguageModel(nn.Module):
         return reference.continue_by(lambda idx: self(idx)[0][:, -1], idx, max_new_tokens, **options)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor) -> float:
+    def evaluate(self, tokens: Tensor | TokenShards) -> float:
         """The exact mean loss of each token of ``tokens``, (N), given the one before it, in nats.
+
+        Of shards the first token of each is given by none: no pair crosses from one to another.
 
         All pairs count, not sampled batches, at the cost of their distinct rows. Where the table is small compared with
         the tokens, the pairs are counted and the loss is computed in float64; otherwise the rows that occur are read,
-        those of 16 bits in float32. NaN for fewer than two tokens.
+        those of 16 bits in float32. NaN where there is no pair.
 
         The tokens may be memory-mapped, or lie on another device than the table: they are read in chunks, in 64 MB of
         memory at most beyond the table and the counts.
@@ -254,7 +256,8 @@ class BigramLanguageModel(nn.Module):
         pairs at a time, each a sequence of one token.
 
         Raises:
-            RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
+            RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, uint32, int32
+                or int64.
             IndexError: A token is out of range.
         """
         if not self._is_plain_cross_entropy():
@@ -270,7 +273,7 @@ class BigramLanguageModel(nn.Module):
         counts_all = not 0 <= self.ignore_index < self.vocab_size
         return self.is_fused and counts_all and self._buffers.get("class_weight") is None and self.label_smoothing == 0
 
-    def _evaluate_by_calls(self, tokens: Tensor) -> float:
+    def _evaluate_by_calls(self, tokens: Tensor | TokenShards) -> float:
         most_logits = 2**21  # 8 MB of float32
         check_tokens(tokens)
         device = torch.device(self.device)
@@ -278,9 +281,10 @@ class BigramLanguageModel(nn.Module):
             device = tokens.device
         makes_logits = not self._is_direct()
         options = {} if makes_logits else {"return_logits": False}  # which not every forward knows
+        step = max(1, most_logits // (self.vocab_size if makes_logits else 8))
         total, total_weight = 0.0, 0.0
-        for start in range(0, len(tokens) - 1, step := max(1, most_logits // (self.vocab_size if makes_logits else 8))):
-            chunk = tokens[start : start + step + 1].to(device, torch.int64)
+        chunks = (shard[n : n + step + 1] for shard in shards_of(tokens) for n in range(0, len(shard) - 1, step))
+        for chunk in (chunk.to(device, torch.int64) for chunk in chunks):
             targets = chunk[1:, None]
             weight = self._weight_of_mean(targets)
             if weight > 0:
@@ -294,13 +298,14 @@ class BigramLanguageModel(nn.Module):
         class_weight = self._buffers.get("class_weight")
         return counted.numel() if class_weight is None else class_weight.double()[counted].sum().item()
 
-    def count_pairs(self, tokens: Tensor) -> Tensor | None:
+    def count_pairs(self, tokens: Tensor | TokenShards) -> Tensor | None:
         """The pair counts of ``tokens``, (V, V), on the table's device; None where ``evaluate`` does not use them.
 
         It does where they are small compared with the tokens, and the loss is a plain cross-entropy.
 
         Raises:
-            RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, int32 or int64.
+            RuntimeError: ``tokens`` is not 1-D, or of another dtype than uint8, uint16, uint32, int32
+                or int64.
             IndexError: A token is out of range.
         """
         check_tokens(tokens)

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
 from bigramx import ops
-from bigramx.data import get_batch
+from bigramx.data import TokenShards, get_batch, shards_of
 from bigramx.fusion import is_plain_tensor
 from bigramx.history import History, encode_state
 from bigramx.model import BigramLanguageModel
@@ -141,7 +141,7 @@ class Steps:
     scheduler: Any  # None without one
     max_grad_norm: float | None
     history: History
-    tokens: Tensor
+    tokens: Tensor | TokenShards
     batch_size: int
     block_size: int
     generator: torch.Generator | None
@@ -231,6 +231,7 @@ class Steps:
             self.model is self.module
             and self.scheduler is None
             and self.max_grad_norm is None
+            and len(shards_of(self.tokens)) == 1
             and self.module.is_fused
             and has_plain_loss(self.module)
             and BigramLanguageModel.forward is _FORWARD
@@ -255,7 +256,7 @@ class Steps:
                 state["exp_avg_sq"],
                 state["step"],
                 losses,
-                self.tokens.cpu(),
+                shards_of(self.tokens)[0].cpu(),
                 self.batch_size,
                 self.block_size,
                 ops.NO_PADDING if table.padding_idx is None else table.padding_idx,

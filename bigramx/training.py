@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from bigramx import memory
-from bigramx.data import are_worth_counting, check_tokens, get_batch
+from bigramx.data import TokenShards, are_worth_counting, check_tokens, get_batch
 from bigramx.evaluation import optimal_loss, optimal_loss_of_counts
 from bigramx.fusion import is_plain_tensor
 from bigramx.history import History
@@ -172,8 +172,8 @@ def _is_watched() -> bool:
 
 def fit(
     model: nn.Module,
-    train_tokens: Tensor,
-    val_tokens: Tensor | None = None,
+    train_tokens: Tensor | TokenShards,
+    val_tokens: Tensor | TokenShards | None = None,
     *,
     batch_size: int = 32,
     block_size: int = 8,
@@ -204,7 +204,8 @@ def fit(
         model: A BigramLanguageModel, trained in place; or one in DistributedDataParallel, DataParallel,
             FullyShardedDataParallel or torch.compile, which is called at each step, while the model inside is
             evaluated. Each process draws batches of its own: seed each of them differently.
-        train_tokens: (N) tokens, N > block_size.
+        train_tokens: (N) tokens, N > block_size; or shards, of which batches are drawn as of the concatenated tokens
+            (by steps in Python if there are several), while no pair of two shards is evaluated.
         val_tokens: Evaluated as well as the training tokens.
         batch_size: B, blocks per step.
         block_size: T, tokens per block.
@@ -231,8 +232,8 @@ def fit(
             ``History.save`` cannot save.
         ValueError: A size, an interval or a norm is not positive, there are too few tokens, or ``resume`` is the
             history of another model, optimizer or scheduler.
-        RuntimeError: The tokens are not 1-D, or of another dtype than uint8, uint16, int32 or int64; or inference mode
-            is on.
+        RuntimeError: The tokens are not 1-D, or of another dtype than uint8, uint16, uint32, int32 or int64; or
+            inference mode is on.
         NotImplementedError: The norm of a sparse gradient is to be clipped.
         IndexError: A token is out of range for the model.
         OverflowError: ``batch_size`` or ``block_size`` does not fit into 64 bits.
@@ -330,8 +331,8 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def _check_types(val_tokens: object, generator: object, resume: object) -> None:
-    if val_tokens is not None and not isinstance(val_tokens, Tensor):
-        raise TypeError(f"expected val_tokens to be a Tensor, got {type(val_tokens).__name__}")
+    if val_tokens is not None and not isinstance(val_tokens, (Tensor, TokenShards)):
+        raise TypeError(f"expected val_tokens to be a Tensor or TokenShards, got {type(val_tokens).__name__}")
     if val_tokens is not None:
         check_tokens(val_tokens)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -346,7 +347,9 @@ def _check_callables(**arguments: object) -> None:
             raise TypeError(f"expected {name} to be callable, got {type(value).__name__}")
 
 
-def _check_memory(module: BigramLanguageModel, corpora: list[Tensor], factory: object, resume: History | None) -> None:
+def _check_memory(
+    module: BigramLanguageModel, corpora: list[Tensor | TokenShards], factory: object, resume: History | None
+) -> None:
     """Raises a MemoryError where the run certainly cannot fit; what a factory's optimizer will keep is not known."""
     table = module._modules.get("token_embedding_table")
     weight = None if table is None else table._parameters.get("weight")
@@ -377,7 +380,7 @@ def _is_true(answer: object) -> bool:
 class _Corpus:
     """Tokens to evaluate a model on repeatedly: their pairs are counted once, where that pays and gives the same."""
 
-    def __init__(self, model: BigramLanguageModel, tokens: Tensor) -> None:
+    def __init__(self, model: BigramLanguageModel, tokens: Tensor | TokenShards) -> None:
         self._model, self._tokens = model, tokens
         self._counts = model.count_pairs(tokens) if self._may_count() else None
 
@@ -399,7 +402,11 @@ class _Evaluation:
     """Records the exact losses of the model."""
 
     def __init__(
-        self, steps: Steps, train_tokens: Tensor, val_tokens: Tensor | None, on_evaluation: Callback | None
+        self,
+        steps: Steps,
+        train_tokens: Tensor | TokenShards,
+        val_tokens: Tensor | TokenShards | None,
+        on_evaluation: Callback | None,
     ) -> None:
         self._steps, self._on_evaluation = steps, on_evaluation
         self._train = _Corpus(steps.module, train_tokens)

@@ -465,7 +465,7 @@ BAD_NUMBERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"train_tokens": numpy.arange(100)}, TypeError, "'tokens'"),
     ({"train_tokens": torch.rand(100)}, RuntimeError, "expected tokens to have one of the dtypes"),
     ({"train_tokens": torch.ones(10, 10).long()}, RuntimeError, "expected tokens to be 1-D"),
-    ({"val_tokens": [1, 2, 3]}, TypeError, "expected val_tokens to be a Tensor, got list"),
+    ({"val_tokens": [1, 2, 3]}, TypeError, "expected val_tokens to be a Tensor or TokenShards, got list"),
     ({"val_tokens": torch.rand(100)}, RuntimeError, "expected tokens to be uint8"),
 ]
 
