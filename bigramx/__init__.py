@@ -1,6 +1,7 @@
 """The bigram language model for PyTorch, as fused C++ kernels."""
 
 from bigramx import data, functional, optim, reference
+from bigramx.counts import BigramCounts
 from bigramx.evaluation import optimal_loss
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
@@ -11,6 +12,7 @@ from bigramx.training import fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "BigramCounts",
     "BigramLanguageModel",
     "CharTokenizer",
     "History",

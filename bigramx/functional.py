@@ -307,12 +307,13 @@ def generate(
     return tokens
 
 
-def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
+def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.strided) -> Tensor:
     """Counts how often each token follows each other token.
 
     Args:
         tokens: (N) uint8, uint16, int32 or int64; on a GPU fewer than 2^32.
         vocab_size: V, greater than every token.
+        layout: torch.strided, or torch.sparse_csr: memory in proportion to the distinct pairs.
 
     Returns:
         counts (V, V) int64: ``counts[i, j]`` is how often j follows i.
@@ -323,6 +324,12 @@ def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
         RuntimeError: ``tokens`` is not 1-D or of another dtype.
         TypeError: An argument is of the wrong type.
     """
+    if layout is torch.sparse_csr:
+        from bigramx.counts import BigramCounts
+
+        sparse = BigramCounts(vocab_size)
+        sparse.update(tokens)
+        return sparse.to_csr()
     counts: Tensor = ops.count_bigrams(tokens, vocab_size)
     return counts
 

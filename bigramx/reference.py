@@ -136,10 +136,15 @@ def multinomial(
     return samples if probs.dim() == 2 else samples[0]
 
 
-def count_bigrams(tokens: Tensor, vocab_size: int) -> Tensor:
+def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.strided) -> Tensor:
     """See functional.count_bigrams."""
     tokens = tokens.long()
     pairs = tokens[:-1] * vocab_size + tokens[1:]
+    if layout is torch.sparse_csr:
+        distinct, counts = pairs.unique(return_counts=True)
+        crow_indices = torch.searchsorted(distinct, torch.arange(vocab_size + 1) * vocab_size)
+        size = (vocab_size, vocab_size)
+        return torch.sparse_csr_tensor(crow_indices, distinct % vocab_size, counts, size, check_invariants=False)
     return torch.bincount(pairs, minlength=vocab_size * vocab_size).view(vocab_size, vocab_size)
 
 
