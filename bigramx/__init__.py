@@ -6,6 +6,7 @@ from bigramx.evaluation import optimal_loss
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.ops import build_info
+from bigramx.smoothed_model import SmoothedBigramModel
 from bigramx.tokenizer import CharTokenizer
 from bigramx.training import fit
 
@@ -16,6 +17,7 @@ __all__ = [
     "BigramLanguageModel",
     "CharTokenizer",
     "History",
+    "SmoothedBigramModel",
     "build_info",
     "data",
     "fit",
