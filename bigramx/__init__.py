@@ -6,6 +6,7 @@ from bigramx.evaluation import Evaluation, evaluate, optimal_loss
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.ops import build_info
+from bigramx.smoothed_model import SmoothedBigramModel
 from bigramx.tokenizer import CharTokenizer
 from bigramx.training import fit
 
@@ -17,6 +18,7 @@ __all__ = [
     "CharTokenizer",
     "Evaluation",
     "History",
+    "SmoothedBigramModel",
     "build_info",
     "data",
     "evaluate",

@@ -148,6 +148,42 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
     return torch.bincount(pairs, minlength=vocab_size * vocab_size).view(vocab_size, vocab_size)
 
 
+def interpolated_bigram(
+    idx: Tensor,
+    targets: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pair_probs: Tensor,
+    backoff: Tensor,
+    unigram: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See functional.interpolated_bigram; takes 16 bytes of memory for each of the nnz pairs."""
+    rows, columns = idx.long(), targets.long()
+    vocab_size = len(unigram)
+    all_rows = torch.arange(vocab_size, device=idx.device).repeat_interleave(crow_indices.diff())
+    # With one pair more, beyond all others, for the search to end at.
+    keys = F.pad(all_rows * vocab_size + col_indices, (0, 1), value=vocab_size**2)
+    wanted = rows * vocab_size + columns
+    places = torch.searchsorted(keys, wanted)
+    is_seen = keys[places] == wanted
+    own = F.pad(pair_probs, (0, 1))[places].double().where(is_seen, 0)
+    return own + backoff[rows].double() * unigram[columns].double(), is_seen
+
+
+def interpolated_bigram_rows(
+    idx: Tensor, crow_indices: Tensor, col_indices: Tensor, pair_probs: Tensor, backoff: Tensor, unigram: Tensor
+) -> Tensor:
+    """See functional.interpolated_bigram_rows."""
+    rows = idx.reshape(-1).long()
+    probs = backoff[rows, None] * unigram
+    begins, sizes = crow_indices[rows], crow_indices.diff()[rows]
+    of_row = torch.arange(len(rows), device=idx.device).repeat_interleave(sizes)
+    ends = sizes.cumsum(0)
+    places = torch.arange(len(of_row), device=idx.device) + (begins - ends + sizes)[of_row]
+    probs.index_put_((of_row, col_indices[places].long()), pair_probs[places], accumulate=True)
+    return probs.view(*idx.shape, len(unigram))
+
+
 def filter_logits(
     logits: Tensor,
     *,
