@@ -57,8 +57,14 @@ def index_of(path: str | os.PathLike[str]) -> Path | None:
 def write_part(path: str | os.PathLike[str], begin: int, tensors: dict[str, Tensor]) -> Part:
     """Writes some rows: crow_indices (rows + 1) int64, col_indices (n) int32, values (n) int64."""
     end = begin + len(tensors["crow_indices"]) - 1
-    storage.write_tensors(path, KIND, tensors, {"begin": str(begin), "end": str(end)})
+    named = {_name(name, begin): tensor for name, tensor in tensors.items()}
+    storage.write_tensors(path, KIND, named, {})
     return Part(os.path.basename(path), begin, end, len(tensors["values"]), read_metadata(path)[_CHECKSUM])
+
+
+def _name(name: str, begin: int) -> str:
+    """Of a tensor in a part: no two parts have the same, as safetensors' readers of an index expect."""
+    return f"{name}.{begin}"
 
 
 def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> None:
@@ -72,7 +78,7 @@ def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> Non
             "counts": metadata,
             "parts": [asdict(part) for part in parts],
         },
-        "weight_map": {f"{name}.{part.begin}": part.file for part in parts for name in DTYPES},
+        "weight_map": {_name(name, part.begin): part.file for part in parts for name in DTYPES},
     }
     content["metadata"][_CHECKSUM] = _checksum_of(content)
     storage.write_text(index, json.dumps(content, indent=2) + "\n")
@@ -131,8 +137,7 @@ def read(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         MemoryError: They do not fit into memory.
     """
     parts, metadata = read_index(index)
-    num_bytes = 0
-    for part in parts:
+    for part in parts:  # before memory is taken for what the index tells
         num_bytes = os.stat(index.parent / part.file).st_size
         if num_bytes < 8 * (part.end - part.begin) + 12 * part.num_distinct:
             raise _foreign(index, part)
@@ -146,21 +151,23 @@ def read(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         rows, of_part = storage.read_tensors(index.parent / part.file, KIND)
         if of_part[_CHECKSUM] != part.crc32 or not _are_rows(rows, part):
             raise _foreign(index, part)
-        tensors["crow_indices"][part.begin : part.end + 1] = rows["crow_indices"] + position
-        for name in ("col_indices", "values"):
-            tensors[name][position : position + part.num_distinct] = rows[name]
+        crow, col, values = (rows[_name(name, part.begin)] for name in DTYPES)
+        tensors["crow_indices"][part.begin : part.end + 1] = crow + position
+        tensors["col_indices"][position : position + part.num_distinct] = col
+        tensors["values"][position : position + part.num_distinct] = values
         position += part.num_distinct
     return tensors, metadata
 
 
 def _are_rows(tensors: dict[str, Tensor], part: Part) -> bool:
-    lengths = {"crow_indices": part.end - part.begin + 1, "col_indices": part.num_distinct, "values": part.num_distinct}
-    return (
-        tensors.keys() == DTYPES.keys()
-        and all(tensors[name].shape == (lengths[name],) and tensors[name].dtype == DTYPES[name] for name in DTYPES)
-        and int(tensors["crow_indices"][0]) == 0
-        and int(tensors["crow_indices"][-1]) == part.num_distinct
-    )
+    lengths = (part.end - part.begin + 1, part.num_distinct, part.num_distinct)
+    expected = {
+        _name(name, part.begin): (dtype, (length,))
+        for (name, dtype), length in zip(DTYPES.items(), lengths, strict=True)
+    }
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    crow = tensors.get(_name("crow_indices", part.begin))
+    return found == expected and crow is not None and crow[0] == 0 and bool(crow[-1] == part.num_distinct)
 
 
 def _foreign(index: Path, part: Part) -> ValueError:

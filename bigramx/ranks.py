@@ -12,11 +12,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 _FAILED, _ENDED = "failed", "ended"
 _CHECK_INTERVAL = 0.25  # seconds between two looks into the store
@@ -30,7 +33,7 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """This process alone, or the ranks of a process group whose tensors are on the CPU.
+    """The process alone, or the ranks of a process group whose tensors are on the CPU.
 
     Attributes:
         rank: The number of this process.
@@ -38,7 +41,7 @@ class Ranks:
         on_wait: Called again and again while this rank waits for others.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, store: dist.Store | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, store: Store | None = None) -> None:
         self._group, self._store = group, store
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
@@ -54,7 +57,7 @@ class Ranks:
         if self._store is None:
             return next(self._claims.setdefault(name, itertools.count()))
         with self._reaching_store():
-            return self._store.add(f"claim/{name}", 1) - 1
+            return int(self._store.add(f"claim/{name}", 1)) - 1
 
     def add(self, name: str, amount: int) -> int:
         """Adds to a total of this name, which all ranks have in common, and returns it."""
@@ -62,7 +65,7 @@ class Ranks:
             self._totals[name] = self._totals.get(name, 0) + amount
             return self._totals[name]
         with self._reaching_store():
-            return self._store.add(f"total/{name}", amount)
+            return int(self._store.add(f"total/{name}", amount))
 
     def check(self) -> None:
         """Raises what another rank has raised; looks a few times a second.
@@ -115,15 +118,13 @@ class Ranks:
     def _wait(self, work: dist.Work | None) -> None:
         assert work is not None
         pause = 1e-4
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            self.check()
+            self.on_wait()
         try:
-            while not work.is_completed():
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
-                self.check()
-                self.on_wait()
             work.wait()
-        except RankError:
-            raise
         except RuntimeError as error:  # what gloo raises
             self._raise_lost(error)
 
@@ -135,7 +136,9 @@ class Ranks:
         self.check()
         lost = self._lost_ranks()
         names = " and ".join(f"rank {rank}" for rank in lost)
-        reason = f"{names} died: the connection is lost" if lost else f"no answer from the other ranks: {error}"
+        reason = (
+            f"{names} died: the connection is lost" if lost else f"rank {self.rank}: no answer from the others: {error}"
+        )
         raise RankError(self._post(reason)) from None
 
     def _lost_ranks(self) -> list[int]:
@@ -154,14 +157,14 @@ class Ranks:
         """Makes this the reason for which the job ends, if there is none yet; returns that which it is."""
         assert self._store is not None
         with self._reaching_store():
-            return self._store.compare_set(_FAILED, "", reason).decode()
+            return str(self._store.compare_set(_FAILED, "", reason), "utf-8")
 
     def _fail(self, error: BaseException) -> None:
         """Lets the other ranks raise what this one raises."""
         assert self._store is not None
         with contextlib.suppress(RankError):  # the store is gone
             if not isinstance(error, RankError):
-                self._post(f"rank {self.rank}: {type(error).__name__}: {error}")
+                self._post(": ".join(filter(None, [f"rank {self.rank}", type(error).__name__, str(error)])))
             ended = self.add(_ENDED, 1)
             # Rank 0 may have the store within itself.
             num_others = self.size - len(self._lost_ranks()) if self.rank == 0 else 0
@@ -194,14 +197,14 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
     if not dist.is_available() or not (dist.is_initialized() or is_described):
         yield Ranks()
         return
-    from torch.distributed.distributed_c10d import _get_default_store  # no public function gives it
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # no public function gives it
 
     is_own = not dist.is_initialized()
     if is_own:
         dist.init_process_group("gloo", timeout=timeout)
     is_gloo = dist.get_backend() == "gloo"
     group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
-    ranks = Ranks(group, dist.PrefixStore(f"bigramx/{next(_calls)}", _get_default_store()))
+    ranks = Ranks(group, PrefixStore(f"bigramx/{next(_calls)}", _get_default_store()))
     try:
         yield ranks
         ranks.gather("")
