@@ -1,0 +1,617 @@
+"""Pair counts of shards, by one process or by the ranks that torchrun starts: the same counts, bit for bit.
+
+Each rank counts pieces of the shards, one after another, as the ranks get to them. Then every row goes to its owner, in
+blocks, so that no rank needs much more memory than for what it has counted and what it will own. Each owner writes its
+rows; an index ties them. What is counted is saved from time to time, for a second start to go on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bigramx import data, parts, storage, token_files
+from bigramx.counts import BigramCounts
+from bigramx.data import Encoder
+from bigramx.parts import Part
+from bigramx.ranks import Ranks, join
+
+_PIECE_BYTES = 2**26  # of a file of tokens, which is one piece of work
+_BLOCK_PAIRS = 2**22  # distinct pairs that each rank receives at once
+_SAVE_SHARE = 20  # saving takes at most one of so many seconds
+_INTERVAL = 0.1  # seconds between two reports of progress
+_FILE = "counts.safetensors"
+_PARTIALS = "rank-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_KIND = "counts-partial"
+
+
+@dataclass(frozen=True)
+class CountProgress:
+    """How far all ranks together are.
+
+    Attributes:
+        stage: "reading", to find the largest token; "counting"; "exchanging"; or "writing".
+        num_bytes: How many bytes of the shards are done in this stage.
+        total_bytes: How many bytes the shards have.
+        num_tokens: How many tokens were counted, or read, since the start.
+    """
+
+    stage: str
+    num_bytes: int
+    total_bytes: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class CountResult:
+    """What was written; the same on all ranks but for ``rank``.
+
+    Attributes:
+        path: The file, or the index of several.
+        vocab_size: V.
+        eot: The token that ends a document.
+        num_pairs: The sum of the counts.
+        num_distinct: The number of distinct pairs.
+        num_ranks: How many processes counted.
+        rank: Which of them this is.
+    """
+
+    path: Path
+    vocab_size: int
+    eot: int | None
+    num_pairs: int
+    num_distinct: int
+    num_ranks: int
+    rank: int
+
+
+def count_shards(
+    paths: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    vocab_size: int | None = None,
+    eot: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: Encoder | None = None,
+    save_interval: float = 60.0,
+    timeout: timedelta | None = None,
+    progress: Callable[[CountProgress], object] | None = None,
+    report: Callable[[str], object] | None = None,
+) -> CountResult:
+    """Counts the pairs of shards into one file, or under torchrun into one for each rank and an index.
+
+    ``BigramCounts.load`` reads either. All ranks must see the same folders. A file or an index that is there already is
+    replaced when all is written. While it counts, a folder beside it, ``counts.partial``, holds what is counted so far,
+    also where an error or an interrupt ends it; the same call, by any number of ranks, goes on from there.
+
+    Args:
+        paths: Files, folders and patterns of tokens or texts, as for ``data.read_tokens``.
+        output: The file; or a folder, for ``counts.safetensors`` in it.
+        vocab_size: V. None: that of the tokenizer; else the largest token + 1, found in one more pass over the shards.
+        eot: The token that ends a document, as for ``BigramCounts``.
+        dtype: What ``.bin`` files without a header hold, as for ``data.read_tokens``.
+        tokenizer: Encodes texts.
+        save_interval: Seconds between two savings of what is counted so far.
+        timeout: How long a rank waits for the others; None: PyTorch's default, 30 minutes.
+        progress: Called on rank 0, about ten times a second. A KeyboardInterrupt ends the job.
+        report: Called on rank 0 with a line for the user.
+
+    Raises:
+        ValueError: A file is not what it should be or is named twice; or the counts that are on disk are of another
+            ``vocab_size`` or ``eot``, ``dtype`` or tokenizer.
+        IndexError: A token is out of range; names the shard and the position.
+        OSError: A file cannot be read or written.
+        RuntimeError: Another rank raised an error, or died; names it.
+    """
+    with join(timeout) as ranks:
+        job = _Job(ranks, _Place.of(output), progress, report)
+        return job.run(paths, _Options(vocab_size, eot, dtype, tokenizer), save_interval)
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+class _Options(NamedTuple):
+    """How the shards are to be read and counted."""
+
+    vocab_size: int | None
+    eot: int | None
+    dtype: torch.dtype | str | None
+    tokenizer: Encoder | None
+
+    def open(self, path: str) -> Tensor:
+        """The tokens of a shard, (N)."""
+        (tokens,) = data.read_tokens(path, tokenizer=self.tokenizer, dtype=self.dtype).shards
+        return tokens
+
+    def described(self) -> dict[str, object]:
+        """All that counts depend on beside the shards, for a file."""
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        to_json = getattr(self.tokenizer, "to_json", lambda: repr(self.tokenizer))
+        tokenizer = None if self.tokenizer is None else zlib.crc32(to_json().encode())
+        return {"vocab_size": self.vocab_size, "eot": self.eot, "dtype": dtype, "tokenizer": tokenizer}
+
+
+class _Piece(NamedTuple):
+    """One of the ``num_pieces`` equal pieces of a shard."""
+
+    path: str
+    size: int
+    modified: int
+    number: int
+    num_pieces: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size // self.num_pieces
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """The piece of the shard's tokens, and the token after it, with which its last forms a pair."""
+        begin, end = (len(tokens) * k // self.num_pieces for k in (self.number, self.number + 1))
+        return tokens[begin : end + 1]
+
+
+def _pieces_of(paths: Sequence[str | os.PathLike[str]]) -> list[_Piece]:
+    """The pieces do not depend on the number of ranks, so that another number may go on."""
+    pieces = []
+    for path in (file for each in paths for file in token_files.files_of(each)):
+        status = os.stat(path)
+        num_pieces = max(-(-status.st_size // _PIECE_BYTES), 1) if token_files.are_tokens(path) else 1
+        pieces += [_Piece(path, status.st_size, status.st_mtime_ns, k, num_pieces) for k in range(num_pieces)]
+    names = [piece.path for piece in pieces if piece.number == 0]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{storage.name_of(twice)}: expected each file once, got it twice")
+    if not pieces:
+        raise ValueError("expected shards to count, got none")
+    return pieces
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the counts are to lie.
+
+    Attributes:
+        file: The file of one process.
+    """
+
+    file: Path
+
+    @classmethod
+    def of(cls, output: str | os.PathLike[str]) -> _Place:
+        name = os.fsdecode(output)
+        is_file = name.endswith(".safetensors") and not os.path.isdir(name)
+        return cls(Path(name) if is_file else Path(name, _FILE))
+
+    @property
+    def index(self) -> Path:
+        return parts.index_path(self.file)
+
+    @property
+    def partial(self) -> Path:
+        """The folder of what is counted so far."""
+        return self.file.with_suffix(".partial")
+
+    def names_of_parts(self, num_parts: int, taken: set[str]) -> list[str]:
+        """Of the new parts; not those of the parts that an index names already, which stay until it is replaced."""
+        for generation in range(2):
+            stem = self.file.stem + generation * "-new"
+            names = [f"{stem}-{k:05}-of-{num_parts:05}.safetensors" for k in range(1, num_parts + 1)]
+            if taken.isdisjoint(names):
+                break
+        return names
+
+    def remove(self, old_parts: set[str]) -> None:
+        """Removes these parts, and what was counted so far."""
+        for name in old_parts:
+            self.file.with_name(name).unlink(missing_ok=True)
+        for path in self.partial.glob(_PARTIALS):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or someone else has put something there
+            self.partial.rmdir()
+
+    def old_parts(self) -> set[str]:
+        """The names of the parts of counts that are to be replaced."""
+        try:
+            return {part.file for part in parts.read_index(self.index)[0]}
+        except (OSError, ValueError):
+            return set()
+
+
+class _Partial(NamedTuple):
+    """Counts that are on disk: the header of their file."""
+
+    path: Path
+    options: dict[str, object]
+    pieces: set[_Piece]
+
+    @classmethod
+    def of(cls, path: Path) -> _Partial:
+        metadata = parts.read_metadata(path)
+        try:
+            pieces = {_Piece(*piece) for piece in json.loads(metadata["pieces"])}
+            return cls(path, json.loads(metadata["options"]), pieces)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{storage.name_of(path)}: damaged, or no counts that bigramx saved") from None
+
+    @property
+    def rank(self) -> int:
+        """Which of its start's ranks wrote it."""
+        return int(self.path.stem.rpartition("-")[2])
+
+    def load(self) -> BigramCounts:
+        tensors, metadata = storage.read_tensors(self.path, _KIND)
+        size = int(json.loads(metadata["vocab_size"]))
+        crow, col, values = (tensors[name] for name in parts.DTYPES)
+        csr = torch.sparse_csr_tensor(crow, col.long(), values, (size, size), check_invariants=True)
+        return BigramCounts.from_csr(csr, eot=json.loads(metadata["eot"]))
+
+
+# ----------------------------------------------------------------------------------------------------------- exchange
+
+
+class _Rows(NamedTuple):
+    """Some of the rows of the counts.
+
+    Attributes:
+        begin: The first of them.
+        crow: (rows + 1) int64, as of a CSR tensor.
+        col: (n) int32.
+        values: (n) int64.
+    """
+
+    begin: int
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, counts: BigramCounts, begin: int, end: int) -> _Rows:
+        csr = counts.rows(begin, end)
+        return cls(begin, csr.crow_indices(), csr.col_indices().int(), csr.values())
+
+    def between(self, begin: int, end: int) -> _Rows:
+        """The rows from ``begin`` to before ``end``; those that are not among these are empty."""
+        crow = self.crow[(torch.arange(begin, end + 1) - self.begin).clamp(0, len(self.crow) - 1)]
+        first, last = int(crow[0]), int(crow[-1])
+        return _Rows(begin, crow - first, self.col[first:last], self.values[first:last])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a file has them."""
+        return dict(zip(parts.DTYPES, self[1:], strict=True))
+
+
+def _borders(lengths: Tensor, begin: int, end: int, num_parts: int) -> list[int]:
+    """Cuts the rows from ``begin`` to ``end`` into parts of about as many pairs: where each begins, and the end.
+
+    Lengths, (V) int64, has the number of pairs in each row.
+    """
+    before = torch.zeros(end - begin + 1, dtype=torch.int64)
+    torch.cumsum(lengths[begin:end], 0, out=before[1:])
+    wanted = int(before[-1]) * torch.arange(1, num_parts) // num_parts
+    return [begin, *(torch.searchsorted(before, wanted) + begin).tolist(), end]
+
+
+def _exchange(ranks: Ranks, take: Callable[[int, int], _Rows], lengths: Tensor, owned: Sequence[int]) -> _Rows:
+    """Sends each row to its owner, who adds up what the ranks have of it.
+
+    The owners' rows are cut into as many blocks each, of which all receive one at a time.
+
+    Args:
+        ranks: Those that exchange.
+        take: This rank's part of the rows from ... to ...
+        lengths: (V) int64, the number of pairs in each row, of all ranks together.
+        owned: Where the rows of each rank begin, and V.
+    """
+    most = max(int(lengths[begin:end].sum()) for begin, end in pairwise(owned))
+    num_blocks = max(-(-most // _BLOCK_PAIRS), 1)
+    borders = [_borders(lengths, begin, end, num_blocks) for begin, end in pairwise(owned)]
+    own_blocks = []
+    for k in range(num_blocks):
+        sent = [take(*of_owner[k : k + 2]) for of_owner in borders]
+        own_blocks.append(_all_to_all(ranks, sent, *borders[ranks.rank][k : k + 2]))
+    return _concatenated(own_blocks)
+
+
+def _all_to_all(ranks: Ranks, sent: Sequence[_Rows], begin: int, end: int) -> _Rows:
+    """Sends rows to each rank, and receives those from ``begin`` to before ``end``."""
+    sizes = [int(size) for size in ranks.all_to_all([torch.tensor([len(rows.col)]) for rows in sent], [1] * ranks.size)]
+    largest = max((int(rows.values.max()) for rows in sent if len(rows.values) > 0), default=0)
+    dtype = torch.int32 if int(ranks.max(torch.tensor(largest))) < 2**31 else torch.int64
+    crows = ranks.all_to_all([rows.crow for rows in sent], [end - begin + 1] * ranks.size)
+    cols = ranks.all_to_all([rows.col for rows in sent], sizes)
+    values = ranks.all_to_all([rows.values.to(dtype) for rows in sent], sizes)
+    return _sum([_Rows(begin, crow, col, each.long()) for crow, col, each in zip(crows, cols, values, strict=True)])
+
+
+def _sum(blocks: Sequence[_Rows]) -> _Rows:
+    """The sum of several times the same rows."""
+    filled = [block for block in blocks if len(block.col) > 0]
+    if len(filled) < 2:
+        return filled[0] if filled else blocks[0]
+    begin, num_rows = blocks[0].begin, len(blocks[0].crow) - 1
+    rows = torch.cat([torch.arange(num_rows).repeat_interleave(block.crow.diff()) for block in blocks])
+    pairs, order = (rows * 2**32 + torch.cat([block.col for block in blocks])).sort()
+    values = torch.cat([block.values for block in blocks])[order].cumsum(0)
+    is_last = torch.ones(len(pairs), dtype=torch.bool)
+    torch.ne(pairs[1:], pairs[:-1], out=is_last[:-1])
+    pairs, values = pairs[is_last], values[is_last].diff(prepend=torch.zeros(1, dtype=torch.int64))
+    crow = torch.searchsorted(pairs, torch.arange(num_rows + 1) * 2**32)
+    return _Rows(begin, crow, (pairs % 2**32).int(), values)
+
+
+def _concatenated(blocks: Sequence[_Rows]) -> _Rows:
+    """Rows that follow one another."""
+    ends = torch.cat([block.crow.diff() for block in blocks]).cumsum(0)
+    return _Rows(
+        blocks[0].begin,
+        torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
+        torch.cat([block.col for block in blocks]),
+        torch.cat([block.values for block in blocks]),
+    )
+
+
+def _owned_rows(ranks: Ranks, counts: BigramCounts) -> _Rows:
+    """The sum over the ranks of the rows that this one owns; the owners have about as many distinct pairs each.
+
+    How many a row has is known when it is summed. So rows are sent by an estimate first, and then a few go on: whose
+    they are depends on the counts alone.
+    """
+    vocab_size = counts.vocab_size
+    step = -(-vocab_size // 64)
+    lengths = ranks.sum(
+        torch.cat(
+            [
+                counts.rows(begin, min(begin + step, vocab_size)).crow_indices().diff()
+                for begin in range(0, vocab_size, step)
+            ]
+        )
+    )
+    estimate = _borders(lengths, 0, vocab_size, ranks.size)
+    rows = _exchange(ranks, lambda begin, end: _Rows.of(counts, begin, end), lengths, estimate)
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    lengths[rows.begin : rows.begin + len(rows.crow) - 1] = rows.crow.diff()
+    lengths = ranks.sum(lengths)
+    return _exchange(ranks, rows.between, lengths, _borders(lengths, 0, vocab_size, ranks.size))
+
+
+# ---------------------------------------------------------------------------------------------------------------- job
+
+
+class _Job:
+    """What one rank does."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        place: _Place,
+        progress: Callable[[CountProgress], object] | None,
+        report: Callable[[str], object] | None,
+    ) -> None:
+        self._ranks, self._place = ranks, place
+        self._progress = progress if ranks.rank == 0 else None
+        self._report = report if ranks.rank == 0 else None
+        self._stage, self._total_bytes = "reading", 0
+        self._num_bytes = self._num_tokens = 0  # of which the other ranks do not know yet
+        self._next_time = 0.0
+        ranks.on_wait = self._advance
+
+    def run(self, paths: Sequence[str | os.PathLike[str]], options: _Options, save_interval: float) -> CountResult:
+        """Counts, and writes; see ``count_shards``."""
+        pieces = [_Piece(*piece) for piece in self._of_rank_0(lambda: self._start(paths))]
+        self._total_bytes = sum(piece.num_bytes for piece in pieces)
+        if options.vocab_size is None:
+            vocab_size = getattr(options.tokenizer, "vocab_size", None) or self._largest_token(pieces, options) + 1
+            options = options._replace(vocab_size=vocab_size)
+        self._enter("counting")
+        saved = [_Partial.of(Path(path)) for path in self._of_rank_0(lambda: self._usable(pieces, options))]
+        running = _Running(self._place, self._ranks, options, saved, save_interval)
+        pending = sorted(set(pieces).difference(*(each.pieces for each in saved)))
+        if self._ranks.rank == 0:
+            self._advance(self._total_bytes - sum(piece.num_bytes for piece in pending))
+        try:
+            self._count(pending, options, running)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                running.save()
+            raise
+        return self._write(running.counts)
+
+    def _of_rank_0(self, make: Callable[[], object]) -> Any:
+        """What rank 0 makes, which JSON can tell, on all ranks."""
+        return json.loads(self._ranks.gather(json.dumps(make()) if self._ranks.rank == 0 else "")[0])
+
+    def _start(self, paths: Sequence[str | os.PathLike[str]]) -> list[_Piece]:
+        self._place.file.parent.mkdir(parents=True, exist_ok=True)
+        storage.check_writable(self._place.file if self._ranks.size == 1 else self._place.index, 0)
+        return _pieces_of(paths)
+
+    # ------------------------------------------------------------------------------------------------ progress
+
+    def _enter(self, stage: str) -> None:
+        self._next_time = 0.0
+        self._advance()
+        self._stage, self._next_time = stage, 0.0
+
+    def _advance(self, num_bytes: int = 0, num_tokens: int = 0) -> None:
+        """Tells the other ranks, and the user, what is done; hears of their errors."""
+        self._num_bytes += num_bytes
+        self._num_tokens += num_tokens
+        if (now := time.monotonic()) < self._next_time:
+            return
+        self._next_time = now + _INTERVAL
+        self._ranks.check()
+        num_bytes = self._ranks.add(f"{self._stage}/bytes", self._num_bytes)
+        num_tokens = self._ranks.add(f"{self._stage}/tokens", self._num_tokens)
+        self._num_bytes = self._num_tokens = 0
+        if self._progress is not None:
+            self._progress(CountProgress(self._stage, num_bytes, self._total_bytes, num_tokens))
+
+    def _read(self, pieces: Sequence[_Piece], options: _Options) -> Iterator[tuple[_Piece, Tensor]]:
+        """The pieces that this rank gets to, each with the shard that it is of."""
+        path, shard = "", torch.empty(0)
+        while (k := self._ranks.claim(self._stage)) < len(pieces):
+            if pieces[k].path != path:
+                path, shard = pieces[k].path, options.open(pieces[k].path)
+            yield pieces[k], shard
+
+    # ------------------------------------------------------------------------------------------------ counting
+
+    def _largest_token(self, pieces: Sequence[_Piece], options: _Options) -> int:
+        largest = 0
+        for piece, shard in self._read(pieces, options):
+            tokens = piece.of(shard)
+            if len(tokens) > 0:
+                largest = max(largest, data.token_range(tokens)[1])
+            self._advance(piece.num_bytes, len(tokens))
+        return int(self._ranks.max(torch.tensor(largest)))
+
+    def _usable(self, pieces: Sequence[_Piece], options: _Options) -> list[str]:
+        """The files of counts on disk that are of these shards, as they are now, and of none twice."""
+        wanted, found = set(pieces), set[_Piece]()
+        on_disk = [_Partial.of(path) for path in sorted(self._place.partial.glob(_PARTIALS))]
+        usable = []
+        for each in sorted(on_disk, key=lambda each: -len(each.pieces)):  # some may be merged in another
+            if each.options != options.described():
+                raise ValueError(
+                    f"{storage.name_of(each.path)}: expected counts with {_shown(options.described())}, got some with "
+                    f"{_shown(each.options)}; remove {storage.name_of(self._place.partial)} to count all shards anew"
+                )
+            if each.pieces <= wanted - found:
+                found |= each.pieces
+                usable.append(str(each.path))
+        if on_disk:
+            unit = "shards" if all(piece.num_pieces == 1 for piece in pieces) else "pieces of shards"
+            self._tell(f"{len(found)} of {len(pieces)} {unit} taken from {storage.name_of(self._place.partial)}")
+        return usable
+
+    def _tell(self, line: str) -> None:
+        if self._report is not None:
+            self._report(line)
+
+    def _count(self, pieces: Sequence[_Piece], options: _Options, running: _Running) -> None:
+        for piece, shard in self._read(pieces, options):
+            tokens = piece.of(shard)
+            num_done = 0
+
+            def advance(num_tokens: int, piece: _Piece = piece, total: int = len(tokens)) -> None:
+                nonlocal num_done
+                before, num_done = num_done, num_done + num_tokens
+                num_bytes = piece.num_bytes * num_done // total - piece.num_bytes * before // total
+                self._advance(num_bytes, num_tokens)
+
+            try:
+                running.counts.update(tokens, progress=advance)
+            except IndexError:
+                with _naming(piece.path):
+                    data.check_range(shard, running.counts.vocab_size)
+                raise
+            running.add(piece)
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def _write(self, counts: BigramCounts) -> CountResult:
+        vocab_size, eot, ranks = counts.vocab_size, counts.eot, self._ranks
+        old_parts, path = self._place.old_parts(), self._place.file
+        if ranks.size == 1:
+            self._enter("writing")
+            num_pairs, num_distinct = counts.num_pairs, counts.num_distinct
+            counts.save(path)
+            self._place.index.unlink(missing_ok=True)
+        else:
+            self._enter("exchanging")
+            rows = _owned_rows(ranks, counts)
+            self._enter("writing")
+            names = self._of_rank_0(lambda: self._place.names_of_parts(ranks.size, old_parts))
+            part = parts.write_part(path.with_name(names[ranks.rank]), rows.begin, rows.tensors())
+            written = [Part(**json.loads(text)) for text in ranks.gather(json.dumps(asdict(part)))]
+            num_pairs = int(ranks.sum(rows.values.sum()))
+            num_distinct = sum(part.num_distinct for part in written)
+            old_parts -= {part.file for part in written}
+            path = self._place.index
+            if ranks.rank == 0:
+                parts.write_index(path, written, {"vocab_size": json.dumps(vocab_size), "eot": json.dumps(eot)})
+                self._place.file.unlink(missing_ok=True)
+        if ranks.rank == 0:
+            self._place.remove(old_parts)
+        return CountResult(path, vocab_size, eot, num_pairs, num_distinct, ranks.size, ranks.rank)
+
+
+class _Running:
+    """What a rank has counted, and its file.
+
+    Attributes:
+        counts: Of all that this rank has counted, or has taken from disk.
+    """
+
+    def __init__(
+        self, place: _Place, ranks: Ranks, options: _Options, saved: Sequence[_Partial], interval: float
+    ) -> None:
+        assert options.vocab_size is not None
+        self.counts = BigramCounts(options.vocab_size, eot=options.eot)
+        self._path = place.partial / f"rank-{ranks.rank:05}.safetensors"
+        self._options, self._interval = options, interval
+        self._pieces: set[_Piece] = set()
+        self._superseded = []
+        for partial in saved:
+            if partial.rank % ranks.size == ranks.rank:  # so that no other rank writes a file of this name
+                self.counts.merge(partial.load())
+                self._pieces |= partial.pieces
+                self._superseded.append(partial.path)
+        self._num_saved = len(self._pieces)
+        self._next_time = time.monotonic() + interval
+
+    def add(self, piece: _Piece) -> None:
+        """The piece is counted; saves when it is time."""
+        self._pieces.add(piece)
+        if time.monotonic() >= self._next_time:
+            begin = time.monotonic()
+            self.save()
+            end = time.monotonic()
+            self._next_time = end + max(self._interval, _SAVE_SHARE * (end - begin))
+
+    def save(self) -> None:
+        """Writes the counts, if there are new ones, and removes the files that they were taken from."""
+        if len(self._pieces) == self._num_saved:
+            return
+        self._path.parent.mkdir(exist_ok=True)
+        metadata = {
+            "vocab_size": json.dumps(self.counts.vocab_size),
+            "eot": json.dumps(self.counts.eot),
+            "options": json.dumps(self._options.described()),
+            "pieces": json.dumps(sorted(self._pieces)),
+        }
+        rows = _Rows.of(self.counts, 0, self.counts.vocab_size)
+        storage.write_tensors(self._path, _KIND, rows.tensors(), metadata)
+        for path in self._superseded:
+            if path != self._path:
+                path.unlink(missing_ok=True)
+        self._superseded, self._num_saved = [], len(self._pieces)
+
+
+def _shown(options: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors tell of which shard they are."""
+    try:
+        yield
+    except IndexError as error:
+        raise IndexError(f"{storage.name_of(path)}: {error}") from None

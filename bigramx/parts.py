@@ -1,0 +1,191 @@
+"""Pair counts in several files: each holds some rows, and an index, as of sharded safetensors, ties them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigramx import storage
+
+KIND = "counts-part"
+DTYPES = {"crow_indices": torch.int64, "col_indices": torch.int32, "values": torch.int64}
+_INDEX = ".index.json"
+_CHECKSUM = "crc32"
+_MOST_INDEX = 100_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file that holds the rows from ``begin`` to before ``end``.
+
+    Attributes:
+        file: Its name; it lies beside the index.
+        begin: Its first row.
+        end: The row after its last.
+        num_distinct: The number of distinct pairs in it.
+        crc32: The checksum of its metadata, which have those of its tensors.
+    """
+
+    file: str
+    begin: int
+    end: int
+    num_distinct: int
+    crc32: str
+
+
+def index_path(path: str | os.PathLike[str]) -> Path:
+    """Where the index of counts lies that one process would write to ``path``."""
+    return Path(f"{os.fsdecode(path)}{_INDEX}")
+
+
+def index_of(path: str | os.PathLike[str]) -> Path | None:
+    """The index that a path stands for: its own, or that beside where the one file would lie; None: it is a file."""
+    path = Path(path)
+    if path.name.endswith(_INDEX):
+        return path
+    index = index_path(path)
+    return index if index.exists() and not path.exists() else None
+
+
+def write_part(path: str | os.PathLike[str], begin: int, tensors: dict[str, Tensor]) -> Part:
+    """Writes some rows: crow_indices (rows + 1) int64, col_indices (n) int32, values (n) int64."""
+    end = begin + len(tensors["crow_indices"]) - 1
+    named = {_name(name, begin): tensor for name, tensor in tensors.items()}
+    storage.write_tensors(path, KIND, named, {})
+    return Part(os.path.basename(path), begin, end, len(tensors["values"]), read_metadata(path)[_CHECKSUM])
+
+
+def _name(name: str, begin: int) -> str:
+    """Of a tensor in a part: no two parts have the same, as safetensors' readers of an index expect."""
+    return f"{name}.{begin}"
+
+
+def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> None:
+    """Ties the parts, in the order of their rows, which lie in the folder of the index."""
+    num_rows, num_distinct = parts[-1].end + len(parts), sum(part.num_distinct for part in parts)
+    content: dict[str, Any] = {
+        "metadata": {
+            "total_size": 8 * num_rows + 12 * num_distinct,
+            "format": "bigramx",
+            "kind": "counts",
+            "counts": metadata,
+            "parts": [asdict(part) for part in parts],
+        },
+        "weight_map": {_name(name, part.begin): part.file for part in parts for name in DTYPES},
+    }
+    content["metadata"][_CHECKSUM] = _checksum_of(content)
+    storage.write_text(index, json.dumps(content, indent=2) + "\n")
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    metadata = {name: value for name, value in content["metadata"].items() if name != _CHECKSUM}
+    return str(zlib.crc32(json.dumps({**content, "metadata": metadata}, sort_keys=True).encode()))
+
+
+def read_index(index: Path) -> tuple[list[Part], dict[str, str]]:
+    """The parts, in the order of their rows, and the metadata of the counts.
+
+    Raises:
+        ValueError: It is damaged, or no index of counts.
+        OSError: It cannot be read.
+    """
+    name = storage.name_of(index)
+    content = storage.read_file(index)
+    try:
+        return _parse_index(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{name}: damaged, or not an index of counts that bigramx saved") from None
+
+
+def _parse_index(content: bytes) -> tuple[list[Part], dict[str, str]]:
+    if len(content) > _MOST_INDEX:
+        raise ValueError("too long")
+    index = json.loads(content)
+    if index["metadata"][_CHECKSUM] != _checksum_of(index) or index["metadata"]["kind"] != "counts":
+        raise ValueError("another checksum or kind")
+    parts, metadata = [Part(**part) for part in index["metadata"]["parts"]], index["metadata"]["counts"]
+    position = 0
+    for part in parts:
+        sizes = (part.begin, part.end, part.num_distinct)
+        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes) or part.begin != position:
+            raise ValueError("the rows do not follow one another")
+        if not isinstance(part.file, str) or os.path.basename(part.file) != part.file or not part.file:
+            raise ValueError("the name of a part is a path")
+        position = part.end
+        if position < part.begin:
+            raise ValueError("a part ends before it begins")
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError("the metadata are no strings")
+    return parts, metadata
+
+
+def read(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All rows, as the tensors of one file would be, and the metadata of the counts; takes memory for one copy.
+
+    Whether the columns are those of a CSR tensor is not checked.
+
+    Raises:
+        ValueError: The index or a part is damaged; or a part is that of other counts.
+        OSError: One of them cannot be read.
+        MemoryError: They do not fit into memory.
+    """
+    parts, metadata = read_index(index)
+    for part in parts:  # before memory is taken for what the index tells
+        num_bytes = os.stat(index.parent / part.file).st_size
+        if num_bytes < 8 * (part.end - part.begin) + 12 * part.num_distinct:
+            raise _foreign(index, part)
+    lengths = {"crow_indices": parts[-1].end + 1 if parts else 1}
+    num_distinct = sum(part.num_distinct for part in parts)
+    tensors = {
+        name: torch.zeros(lengths.get(name, num_distinct), dtype=dtype, device="cpu") for name, dtype in DTYPES.items()
+    }
+    position = 0
+    for part in parts:
+        rows, of_part = storage.read_tensors(index.parent / part.file, KIND)
+        if of_part[_CHECKSUM] != part.crc32 or not _are_rows(rows, part):
+            raise _foreign(index, part)
+        crow, col, values = (rows[_name(name, part.begin)] for name in DTYPES)
+        tensors["crow_indices"][part.begin : part.end + 1] = crow + position
+        tensors["col_indices"][position : position + part.num_distinct] = col
+        tensors["values"][position : position + part.num_distinct] = values
+        position += part.num_distinct
+    return tensors, metadata
+
+
+def _are_rows(tensors: dict[str, Tensor], part: Part) -> bool:
+    lengths = (part.end - part.begin + 1, part.num_distinct, part.num_distinct)
+    expected = {
+        _name(name, part.begin): (dtype, (length,))
+        for (name, dtype), length in zip(DTYPES.items(), lengths, strict=True)
+    }
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    crow = tensors.get(_name("crow_indices", part.begin))
+    return found == expected and crow is not None and crow[0] == 0 and bool(crow[-1] == part.num_distinct)
+
+
+def _foreign(index: Path, part: Part) -> ValueError:
+    return ValueError(f"{storage.name_of(index.parent / part.file)}: not the part that {index.name} names")
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a file of ``storage.write_tensors``, whose tensors are not read.
+
+    Raises:
+        ValueError: It is damaged, or no such file.
+        OSError: It cannot be read.
+    """
+    with storage.open_to_read(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > _MOST_INDEX:
+                raise ValueError(f"a header of {length} bytes")
+            return storage.parse_header(file.read(length))[1]
+        except ValueError as error:
+            raise ValueError(f"{storage.name_of(path)}: damaged, or no safetensors file ({error})") from None
