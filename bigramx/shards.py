@@ -97,10 +97,12 @@ class Shard(NamedTuple):
     tokens: Tensor
     name: str
     file: TokenFile | None = None  # of which they are a part, mapped; None: they are in memory
+    num_bytes: int | None = None  # of the text that they stand for; None: not known
 
     def part(self, begin: int, end: int) -> Shard:
         """A view of some of them."""
-        return self._replace(tokens=self.tokens[begin:end])
+        is_whole = end - begin == self.tokens.numel()
+        return self if is_whole else self._replace(tokens=self.tokens[begin:end], num_bytes=None)
 
 
 class TokenShards:
@@ -150,11 +152,11 @@ class TokenShards:
         return made
 
     def _set(self, parts: Iterable[Shard], eot: int | None) -> None:
+        self.eot = None if eot is None else _checked_eot(eot)
         self.parts = tuple(parts)
         self._ends = list(itertools.accumulate(part.tokens.numel() for part in self.parts))
         self.shards = tuple(part.tokens for part in self.parts)
         self.names = tuple(part.name for part in self.parts)
-        self.eot = None if eot is None else _checked_eot(eot)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -173,6 +175,12 @@ class TokenShards:
     def device(self) -> torch.device:
         """That of the first shard."""
         return self.shards[0].device if self.shards else torch.device("cpu")
+
+    @property
+    def num_bytes(self) -> int | None:
+        """The bytes of the texts that the tokens stand for; None where they are not known."""
+        sizes = [part.num_bytes for part in self.parts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @property
     def ranges(self) -> list[range]:
@@ -261,7 +269,8 @@ class TokenShards:
         names = [storage.printable(name) for name in self.names[:_NAMES_SHOWN]]
         more = [f"{len(self.names) - _NAMES_SHOWN:,} more"] if len(self.names) > _NAMES_SHOWN else []
         dtype, eot = str(self.dtype).removeprefix("torch."), "" if self.eot is None else f", eot={self.eot}"
-        return f"TokenShards({len(self):,} tokens, {dtype}{eot}, {len(self.names):,} shards: {', '.join(names + more)})"
+        number = f"{len(self.names):,} shard{'' if len(self.names) == 1 else 's'}"
+        return f"TokenShards({len(self):,} tokens, {dtype}{eot}, {number}: {', '.join(names + more)})"
 
 
 def check_shard(tokens: Tensor) -> None:
@@ -311,16 +320,17 @@ def _is_for_validation(name: str) -> bool:
     return not {"val", "valid", "validation"}.isdisjoint(words)
 
 
-def _pickled(part: Shard) -> tuple[Any, str, TokenFile | None]:
+def _pickled(part: Shard) -> tuple[Any, ...]:
     """A shard, whose tokens are their range where they are a file's."""
     begin = part.tokens.storage_offset()
-    return (part.tokens if part.file is None else range(begin, begin + part.tokens.numel())), part.name, part.file
+    return part if part.file is None else (range(begin, begin + part.tokens.numel()), *part[1:])
 
 
-def _unpickled(parts: Sequence[tuple[Any, str, TokenFile | None]], eot: int | None) -> TokenShards:
-    opened = {file: file.open() for file in {file for _tokens, _name, file in parts if file is not None}}
-    shards = (
-        Shard(tokens if file is None else opened[file][tokens.start : tokens.stop], name, file)
-        for tokens, name, file in parts
-    )
+def _unpickled(parts: Sequence[tuple[Any, ...]], eot: int | None) -> TokenShards:
+    shards = [Shard(*part) for part in parts]
+    opened = {file: file.open() for file in {shard.file for shard in shards} if file is not None}
+    for k, shard in enumerate(shards):
+        if shard.file is not None:
+            positions: Any = shard.tokens
+            shards[k] = shard._replace(tokens=opened[shard.file][positions.start : positions.stop])
     return TokenShards.of(shards, eot)
