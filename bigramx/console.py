@@ -90,30 +90,31 @@ class Bar:
         self._next_time = 0.0
 
     def __enter__(self) -> Bar:
-        with contextlib.suppress(OSError):
-            self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):
             self._bar.stop()
 
-    def show(self, done: int, num_tokens: int, *, title: str | None = None, total: int | None = None) -> None:
+    def show(
+        self, done: int, num_tokens: int | None = None, *, title: str | None = None, total: int | None = None
+    ) -> None:
         """Shows how much is done, and the rate at which so many tokens were. Many times a second: ten are shown."""
         if (now := time.monotonic()) < self._next_time:
             return
         self._next_time = now + _SHOWN_EVERY
         self._total = self._total if total is None else total
         of_total = "" if self._total is None else f"/{self._total:,}"
-        rate = num_tokens / max(now - self._begin, 1e-9)
+        rate = "" if num_tokens is None else f"{compact(num_tokens / max(now - self._begin, 1e-9))} tokens/s"
         with contextlib.suppress(OSError):
+            self._bar.start()
             self._bar.update(
                 self._task,
                 description=title,
                 total=self._total,
                 completed=done,
                 done=f"{done:,}{of_total} {self._unit}",
-                rate=f"{compact(rate)} tokens/s",
+                rate=rate,
                 refresh=True,
             )
 

@@ -100,7 +100,8 @@ def evaluate(
             tokenizer encodes.
         num_bytes: The bytes of the text that the tokens stand for. None: those of ``tokens`` if it is a text, or if
             its shards know them; else of what the model's tokenizer decodes the tokens to, if it has one.
-        eot: The token that ends a document: what follows it is not predicted. None: that of the shards, if any.
+        eot: The token that ends a document: what follows it is not predicted. None: that of the shards or, if they
+            have none, of the model.
         per_document: Whether to tell the loss of each document: one ends with ``eot``, or with its shard.
         progress: Called several times a second with the number of tokens evaluated since the last call.
 
@@ -123,6 +124,7 @@ def evaluate(
         raise ValueError("evaluate: per_document needs eot, the token that ends a document")
     sequences = _named_sequences(tokens)
     eot = getattr(tokens, "eot", None) if eot is None else eot
+    eot = getattr(model, "eot", None) if eot is None else eot
     num_bytes = getattr(tokens, "num_bytes", None) if num_bytes is None else num_bytes
     if num_bytes is not None and num_bytes <= 0:
         raise ValueError(f"expected num_bytes > 0, got {num_bytes}")
@@ -263,7 +265,9 @@ class _Documents:
     """The losses of documents, which follow each other in the pairs of sequences."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros((2, 1024), dtype=torch.float64, device="cpu")  # of the losses of each document; and their number
+        self._sums = torch.zeros(
+            (2, 1024), dtype=torch.float64, device="cpu"
+        )  # of the losses of each document; and their number
         self._size = 0  # how many there are; the last one goes on
 
     def begin(self, is_open: bool) -> None:
@@ -335,7 +339,7 @@ def _vocab_size_of(model: nn.Module, device: torch.device) -> int:
 
 def _losses_under(model: nn.Module) -> _Losses:
     """What gives the losses of pairs under the model."""
-    double_probs = getattr(model, "double_probs", None)
+    double_probs = getattr(model, "double_probs", None) or getattr(model, "_probs", None)
     if double_probs is not None:
         return partial(_losses_of_probs, double_probs)
     if getattr(model, "is_fused", False):

@@ -346,7 +346,9 @@ class Plain(torch.nn.Module):
 
 
 def shards_of(*shards: Tensor, eot: int | None = None) -> data.TokenShards:
-    return data.TokenShards([on_device(shard) for shard in shards], names=[f"{n}.bin" for n in range(len(shards))], eot=eot)
+    return data.TokenShards(
+        [on_device(shard) for shard in shards], names=[f"{n}.bin" for n in range(len(shards))], eot=eot
+    )
 
 
 class TestEvaluate:
@@ -422,8 +424,8 @@ class TestEvaluate:
         end = torch.tensor([eot])
         parts = [torch.cat([end, part] if eot_first else [part, end]) for part in documents]
         tokens, last = torch.cat(parts), torch.randint(6, (4,))
-        for given, option in ((shards_of(tokens, last), eot), (shards_of(tokens, last, eot=eot), None)):
-            result = evaluate(model, given, eot=option, per_document=True)
+        for tokens_of, option in ((shards_of(tokens, last), eot), (shards_of(tokens, last, eot=eot), None)):
+            result = evaluate(model, tokens_of, eot=option, per_document=True)
             assert result.documents is not None
             ended = [torch.cat([part, end]) for part in documents]
             if eot_first:
@@ -503,7 +505,9 @@ class TestEvaluate:
 
     def test_progress(self) -> None:
         done: list[int] = []
-        evaluate(BigramLanguageModel(3), shards_of(torch.zeros(10).byte(), torch.zeros(600_000).byte()), progress=done.append)
+        evaluate(
+            BigramLanguageModel(3), shards_of(torch.zeros(10).byte(), torch.zeros(600_000).byte()), progress=done.append
+        )
         assert sum(done) == 600_010
         assert len(done) > 2
 
@@ -530,9 +534,9 @@ class TestSparseCounts:
             counts.update(tokens.cpu())
             expected = dense_losses(model.token_embedding_table.weight.detach(), tokens).mean().item()
             optimum = conditional_entropy(tokens.tolist())
-            for given in (counts, csr_of(dense), dense.cpu().to_sparse_coo(), dense):
-                assert model.evaluate_counts(given) == pytest.approx(expected, rel=1e-12)
-                assert optimal_loss(given) == pytest.approx(optimum, rel=1e-12, abs=1e-12)
+            for sparse in (counts, csr_of(dense), dense.cpu().to_sparse_coo(), dense):
+                assert model.evaluate_counts(sparse) == pytest.approx(expected, rel=1e-12)
+                assert optimal_loss(sparse) == pytest.approx(optimum, rel=1e-12, abs=1e-12)
             shards = shards_of(tokens[: num_tokens // 2], tokens[num_tokens // 2 :])
             halves = BigramCounts(vocab_size)
             halves.update(shards)
