@@ -32,7 +32,6 @@ _PIECE_BYTES = 2**26  # of a file of tokens, which is one piece of work
 _BLOCK_PAIRS = 2**22  # distinct pairs that each rank receives at once
 _SAVE_SHARE = 20  # saving takes at most one of so many seconds
 _INTERVAL = 0.1  # seconds between two reports of progress
-_FILE = "counts.safetensors"
 _PARTIALS = "rank-[0-9][0-9][0-9][0-9][0-9].safetensors"
 _KIND = "counts-partial"
 
@@ -196,7 +195,7 @@ class _Place:
     def of(cls, output: str | os.PathLike[str]) -> _Place:
         name = os.fsdecode(output)
         is_file = name.endswith(".safetensors") and not os.path.isdir(name)
-        return cls(Path(name) if is_file else Path(name, _FILE))
+        return cls(Path(name) if is_file else Path(name, parts.FILE))
 
     @property
     def index(self) -> Path:
@@ -509,7 +508,7 @@ class _Job:
             tokens = piece.of(shard)
             num_done = 0
 
-            def advance(num_tokens: int, piece: _Piece = piece, total: int = len(tokens)) -> None:
+            def advance(num_tokens: int, piece: _Piece = piece, total: int = max(len(tokens), 1)) -> None:
                 nonlocal num_done
                 before, num_done = num_done, num_done + num_tokens
                 num_bytes = piece.num_bytes * num_done // total - piece.num_bytes * before // total

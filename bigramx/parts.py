@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import FileLike
 
 from bigramx import storage
 
-KIND = "counts-part"
+FILE = "counts.safetensors"  # the name that a folder has it by
+_KIND, _PART_KIND = "counts", "counts-part"
 DTYPES = {"crow_indices": torch.int64, "col_indices": torch.int32, "values": torch.int64}
 _INDEX = ".index.json"
 _CHECKSUM = "crc32"
@@ -45,20 +47,34 @@ def index_path(path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fsdecode(path)}{_INDEX}")
 
 
-def index_of(path: str | os.PathLike[str]) -> Path | None:
-    """The index that a path stands for: its own, or that beside where the one file would lie; None: it is a file."""
-    path = Path(path)
-    if path.name.endswith(_INDEX):
-        return path
-    index = index_path(path)
-    return index if index.exists() and not path.exists() else None
+def read(source: FileLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of counts, in one file or in parts.
+
+    Args:
+        source: A file object; or the path of the file or of the index, or of a folder with ``counts.safetensors`` or
+            its index. Where there is an index in the place of the file, the path of the file stands for it.
+
+    Raises:
+        ValueError: A file is damaged, or a part is that of other counts. Whether the tensors are those of a CSR tensor
+            with sorted columns is not checked.
+        OSError: A file cannot be read.
+        MemoryError: They do not fit into memory.
+    """
+    if not storage.is_path(source):
+        return storage.read_tensors(source, _KIND)
+    path = Path(os.fsdecode(source))
+    if path.is_dir():
+        path = path / FILE
+    if index_path(path).exists() and not path.exists():
+        path = index_path(path)
+    return _read_parts(path) if path.name.endswith(_INDEX) else storage.read_tensors(path, _KIND)
 
 
 def write_part(path: str | os.PathLike[str], begin: int, tensors: dict[str, Tensor]) -> Part:
     """Writes some rows: crow_indices (rows + 1) int64, col_indices (n) int32, values (n) int64."""
     end = begin + len(tensors["crow_indices"]) - 1
     named = {_name(name, begin): tensor for name, tensor in tensors.items()}
-    storage.write_tensors(path, KIND, named, {})
+    storage.write_tensors(path, _PART_KIND, named, {})
     return Part(os.path.basename(path), begin, end, len(tensors["values"]), read_metadata(path)[_CHECKSUM])
 
 
@@ -74,7 +90,7 @@ def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> Non
         "metadata": {
             "total_size": 8 * num_rows + 12 * num_distinct,
             "format": "bigramx",
-            "kind": "counts",
+            "kind": _KIND,
             "counts": metadata,
             "parts": [asdict(part) for part in parts],
         },
@@ -108,7 +124,7 @@ def _parse_index(content: bytes) -> tuple[list[Part], dict[str, str]]:
     if len(content) > _MOST_INDEX:
         raise ValueError("too long")
     index = json.loads(content)
-    if index["metadata"][_CHECKSUM] != _checksum_of(index) or index["metadata"]["kind"] != "counts":
+    if index["metadata"][_CHECKSUM] != _checksum_of(index) or index["metadata"]["kind"] != _KIND:
         raise ValueError("another checksum or kind")
     parts, metadata = [Part(**part) for part in index["metadata"]["parts"]], index["metadata"]["counts"]
     position = 0
@@ -126,16 +142,8 @@ def _parse_index(content: bytes) -> tuple[list[Part], dict[str, str]]:
     return parts, metadata
 
 
-def read(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All rows, as the tensors of one file would be, and the metadata of the counts; takes memory for one copy.
-
-    Whether the columns are those of a CSR tensor is not checked.
-
-    Raises:
-        ValueError: The index or a part is damaged; or a part is that of other counts.
-        OSError: One of them cannot be read.
-        MemoryError: They do not fit into memory.
-    """
+def _read_parts(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Takes memory for one copy, and for one part."""
     parts, metadata = read_index(index)
     for part in parts:  # before memory is taken for what the index tells
         num_bytes = os.stat(index.parent / part.file).st_size
@@ -148,7 +156,7 @@ def read(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     }
     position = 0
     for part in parts:
-        rows, of_part = storage.read_tensors(index.parent / part.file, KIND)
+        rows, of_part = storage.read_tensors(index.parent / part.file, _PART_KIND)
         if of_part[_CHECKSUM] != part.crc32 or not _are_rows(rows, part):
             raise _foreign(index, part)
         crow, col, values = (rows[_name(name, part.begin)] for name in DTYPES)
@@ -167,7 +175,7 @@ def _are_rows(tensors: dict[str, Tensor], part: Part) -> bool:
     }
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     crow = tensors.get(_name("crow_indices", part.begin))
-    return found == expected and crow is not None and crow[0] == 0 and bool(crow[-1] == part.num_distinct)
+    return found == expected and crow is not None and crow[[0, -1]].tolist() == [0, part.num_distinct]
 
 
 def _foreign(index: Path, part: Part) -> ValueError:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
@@ -49,6 +49,7 @@ class Ranks:
         self._claims: dict[str, Iterator[int]] = {}
         self._totals: dict[str, int] = {}
         self._next_check = 0.0
+        self._lost_store: RankError | None = None
 
     # ------------------------------------------------------------------------------------------ without waiting
 
@@ -161,26 +162,34 @@ class Ranks:
 
     def _fail(self, error: BaseException) -> None:
         """Lets the other ranks raise what this one raises."""
-        assert self._store is not None
         with contextlib.suppress(RankError):  # the store is gone
             if not isinstance(error, RankError):
                 self._post(": ".join(filter(None, [f"rank {self.rank}", type(error).__name__, str(error)])))
-            ended = self.add(_ENDED, 1)
-            # Rank 0 may have the store within itself.
-            num_others = self.size - len(self._lost_ranks()) if self.rank == 0 else 0
+            self._leave(set(range(self.size)).difference(self._lost_ranks()))
+
+    def _leave(self, alive: Iterable[int]) -> None:
+        """The last look into the store, which may be within rank 0: that waits until the others have had theirs."""
+        assert self._store is not None
+        with self._reaching_store():
+            self._store.set(f"{_ENDED}/{self.rank}", "")
             latest = time.monotonic() + _LAST_WORDS
-            while ended < num_others and time.monotonic() < latest:
-                time.sleep(0.05)
-                ended = self.add(_ENDED, 0)
+            while self.rank == 0 and time.monotonic() < latest:
+                if self._store.check([f"{_ENDED}/{rank}" for rank in alive]):
+                    break
+                time.sleep(0.01)
 
     @contextlib.contextmanager
     def _reaching_store(self) -> Iterator[None]:
+        if self._lost_store is not None:
+            raise self._lost_store
         try:
             yield
         except RankError:
             raise
         except RuntimeError as error:
-            raise RankError(f"rank 0, or what started the ranks, died: the store does not answer ({error})") from None
+            reason = f"rank 0, or what started the ranks, died: the store does not answer ({error})"
+            self._lost_store = RankError(reason)
+            raise self._lost_store from None
 
 
 @contextlib.contextmanager
@@ -208,6 +217,7 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
     try:
         yield ranks
         ranks.gather("")
+        ranks._leave(range(ranks.size))
     except BaseException as error:
         ranks._fail(error)
         raise

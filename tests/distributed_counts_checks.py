@@ -1,0 +1,258 @@
+"""Checks of counting by several ranks. tests/test_distributed_counts.py starts them, and names each as a test.
+
+The ranks are forks of this process, before it has threads: they need not import PyTorch again. What torchrun sets in
+the environment, this does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigramx import BigramCounts, distributed_counts, parts
+from bigramx.distributed_counts import CountResult, count_shards
+
+V, EOT = 300, 7
+CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
+
+
+def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+@dataclass
+class Outcome:
+    """Of a rank: what it returned or raised, what it told the user, and the status with which it ended."""
+
+    returned: str
+    raised: str
+    told: list[str]
+    status: int
+
+
+def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> list[Outcome]:
+    """The shards of the folder, counted by so many ranks. ``before_update`` is called with the rank, and how often."""
+    before_update = options.pop("before_update", None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pids = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            run_rank(rank, folder, output, before_update, options)
+        pids.append(pid)
+    begin = time.monotonic()
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert time.monotonic() - begin < 30, "the ranks took long to end"
+    outcomes = []
+    for rank, status in enumerate(statuses):
+        path = folder / f"outcome-{rank}.json"
+        told = json.loads(path.read_text()) if path.exists() else {"returned": "", "raised": "", "told": []}
+        path.unlink(missing_ok=True)
+        outcomes.append(Outcome(**told, status=status))
+    return outcomes
+
+
+def run_rank(
+    rank: int, folder: Path, output: str, before_update: Callable[[int, int], None] | None, options: Any
+) -> None:
+    outcome: dict[str, Any] = {"returned": "", "raised": "", "told": []}
+    update, calls = BigramCounts.update, iter(range(1000))
+
+    def update_after(self: BigramCounts, *args: Any, **kwargs: Any) -> None:
+        if before_update is not None:
+            before_update(rank, next(calls))
+        update(self, *args, **kwargs)
+
+    BigramCounts.update = update_after  # type: ignore[method-assign]
+    status = 0
+    try:
+        paths = [folder / "shards"]
+        outcome["returned"] = repr(count_shards(paths, folder / output, report=outcome["told"].append, **options))
+    except BaseException as error:
+        outcome["raised"] = f"{type(error).__name__}: {error}"
+        status = 1
+    (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
+    os._exit(status)
+
+
+def write_shards(folder: Path, sizes: Sequence[int] = (400, 1, 1500, 0, 700, 2, 900)) -> BigramCounts:
+    """Shards of tokens; and their counts, by one process, shard by shard."""
+    (folder / "shards").mkdir()
+    generator = torch.Generator().manual_seed(len(sizes))
+    counts = BigramCounts(V, eot=EOT)
+    for k, size in enumerate(sizes):
+        tokens = (torch.rand(size, generator=generator) ** 4 * V).long()
+        tokens[-1:] = V - 1
+        dtype = torch.uint16 if k % 2 else torch.int64
+        path = folder / "shards" / f"{k}.npy"
+        import numpy
+
+        numpy.save(path, tokens.to(dtype).numpy())
+        counts.update(tokens)
+    return counts
+
+
+def ended_well(outcomes: Sequence[Outcome]) -> bool:
+    return all(outcome.status == 0 and outcome.raised == "" for outcome in outcomes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@check
+def equal_to_one_process(folder: Path) -> None:
+    expected = write_shards(folder)
+    alone = count_shards([folder / "shards"], folder / "alone", eot=EOT)
+    assert alone == CountResult(
+        folder / "alone" / "counts.safetensors", V, EOT, expected.num_pairs, expected.num_distinct, 1, 0
+    )
+    assert BigramCounts.load(alone.path) == expected
+    for size in (2, 4):
+        outcomes = run_ranks(folder, size, f"by {size}", eot=EOT)
+        assert ended_well(outcomes), outcomes
+        index = folder / f"by {size}" / "counts.safetensors.index.json"
+        names = [f"counts-{k:05}-of-{size:05}.safetensors" for k in range(1, size + 1)]
+        assert sorted(contents(index.parent)) == [*names, index.name]
+        for rank, outcome in enumerate(outcomes):
+            result = CountResult(index, V, EOT, expected.num_pairs, expected.num_distinct, size, rank)
+            assert outcome.returned == repr(result)
+        counts = BigramCounts.load(index)
+        assert counts == expected
+        sizes = [part.num_distinct for part in parts.read_index(index)[0]]
+        assert max(sizes) <= expected.num_distinct / size + V
+
+
+@check
+def few_shards(folder: Path) -> None:
+    """More ranks than pieces; tokens that all are in one row; and no pair at all."""
+    for k, sizes in enumerate([(2,), (1,), (0, 0), (3000, 0)]):
+        own_folder = folder / str(k)
+        own_folder.mkdir()
+        expected = write_shards(own_folder, sizes)
+        outcomes = run_ranks(own_folder, 3, vocab_size=V, eot=EOT)
+        assert ended_well(outcomes), outcomes
+        assert BigramCounts.load(own_folder / "out" / "counts.safetensors.index.json") == expected
+
+
+def die(folder: Path, victim: int, at: int = 1) -> Callable[[int, int], None]:
+    """Kills this rank before it counts its second piece; the others wait for that before they go on."""
+
+    def before_update(rank: int, k: int) -> None:
+        if rank == victim and k == at:
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while rank != victim and k > 0 and not (folder / "killed").exists():
+            time.sleep(0.01)
+
+    return before_update
+
+
+@check
+def a_killed_rank_ends_all_by_its_name(folder: Path) -> None:
+    write_shards(folder)
+    for victim in (1, 0):
+        outcomes = run_ranks(folder, 3, f"without {victim}", before_update=die(folder, victim))
+        (folder / "killed").unlink()
+        assert outcomes.pop(victim).status == -signal.SIGKILL
+        for outcome in outcomes:
+            assert outcome.status == 1
+            assert f"RankError: rank {victim}" in outcome.raised, outcome
+            assert "died" in outcome.raised, outcome
+        assert not (folder / f"without {victim}" / "counts.safetensors.index.json").exists()
+
+
+@check
+def a_second_start_counts_what_is_not_on_disk(folder: Path) -> None:
+    """Of another number of ranks, too; the files are those of a run that nothing ended."""
+    expected = write_shards(folder)
+    run_ranks(folder, 2, "whole", eot=EOT)
+    for size in (1, 2, 4):
+        out = folder / f"out {size}"
+        outcomes = run_ranks(folder, 3, out.name, eot=EOT, save_interval=0.0, before_update=die(folder, 1))
+        (folder / "killed").unlink()
+        assert {path.name for path in out.iterdir()} == {"counts.partial"}
+
+        def count_updates(rank: int, k: int) -> None:
+            with open(folder / "updates", "a") as file:
+                file.write(".")
+
+        outcomes = run_ranks(folder, size, out.name, eot=EOT, before_update=count_updates)
+        assert ended_well(outcomes), outcomes
+        (line,) = outcomes[0].told
+        taken, of, total, *_words = line.split()
+        assert of == "of"
+        updates = folder / "updates"
+        assert 0 < int(taken) < int(total)
+        assert len(updates.read_text()) == int(total) - int(taken)
+        updates.unlink()
+        if size == 1:
+            assert BigramCounts.load(out / "counts.safetensors") == expected
+        else:
+            assert BigramCounts.load(out / "counts.safetensors.index.json") == expected
+        if size == 2:
+            assert contents(out) == contents(folder / "whole")
+        assert not (out / "counts.partial").exists()
+
+
+@check
+def an_error_ends_all(folder: Path) -> None:
+    expected = write_shards(folder)
+    path = folder / "shards" / "2.npy"
+    import numpy
+
+    tokens = numpy.load(path)
+    damaged = tokens.copy()
+    damaged[1234] = V
+    numpy.save(path, damaged)
+    outcomes = run_ranks(folder, 3, vocab_size=V, eot=EOT)
+    reason = f"IndexError: {path}: tokens holds {V} at position 1234, expected 0 <= token < {V}"
+    raised = [outcome.raised for outcome in outcomes]
+    (rank,) = [rank for rank in range(3) if raised[rank] == reason]
+    assert raised.count(f"RankError: rank {rank}: {reason}") == 2, raised
+    numpy.save(path, tokens)
+    outcomes = run_ranks(folder, 2, vocab_size=V, eot=EOT)
+    assert ended_well(outcomes), outcomes
+    assert "taken from" in outcomes[0].told[0]
+    assert BigramCounts.load(folder / "out" / "counts.safetensors.index.json") == expected
+
+
+def main(folder: Path) -> None:
+    """Runs the checks, and writes what went wrong."""
+    distributed_counts._PIECE_BYTES = 1000  # several pieces of a shard
+    distributed_counts._BLOCK_PAIRS = 500  # several blocks of an owner
+    problems = {}
+    for name, function in CHECKS.items():
+        own_folder = folder / name
+        own_folder.mkdir()
+        problems[name] = ""
+        begin = time.monotonic()
+        try:
+            function(own_folder)
+        except Exception:
+            problems[name] = traceback.format_exc()
+        print(name, time.monotonic() - begin, file=sys.stderr)
+        (folder / "problems.json").write_text(json.dumps(problems))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
