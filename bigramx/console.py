@@ -93,14 +93,15 @@ class Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):
-            self._bar.stop()
+        if self._bar.live.is_started:
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
     def show(
         self, done: int, num_tokens: int | None = None, *, title: str | None = None, total: int | None = None
     ) -> None:
         """Shows how much is done, and the rate at which so many tokens were. Many times a second: ten are shown."""
-        if (now := time.monotonic()) < self._next_time:
+        if (now := time.monotonic()) < self._next_time or not _console.is_terminal or _console.is_dumb_terminal:
             return
         self._next_time = now + _SHOWN_EVERY
         self._total = self._total if total is None else total
