@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
@@ -18,7 +18,7 @@ from bigramx.data import TokenShards, are_worth_counting, check_tokens, shards_o
 from bigramx.functional import Sampler
 from bigramx.history import PREFIX, History
 from bigramx.storage import name_of, read_tensors, write_tensors
-from bigramx.tokenizer import CharTokenizer
+from bigramx.tokenizer import Tokenizer, deserialize, serialize
 
 _Value = TypeVar("_Value")
 
@@ -71,13 +71,15 @@ class BigramLanguageModel(nn.Module):
     Attributes:
         token_embedding_table: nn.Embedding(V, V), initialised as in the lecture: N(0, 1). Whatever a script does to
             it, or to the model, is honoured: see ``is_fused``.
-        tokenizer: Saved and loaded with the model; None without one.
+        tokenizer: Saved and loaded with the model; None without one. A ``bigramx.tokenizer.Tokenizer``, or one that
+            another library made, of which ``save`` writes what ``bigramx.tokenizer.adapt`` makes of it. It has as many
+            tokens as the table has rows, or fewer.
     """
 
     __jit_unused_properties__ = ("is_fused",)
     if TYPE_CHECKING:  # torch.jit.script reads the annotations of a class, and knows no strings
         class_weight: Tensor | None
-        tokenizer: CharTokenizer | None
+        tokenizer: Tokenizer | None
 
     # For subclasses with a constructor of their own that does not call this one.
     ignore_index = -100
@@ -214,7 +216,7 @@ class BigramLanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        stop: int | None = None,
+        stop: int | Sequence[int] | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -374,8 +376,10 @@ class BigramLanguageModel(nn.Module):
 
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
-            TypeError: ``path`` is neither; or the history holds what cannot be saved.
-            ValueError: There is a history, and the table is sharded: each rank has a history of its own.
+            TypeError: ``path`` is neither; the history holds what cannot be saved; or the tokenizer is none, or one
+                that could not be loaded again.
+            ValueError: The tokenizer has more tokens than the table rows; or there is a history, and the table is
+                sharded: each rank has a history of its own.
         """
         class_weight = self._buffers.get("class_weight")
         tensors = {} if class_weight is None else {_CLASS_WEIGHT: class_weight}
@@ -387,7 +391,7 @@ class BigramLanguageModel(nn.Module):
             "label_smoothing": json.dumps(float(self.label_smoothing)),
         }
         if self.tokenizer is not None:
-            metadata["tokenizer"] = self.tokenizer.to_json()
+            metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
 
         def write(weight: Tensor) -> None:
             write_tensors(path, _KIND, {_WEIGHT: weight, **tensors}, metadata)
@@ -414,6 +418,7 @@ class BigramLanguageModel(nn.Module):
             ValueError: The file is damaged, cut short, or holds something else.
             OSError: It cannot be read, or is no regular file.
             MemoryError: The table does not fit into memory.
+            ImportError: The library of the model's tokenizer is not installed.
         """
         tensors, metadata = read_tensors(path, _KIND, is_wanted=lambda _kind, name: name in (_WEIGHT, _CLASS_WEIGHT))
         try:
@@ -438,9 +443,5 @@ class BigramLanguageModel(nn.Module):
         model.ignore_index = _number_in(metadata, "ignore_index", int, -100, -(2**63), 2**63 - 1)
         model.label_smoothing = _number_in(metadata, "label_smoothing", float, 0.0, 0.0, 1.0)
         if "tokenizer" in metadata:
-            model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
-            if model.tokenizer.vocab_size != model.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {model.tokenizer.vocab_size} characters, the table {model.vocab_size} rows"
-                )
+            model.tokenizer = deserialize(metadata["tokenizer"], model.vocab_size)
         return model

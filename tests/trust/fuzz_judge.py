@@ -235,6 +235,8 @@ def _for_reference(arguments: dict[str, Any], function: Callable[..., Any]) -> d
         taken["reduction"] = {0: "none", 1: "mean", 2: "sum"}.get(reduction, "")
         if taken.get("padding_idx") == -1:
             taken["padding_idx"] = None
+    if arguments.get("more_stop"):
+        taken["stop"] = [*reference._stop_tokens(arguments["stop"]), *arguments["more_stop"]]
     return taken
 
 
