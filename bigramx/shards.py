@@ -122,6 +122,7 @@ class TokenShards:
     Attributes:
         shards: The tokens of each shard, 1-D.
         names: Of each shard, the path of a file.
+        dtype: Of what indexing returns: that of the shards, or int64 if they differ.
         eot: The token that ends a document, or None.
 
     Raises:
@@ -133,6 +134,7 @@ class TokenShards:
     parts: tuple[Shard, ...]
     shards: tuple[Tensor, ...]
     names: tuple[str, ...]
+    dtype: torch.dtype
     eot: int | None
 
     def __init__(self, shards: Iterable[Tensor], *, names: Iterable[str] | None = None, eot: int | None = None) -> None:
@@ -157,6 +159,8 @@ class TokenShards:
         self._ends = list(itertools.accumulate(part.tokens.numel() for part in self.parts))
         self.shards = tuple(part.tokens for part in self.parts)
         self.names = tuple(part.name for part in self.parts)
+        dtypes = {shard.dtype for shard in self.shards}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.int64
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -164,12 +168,6 @@ class TokenShards:
     def numel(self) -> int:
         """The number of all tokens, N."""
         return len(self)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the shards; int64 if they differ."""
-        dtypes = {shard.dtype for shard in self.shards}
-        return dtypes.pop() if len(dtypes) == 1 else torch.int64
 
     @property
     def device(self) -> torch.device:
@@ -185,10 +183,10 @@ class TokenShards:
     @property
     def ranges(self) -> list[range]:
         """The positions of each shard's tokens among all."""
-        return [range(begin, end) for begin, end in zip([0, *self._ends[:-1]], self._ends, strict=True)]
+        return [range(begin, end) for begin, end in itertools.pairwise([0, *self._ends])]
 
     def __getitem__(self, index: int | slice) -> Tensor:
-        """A token, (), or the tokens of a slice, (n): a view where they are of one shard, else a copy of them.
+        """A token, (), or the tokens of a slice, (n): a view where they are of one shard, and all shards of one dtype.
 
         Raises:
             IndexError: There is no such token.
@@ -204,7 +202,7 @@ class TokenShards:
         position %= size
         k = bisect.bisect_right(self._ends, position)
         token: Tensor = self.shards[k][position - self._ends[k]]
-        return token
+        return token.to(self.dtype)
 
     def _slice(self, begin: int, end: int, step: int) -> Tensor:
         if step < 1:
@@ -215,20 +213,19 @@ class TokenShards:
             skipped = (skipped - part.tokens.numel()) % step
             if view.numel() > 0:
                 views.append(view)
-        if len(views) == 1:
-            return views[0]
         if not views:
             return torch.empty(0, dtype=self.dtype, device=self.device)
-        same = all(view.dtype == views[0].dtype for view in views)
+        if len(views) == 1:
+            return views[0].to(self.dtype)
         num_tokens = sum(view.numel() for view in views)
-        memory.check_room(num_tokens * (views[0].element_size() if same else 8), f"a copy of {num_tokens:,} tokens")
-        return torch.cat(views if same else [view.long() for view in views])
+        memory.check_room(num_tokens * self.dtype.itemsize, f"a copy of {num_tokens:,} tokens")
+        return torch.cat([view.to(self.dtype) for view in views])
 
     def __iter__(self) -> Iterator[Tensor]:
         """The tokens, () each, as a tensor's; ``shards`` are larger parts."""
         for shard in self.shards:
             for chunk in shard.split(_TOKENS_AT_ONCE):
-                yield from chunk
+                yield from chunk.to(self.dtype)
 
     def between(self, begin: int, end: int) -> TokenShards:
         """The tokens at the positions from ``begin`` to ``end``: views, the shards that they are of cut there."""
