@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -130,9 +131,13 @@ class _Options(NamedTuple):
     dtype: torch.dtype | str | None
     tokenizer: Encoder | None
 
-    def open(self, path: str) -> Tensor:
-        """The tokens of a shard, (N)."""
-        (tokens,) = data.read_tokens(path, tokenizer=self.tokenizer, dtype=self.dtype).shards
+    def open(self, piece: _Piece) -> Tensor:
+        """The tokens of the shard that it is a piece of, (N)."""
+        size = os.stat(piece.path).st_size
+        if size != piece.size:
+            name = storage.name_of(piece.path)
+            raise ValueError(f"{name}: expected {piece.size} bytes as rank 0 found at the start, got {size} bytes")
+        (tokens,) = data.read_tokens(piece.path, tokenizer=self.tokenizer, dtype=self.dtype).shards
         return tokens
 
     def described(self) -> dict[str, object]:
@@ -253,46 +258,38 @@ class _Partial(NamedTuple):
         """Which of its start's ranks wrote it."""
         return int(self.path.stem.rpartition("-")[2])
 
-    def load(self) -> BigramCounts:
-        tensors, metadata = storage.read_tensors(self.path, _KIND)
-        size = int(json.loads(metadata["vocab_size"]))
-        crow, col, values = (tensors[name] for name in parts.DTYPES)
-        csr = torch.sparse_csr_tensor(crow, col.long(), values, (size, size), check_invariants=True)
-        return BigramCounts.from_csr(csr, eot=json.loads(metadata["eot"]))
+    def load(self, like: BigramCounts) -> BigramCounts:
+        tensors, _metadata = storage.read_tensors(self.path, _KIND)
+        return _counts_of(0, [tensors[name] for name in parts.DTYPES], like)
 
 
 # ----------------------------------------------------------------------------------------------------------- exchange
 
 
-class _Rows(NamedTuple):
-    """Some of the rows of the counts.
+def _tensors_of(rows: Tensor) -> dict[str, Tensor]:
+    """Some rows of counts, sparse CSR, as a file has them."""
+    tensors = (rows.crow_indices(), rows.col_indices(), rows.values())
+    return {name: tensor.to(dtype) for (name, dtype), tensor in zip(parts.DTYPES.items(), tensors, strict=True)}
 
-    Attributes:
-        begin: The first of them.
-        crow: (rows + 1) int64, as of a CSR tensor.
-        col: (n) int32.
-        values: (n) int64.
-    """
 
-    begin: int
-    crow: Tensor
-    col: Tensor
-    values: Tensor
+def _counts_of(begin: int, tensors: Sequence[Tensor], like: BigramCounts) -> BigramCounts:
+    """The counts of the rows from ``begin`` on alone, of which a file has these tensors; of the same vocabulary."""
+    crow, col, values = tensors
+    after = like.vocab_size + 1 - begin - len(crow)
+    crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(after)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        csr = torch.sparse_csr_tensor(
+            crow, col.long(), values.long(), (like.vocab_size, like.vocab_size), check_invariants=True
+        )
+    return BigramCounts.from_csr(csr, eot=like.eot)
 
-    @classmethod
-    def of(cls, counts: BigramCounts, begin: int, end: int) -> _Rows:
-        csr = counts.rows(begin, end)
-        return cls(begin, csr.crow_indices(), csr.col_indices().int(), csr.values())
 
-    def between(self, begin: int, end: int) -> _Rows:
-        """The rows from ``begin`` to before ``end``; those that are not among these are empty."""
-        crow = self.crow[(torch.arange(begin, end + 1) - self.begin).clamp(0, len(self.crow) - 1)]
-        first, last = int(crow[0]), int(crow[-1])
-        return _Rows(begin, crow - first, self.col[first:last], self.values[first:last])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As a file has them."""
-        return dict(zip(parts.DTYPES, self[1:], strict=True))
+def _lengths(counts: BigramCounts) -> Tensor:
+    """(V) int64, the number of distinct pairs in each row."""
+    step = -(-counts.vocab_size // 64)  # for the memory
+    ends = [*range(0, counts.vocab_size, step), counts.vocab_size]
+    return torch.cat([counts.rows(*rows).crow_indices().diff() for rows in pairwise(ends)])
 
 
 def _borders(lengths: Tensor, begin: int, end: int, num_parts: int) -> list[int]:
@@ -306,87 +303,54 @@ def _borders(lengths: Tensor, begin: int, end: int, num_parts: int) -> list[int]
     return [begin, *(torch.searchsorted(before, wanted) + begin).tolist(), end]
 
 
-def _exchange(ranks: Ranks, take: Callable[[int, int], _Rows], lengths: Tensor, owned: Sequence[int]) -> _Rows:
-    """Sends each row to its owner, who adds up what the ranks have of it.
+def _exchange(ranks: Ranks, counts: BigramCounts, lengths: Tensor, owned: Sequence[int]) -> BigramCounts:
+    """Sends each row to its owner; returns what all ranks together have of the rows that this one owns.
 
     The owners' rows are cut into as many blocks each, of which all receive one at a time.
 
     Args:
         ranks: Those that exchange.
-        take: This rank's part of the rows from ... to ...
+        counts: What this rank has.
         lengths: (V) int64, the number of pairs in each row, of all ranks together.
         owned: Where the rows of each rank begin, and V.
     """
     most = max(int(lengths[begin:end].sum()) for begin, end in pairwise(owned))
     num_blocks = max(-(-most // _BLOCK_PAIRS), 1)
-    borders = [_borders(lengths, begin, end, num_blocks) for begin, end in pairwise(owned)]
-    own_blocks = []
-    for k in range(num_blocks):
-        sent = [take(*of_owner[k : k + 2]) for of_owner in borders]
-        own_blocks.append(_all_to_all(ranks, sent, *borders[ranks.rank][k : k + 2]))
-    return _concatenated(own_blocks)
+    borders = [list(pairwise(_borders(lengths, begin, end, num_blocks))) for begin, end in pairwise(owned)]
+    summed = BigramCounts(counts.vocab_size, eot=counts.eot)
+    for blocks, (begin, end) in zip(zip(*borders, strict=True), borders[ranks.rank], strict=True):
+        for tensors in _all_to_all(ranks, [counts.rows(*rows) for rows in blocks], end - begin):
+            summed.merge(_counts_of(begin, tensors, like=counts))
+    return summed
 
 
-def _all_to_all(ranks: Ranks, sent: Sequence[_Rows], begin: int, end: int) -> _Rows:
-    """Sends rows to each rank, and receives those from ``begin`` to before ``end``."""
-    sizes = [int(size) for size in ranks.all_to_all([torch.tensor([len(rows.col)]) for rows in sent], [1] * ranks.size)]
-    largest = max((int(rows.values.max()) for rows in sent if len(rows.values) > 0), default=0)
-    dtype = torch.int32 if int(ranks.max(torch.tensor(largest))) < 2**31 else torch.int64
-    crows = ranks.all_to_all([rows.crow for rows in sent], [end - begin + 1] * ranks.size)
-    cols = ranks.all_to_all([rows.col for rows in sent], sizes)
-    values = ranks.all_to_all([rows.values.to(dtype) for rows in sent], sizes)
-    return _sum([_Rows(begin, crow, col, each.long()) for crow, col, each in zip(crows, cols, values, strict=True)])
-
-
-def _sum(blocks: Sequence[_Rows]) -> _Rows:
-    """The sum of several times the same rows."""
-    filled = [block for block in blocks if len(block.col) > 0]
-    if len(filled) < 2:
-        return filled[0] if filled else blocks[0]
-    begin, num_rows = blocks[0].begin, len(blocks[0].crow) - 1
-    rows = torch.cat([torch.arange(num_rows).repeat_interleave(block.crow.diff()) for block in blocks])
-    pairs, order = (rows * 2**32 + torch.cat([block.col for block in blocks])).sort()
-    values = torch.cat([block.values for block in blocks])[order].cumsum(0)
-    is_last = torch.ones(len(pairs), dtype=torch.bool)
-    torch.ne(pairs[1:], pairs[:-1], out=is_last[:-1])
-    pairs, values = pairs[is_last], values[is_last].diff(prepend=torch.zeros(1, dtype=torch.int64))
-    crow = torch.searchsorted(pairs, torch.arange(num_rows + 1) * 2**32)
-    return _Rows(begin, crow, (pairs % 2**32).int(), values)
-
-
-def _concatenated(blocks: Sequence[_Rows]) -> _Rows:
-    """Rows that follow one another."""
-    ends = torch.cat([block.crow.diff() for block in blocks]).cumsum(0)
-    return _Rows(
-        blocks[0].begin,
-        torch.cat([torch.zeros(1, dtype=torch.int64), ends]),
-        torch.cat([block.col for block in blocks]),
-        torch.cat([block.values for block in blocks]),
+def _all_to_all(ranks: Ranks, rows: Sequence[Tensor], num_rows: int) -> Iterator[tuple[Tensor, ...]]:
+    """Sends rows, sparse CSR, to each rank; what each has sent here, of ``num_rows`` rows: crow, col, values."""
+    crows, cols, values = zip(*(_tensors_of(each).values() for each in rows), strict=True)
+    sizes = [int(size) for size in ranks.all_to_all([crow[-1:] for crow in crows], [1] * ranks.size)]
+    largest = max(int(each.max()) for each in values if len(each) > 0) if any(map(len, values)) else 0
+    if int(ranks.max(torch.tensor(largest))) < 2**31:
+        values = tuple(each.int() for each in values)
+    received = (
+        ranks.all_to_all(crows, [num_rows + 1] * ranks.size),
+        ranks.all_to_all(cols, sizes),
+        ranks.all_to_all(values, sizes),
     )
+    return zip(*received, strict=True)
 
 
-def _owned_rows(ranks: Ranks, counts: BigramCounts) -> _Rows:
-    """The sum over the ranks of the rows that this one owns; the owners have about as many distinct pairs each.
+def _owned_rows(ranks: Ranks, counts: BigramCounts) -> tuple[int, Tensor]:
+    """The rows of this rank, and which is the first; the owners have about as many distinct pairs each.
 
     How many a row has is known when it is summed. So rows are sent by an estimate first, and then a few go on: whose
     they are depends on the counts alone.
     """
-    vocab_size = counts.vocab_size
-    step = -(-vocab_size // 64)
-    lengths = ranks.sum(
-        torch.cat(
-            [
-                counts.rows(begin, min(begin + step, vocab_size)).crow_indices().diff()
-                for begin in range(0, vocab_size, step)
-            ]
-        )
-    )
-    estimate = _borders(lengths, 0, vocab_size, ranks.size)
-    rows = _exchange(ranks, lambda begin, end: _Rows.of(counts, begin, end), lengths, estimate)
-    lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    lengths[rows.begin : rows.begin + len(rows.crow) - 1] = rows.crow.diff()
-    lengths = ranks.sum(lengths)
-    return _exchange(ranks, rows.between, lengths, _borders(lengths, 0, vocab_size, ranks.size))
+    for _ in range(2):
+        lengths = ranks.sum(_lengths(counts))
+        owned = _borders(lengths, 0, counts.vocab_size, ranks.size)
+        counts = _exchange(ranks, counts, lengths, owned)
+    begin, end = owned[ranks.rank : ranks.rank + 2]
+    return begin, counts.rows(begin, end)
 
 
 # ---------------------------------------------------------------------------------------------------------------- job
@@ -444,8 +408,9 @@ class _Job:
 
     def _enter(self, stage: str) -> None:
         self._next_time = 0.0
-        self._advance()
+        self._advance()  # what is left of the stage before
         self._stage, self._next_time = stage, 0.0
+        self._advance()
 
     def _advance(self, num_bytes: int = 0, num_tokens: int = 0) -> None:
         """Tells the other ranks, and the user, what is done; hears of their errors."""
@@ -466,7 +431,7 @@ class _Job:
         path, shard = "", torch.empty(0)
         while (k := self._ranks.claim(self._stage)) < len(pieces):
             if pieces[k].path != path:
-                path, shard = pieces[k].path, options.open(pieces[k].path)
+                path, shard = pieces[k].path, options.open(pieces[k])
             yield pieces[k], shard
 
     # ------------------------------------------------------------------------------------------------ counting
@@ -514,13 +479,14 @@ class _Job:
                 num_bytes = piece.num_bytes * num_done // total - piece.num_bytes * before // total
                 self._advance(num_bytes, num_tokens)
 
+            running.begin(piece)
             try:
                 running.counts.update(tokens, progress=advance)
             except IndexError:
                 with _naming(piece.path):
                     data.check_range(shard, running.counts.vocab_size)
                 raise
-            running.add(piece)
+            running.save_when_due()
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -534,12 +500,12 @@ class _Job:
             self._place.index.unlink(missing_ok=True)
         else:
             self._enter("exchanging")
-            rows = _owned_rows(ranks, counts)
+            begin, rows = _owned_rows(ranks, counts)
             self._enter("writing")
             names = self._of_rank_0(lambda: self._place.names_of_parts(ranks.size, old_parts))
-            part = parts.write_part(path.with_name(names[ranks.rank]), rows.begin, rows.tensors())
+            part = parts.write_part(path.with_name(names[ranks.rank]), begin, _tensors_of(rows))
             written = [Part(**json.loads(text)) for text in ranks.gather(json.dumps(asdict(part)))]
-            num_pairs = int(ranks.sum(rows.values.sum()))
+            num_pairs = int(ranks.sum(rows.values().sum()))
             num_distinct = sum(part.num_distinct for part in written)
             old_parts -= {part.file for part in written}
             path = self._place.index
@@ -569,15 +535,27 @@ class _Running:
         self._superseded = []
         for partial in saved:
             if partial.rank % ranks.size == ranks.rank:  # so that no other rank writes a file of this name
-                self.counts.merge(partial.load())
+                self.counts.merge(partial.load(like=self.counts))
                 self._pieces |= partial.pieces
                 self._superseded.append(partial.path)
         self._num_saved = len(self._pieces)
+        self._piece: _Piece | None = None
+        self._num_pairs = 0
         self._next_time = time.monotonic() + interval
 
-    def add(self, piece: _Piece) -> None:
-        """The piece is counted; saves when it is time."""
-        self._pieces.add(piece)
+    def begin(self, piece: _Piece) -> None:
+        """What is added to the counts now is this piece, whole or not at all."""
+        self._settle()
+        self._num_pairs = self.counts.num_pairs
+        self._piece = piece
+
+    def _settle(self) -> None:
+        """Tells by the counts whether the piece has been added: an interrupt may come at any moment."""
+        if self._piece is not None and self.counts.num_pairs > self._num_pairs:
+            self._pieces.add(self._piece)
+
+    def save_when_due(self) -> None:
+        """Saves once in each interval, and rarely if that takes long."""
         if time.monotonic() >= self._next_time:
             begin = time.monotonic()
             self.save()
@@ -586,17 +564,15 @@ class _Running:
 
     def save(self) -> None:
         """Writes the counts, if there are new ones, and removes the files that they were taken from."""
+        self._settle()
         if len(self._pieces) == self._num_saved:
             return
         self._path.parent.mkdir(exist_ok=True)
         metadata = {
-            "vocab_size": json.dumps(self.counts.vocab_size),
-            "eot": json.dumps(self.counts.eot),
             "options": json.dumps(self._options.described()),
             "pieces": json.dumps(sorted(self._pieces)),
         }
-        rows = _Rows.of(self.counts, 0, self.counts.vocab_size)
-        storage.write_tensors(self._path, _KIND, rows.tensors(), metadata)
+        storage.write_tensors(self._path, _KIND, _tensors_of(self.counts.to_csr()), metadata)
         for path in self._superseded:
             if path != self._path:
                 path.unlink(missing_ok=True)

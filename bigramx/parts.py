@@ -84,7 +84,15 @@ def _name(name: str, begin: int) -> str:
 
 
 def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> None:
-    """Ties the parts, in the order of their rows, which lie in the folder of the index."""
+    """Ties the parts, in the order of their rows.
+
+    Raises:
+        FileNotFoundError: A part does not lie in the folder of the index, as this process sees it.
+        ValueError: It is another one.
+    """
+    for part in parts:
+        if read_metadata(index.parent / part.file)[_CHECKSUM] != part.crc32:
+            raise _foreign(index, part)
     num_rows, num_distinct = parts[-1].end + len(parts), sum(part.num_distinct for part in parts)
     content: dict[str, Any] = {
         "metadata": {

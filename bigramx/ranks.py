@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
+import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -25,7 +28,6 @@ _FAILED, _ENDED = "failed", "ended"
 _CHECK_INTERVAL = 0.25  # seconds between two looks into the store
 _LAST_WORDS = 5.0  # seconds in which the others read why the job ended
 _PROBE_TAG = 2**16 + 1
-_calls = itertools.count()
 
 
 class RankError(RuntimeError):
@@ -78,7 +80,7 @@ class Ranks:
             self._next_check = now + _CHECK_INTERVAL
             with self._reaching_store():
                 if self._store.check([_FAILED]):
-                    raise RankError(self._store.get(_FAILED).decode())
+                    raise RankError(json.loads(self._store.get(_FAILED))["reason"])
 
     # ------------------------------------------------------------------------------------------ all ranks together
 
@@ -118,6 +120,7 @@ class Ranks:
 
     def _wait(self, work: dist.Work | None) -> None:
         assert work is not None
+        num_waits = self.add(f"waits/{self.rank}", 1)
         pause = 1e-4
         while not work.is_completed():
             time.sleep(pause)
@@ -127,45 +130,45 @@ class Ranks:
         try:
             work.wait()
         except RuntimeError as error:  # what gloo raises
-            self._raise_lost(error)
+            self._raise_lost(num_waits, error)
 
     # ------------------------------------------------------------------------------------------ the end of a job
 
-    def _raise_lost(self, error: RuntimeError) -> NoReturn:
+    def _raise_lost(self, num_waits: int, error: RuntimeError) -> NoReturn:
         """Names the ranks that are gone, unless the job has ended for another reason, which then is theirs."""
         self._next_check = 0.0
         self.check()
-        lost = self._lost_ranks()
-        names = " and ".join(f"rank {rank}" for rank in lost)
-        reason = (
-            f"{names} died: the connection is lost" if lost else f"rank {self.rank}: no answer from the others: {error}"
-        )
-        raise RankError(self._post(reason)) from None
+        late = [rank for rank in range(self.size) if self.add(f"waits/{rank}", 0) < num_waits]
+        cut_off = [rank for rank in range(self.size) if rank != self.rank and not self._can_send(rank)]
+        # Who is late may still count; where time was over, gloo has cut off all.
+        lost = [rank for rank in cut_off if rank in late] or cut_off
+        names = " and ".join(f"rank {rank}" for rank in lost) or "a rank"
+        what = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0]  # without the place in gloo, and its advice
+        self._post(f"{names} died, or does not answer: {what}", lost)
+        self._next_check = 0.0
+        self.check()
+        raise AssertionError("unreachable")
 
-    def _lost_ranks(self) -> list[int]:
-        """Where a message cannot even be sent. The group is of no use any more, so nobody minds that none is read."""
-        assert self._group is not None
-        lost = []
-        for rank in range(self.size):
-            if rank != self.rank:
-                try:
-                    dist.isend(torch.zeros(1), group=self._group, group_dst=rank, tag=_PROBE_TAG)
-                except RuntimeError:
-                    lost.append(rank)
-        return lost
+    def _can_send(self, rank: int) -> bool:
+        """Whether a message can be sent; none is read, but then the group is of no use any more."""
+        try:
+            dist.isend(torch.zeros(1), group=self._group, group_dst=rank, tag=_PROBE_TAG)
+        except RuntimeError:
+            return False
+        return True
 
-    def _post(self, reason: str) -> str:
-        """Makes this the reason for which the job ends, if there is none yet; returns that which it is."""
+    def _post(self, reason: str, lost: Sequence[int] = ()) -> list[int]:
+        """Makes this the reason for which the job ends, if there is none yet; returns the ranks that are lost."""
         assert self._store is not None
         with self._reaching_store():
-            return str(self._store.compare_set(_FAILED, "", reason), "utf-8")
+            posted = self._store.compare_set(_FAILED, "", json.dumps({"reason": reason, "lost": lost}))
+            return list(json.loads(posted)["lost"])
 
     def _fail(self, error: BaseException) -> None:
         """Lets the other ranks raise what this one raises."""
         with contextlib.suppress(RankError):  # the store is gone
-            if not isinstance(error, RankError):
-                self._post(": ".join(filter(None, [f"rank {self.rank}", type(error).__name__, str(error)])))
-            self._leave(set(range(self.size)).difference(self._lost_ranks()))
+            lost = self._post(": ".join(filter(None, [f"rank {self.rank}", type(error).__name__, str(error)])))
+            self._leave(set(range(self.size)).difference(lost))
 
     def _leave(self, alive: Iterable[int]) -> None:
         """The last look into the store, which may be within rank 0: that waits until the others have had theirs."""
@@ -206,14 +209,12 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
     if not dist.is_available() or not (dist.is_initialized() or is_described):
         yield Ranks()
         return
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # no public function gives it
-
     is_own = not dist.is_initialized()
     if is_own:
-        dist.init_process_group("gloo", timeout=timeout)
+        _init_process_group(timeout)
     is_gloo = dist.get_backend() == "gloo"
     group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
-    ranks = Ranks(group, PrefixStore(f"bigramx/{next(_calls)}", _get_default_store()))
+    ranks = Ranks(group, _store_of(group))
     try:
         yield ranks
         ranks.gather("")
@@ -226,3 +227,22 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
             dist.destroy_process_group()
         elif not is_gloo:
             dist.destroy_process_group(group)
+
+
+def _init_process_group(timeout: timedelta | None) -> None:
+    """As the environment describes it; torchrun may keep its store when it starts the ranks again."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"bigramx/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _store_of(group: dist.ProcessGroup | None) -> Store:
+    """The group's store, under a prefix that no other job has."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # no public function gives it
+
+    prefix = [secrets.token_hex(8)]
+    dist.broadcast_object_list(prefix, group=group, group_src=0)
+    return PrefixStore(f"bigramx/{prefix[0]}", _get_default_store())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,13 +16,15 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from bigramx import BigramCounts, distributed_counts, parts
-from bigramx.distributed_counts import CountResult, count_shards
+from bigramx.distributed_counts import CountProgress, CountResult, count_shards
 
 V, EOT = 300, 7
 CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
@@ -34,17 +37,21 @@ def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 @dataclass
 class Outcome:
-    """Of a rank: what it returned or raised, what it told the user, and the status with which it ended."""
+    """Of a rank: what it returned or raised, what it told the user, how often it showed progress; its exit status."""
 
     returned: str
     raised: str
     told: list[str]
+    saw: int
     status: int
 
 
 def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> list[Outcome]:
-    """The shards of the folder, counted by so many ranks. ``before_update`` is called with the rank, and how often."""
-    before_update = options.pop("before_update", None)
+    """The shards of the folder, counted by so many ranks.
+
+    ``before_update`` is called by each rank with its number, and how often it has been; ``beside`` by this process.
+    """
+    before_update, beside = options.pop("before_update", None), options.pop("beside", lambda: None)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     pids = []
@@ -60,12 +67,13 @@ def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> l
             run_rank(rank, folder, output, before_update, options)
         pids.append(pid)
     begin = time.monotonic()
+    beside()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     assert time.monotonic() - begin < 30, "the ranks took long to end"
     outcomes = []
     for rank, status in enumerate(statuses):
         path = folder / f"outcome-{rank}.json"
-        told = json.loads(path.read_text()) if path.exists() else {"returned": "", "raised": "", "told": []}
+        told = json.loads(path.read_text()) if path.exists() else {"returned": "", "raised": "", "told": [], "saw": 0}
         path.unlink(missing_ok=True)
         outcomes.append(Outcome(**told, status=status))
     return outcomes
@@ -74,7 +82,7 @@ def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> l
 def run_rank(
     rank: int, folder: Path, output: str, before_update: Callable[[int, int], None] | None, options: Any
 ) -> None:
-    outcome: dict[str, Any] = {"returned": "", "raised": "", "told": []}
+    outcome: dict[str, Any] = {"returned": "", "raised": "", "told": [], "saw": 0}
     update, calls = BigramCounts.update, iter(range(1000))
 
     def update_after(self: BigramCounts, *args: Any, **kwargs: Any) -> None:
@@ -82,11 +90,16 @@ def run_rank(
             before_update(rank, next(calls))
         update(self, *args, **kwargs)
 
+    def see(progress: CountProgress) -> None:
+        outcome["saw"] += 1
+
     BigramCounts.update = update_after  # type: ignore[method-assign]
+    count = options.pop("count", count_shards)
     status = 0
     try:
         paths = [folder / "shards"]
-        outcome["returned"] = repr(count_shards(paths, folder / output, report=outcome["told"].append, **options))
+        result = count(paths, folder / output, report=outcome["told"].append, progress=see, **options)
+        outcome["returned"] = repr(result)
     except BaseException as error:
         outcome["raised"] = f"{type(error).__name__}: {error}"
         status = 1
@@ -136,10 +149,31 @@ def equal_to_one_process(folder: Path) -> None:
         for rank, outcome in enumerate(outcomes):
             result = CountResult(index, V, EOT, expected.num_pairs, expected.num_distinct, size, rank)
             assert outcome.returned == repr(result)
+            assert (outcome.saw > 0) == (rank == 0)
         counts = BigramCounts.load(index)
         assert counts == expected
         sizes = [part.num_distinct for part in parts.read_index(index)[0]]
         assert max(sizes) <= expected.num_distinct / size + V
+
+
+@check
+def in_a_process_group_that_exists(folder: Path) -> None:
+    """Twice, and the group lives on."""
+    expected = write_shards(folder)
+
+    def count(paths: Sequence[Path], output: Path, **options: Any) -> list[CountResult]:
+        dist.init_process_group("gloo")
+        results = [count_shards(paths, output.with_name(f"out {k}"), **options) for k in range(2)]
+        num_ranks = torch.ones(1)
+        dist.all_reduce(num_ranks)
+        assert num_ranks == 2
+        dist.destroy_process_group()
+        return results
+
+    outcomes = run_ranks(folder, 2, count=count, eot=EOT)
+    assert ended_well(outcomes), outcomes
+    for k in range(2):
+        assert BigramCounts.load(folder / f"out {k}") == expected
 
 
 @check
@@ -182,6 +216,31 @@ def a_killed_rank_ends_all_by_its_name(folder: Path) -> None:
 
 
 @check
+def a_rank_that_does_not_answer_ends_all(folder: Path) -> None:
+    write_shards(folder)
+    stopped = folder / "stopped"
+
+    def before_update(rank: int, k: int) -> None:
+        if rank == 1 and k == 1:
+            stopped.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while rank != 1 and k > 0 and not stopped.exists():
+            time.sleep(0.01)
+
+    def kill_at_last() -> None:
+        """Rank 1, when the others have ended."""
+        while len(list(folder.glob("outcome-*.json"))) < 2:
+            time.sleep(0.01)
+        os.kill(int(stopped.read_text()), signal.SIGKILL)
+
+    outcomes = run_ranks(folder, 3, before_update=before_update, timeout=timedelta(seconds=1), beside=kill_at_last)
+    assert outcomes.pop(1).status == -signal.SIGKILL
+    for outcome in outcomes:
+        assert outcome.status == 1
+        assert re.match("RankError: .*rank 1.* died, or does not answer", outcome.raised), outcome
+
+
+@check
 def a_second_start_counts_what_is_not_on_disk(folder: Path) -> None:
     """Of another number of ranks, too; the files are those of a run that nothing ended."""
     expected = write_shards(folder)
@@ -199,6 +258,7 @@ def a_second_start_counts_what_is_not_on_disk(folder: Path) -> None:
         outcomes = run_ranks(folder, size, out.name, eot=EOT, before_update=count_updates)
         assert ended_well(outcomes), outcomes
         (line,) = outcomes[0].told
+        assert [outcome.told for outcome in outcomes[1:]] == [[]] * (size - 1)
         taken, of, total, *_words = line.split()
         assert of == "of"
         updates = folder / "updates"
