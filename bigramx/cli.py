@@ -753,13 +753,12 @@ class _Known:
         self.unknown: Counter[str] = Counter()
 
     def encode(self, text: str) -> Tensor:
-        tokenizer = self._tokenizer
-        missing = set(text).difference(tokenizer.characters) if isinstance(tokenizer, CharTokenizer) else set()
-        if not missing:
-            return tokenizer.encode(text)
+        if not isinstance(self._tokenizer, CharTokenizer):
+            return self._tokenizer.encode(text)
+        missing = set(text).difference(self._tokenizer.characters)
         self.unknown.update(character for character in text if character in missing)
-        tokens = CharTokenizer(tokenizer.characters + "".join(missing)).encode(text)
-        return tokens.masked_fill_(tokens >= tokenizer.vocab_size, self._num_rows)
+        tokens = CharTokenizer(self._tokenizer.characters + "".join(missing)).encode(text)
+        return tokens.masked_fill_(tokens >= self._tokenizer.vocab_size, self._num_rows)
 
 
 def _evaluated(

@@ -288,7 +288,7 @@ class _Documents:
 
     def means(self) -> Tensor:
         """The loss of each, (D)."""
-        sums, counts = self._sums[:, : self._size]
+        sums, counts = self._sums[:, : self._size].unbind()
         return sums / counts
 
 
@@ -343,9 +343,7 @@ def _losses_under(model: nn.Module) -> _Losses:
     if double_probs is not None:
         return partial(_losses_of_probs, double_probs)
     if getattr(model, "is_fused", False):
-        weight = model.token_embedding_table.weight
-        assert isinstance(weight, Tensor)
-        return _TableLosses(weight)
+        return _TableLosses(model.get_parameter("token_embedding_table.weight"))
     return partial(_losses_of_calls, model)
 
 
@@ -393,7 +391,7 @@ def _logits(model: nn.Module, idx: Tensor) -> Tensor:
     """The logits, (n, V), after each of ``idx``, (n)."""
     output = model(idx[:, None])
     logits = output[0] if isinstance(output, tuple) else output
-    whole = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    whole: Tensor = logits.full_tensor() if hasattr(logits, "full_tensor") else logits  # of a DTensor
     return whole.reshape(len(idx), -1)
 
 
