@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.types import FileLike
 
-from bigramx import memory, reference, smoothing
+from bigramx import functional, fusion, memory, reference, smoothing
 from bigramx.counts import BigramCounts
 from bigramx.functional import Sampler
 from bigramx.model import BigramLanguageModel
@@ -29,6 +29,7 @@ _IGNORED = -100  # the target that counts in no loss, as F.cross_entropy has it
 _SUM_TOLERANCE = 1e-6
 _DTYPES = {"crow_indices": (torch.int64,), "col_indices": (torch.int32,)}
 _FLOATS = (torch.float32, torch.float64)
+_KERNEL_DEVICES = ("cpu", "meta")
 _BUFFERS = ("crow_indices", "col_indices", "pair_probs", "backoff", "unigram")
 
 
@@ -197,19 +198,24 @@ class SmoothedBigramModel(nn.Module):
 
     def _probs(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The probability of each pair, float64, and whether it was seen."""
-        self._check("idx", idx)
-        self._check("targets", targets)
         if targets.numel() != idx.numel():
             raise ValueError(
                 f"expected as many targets as idx has tokens, {tuple(idx.shape)}, got {tuple(targets.shape)}"
             )
-        return reference.interpolated_bigram(idx, targets.view(idx.shape), *self._parts())
+        targets = targets.reshape(idx.shape)
+        if self.device.type in _KERNEL_DEVICES:
+            return functional.interpolated_bigram(idx, targets, *self._parts())
+        self._check("idx", idx)
+        self._check("targets", targets)
+        return reference.interpolated_bigram(idx, targets, *self._parts())
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in _BUFFERS)
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.crow_indices, self.col_indices, self.pair_probs, self.backoff, self.unigram
 
     def _logits(self, idx: Tensor) -> Tensor:
         self._check("idx", idx)
+        if self.unigram.is_meta:
+            return self.unigram.new_empty(*idx.shape, self.vocab_size)
         return reference.interpolated_bigram_rows(idx, *self._parts()).log_()
 
     def _check(self, name: str, tokens: Tensor) -> None:
@@ -217,15 +223,16 @@ class SmoothedBigramModel(nn.Module):
             raise RuntimeError(f"expected {name} to be int64 or int32, got {tokens.dtype}")
         if tokens.device != self.device:
             raise RuntimeError(f"expected {name} on the model's device, {self.device}, got {tokens.device}")
-        if tokens.is_meta:
+        if tokens.is_meta or tokens.numel() == 0:
             return
-        wrong = ((tokens < 0) | (tokens >= self.vocab_size)).reshape(-1).nonzero()
-        if len(wrong):
-            n = int(wrong[0])
-            raise IndexError(
-                f"index out of range: {name} holds {int(tokens.reshape(-1)[n])} at position {n}, "
-                f"expected 0 <= {name} < {self.vocab_size}"
-            )
+        smallest, largest = tokens.aminmax()
+        if smallest >= 0 and largest < self.vocab_size:
+            return
+        flat = tokens.reshape(-1)
+        n = int(((flat < 0) | (flat >= self.vocab_size)).nonzero()[0])
+        raise IndexError(
+            f"index out of range: {name} holds {int(flat[n])} at position {n}, expected 0 <= {name} < {self.vocab_size}"
+        )
 
     @torch.no_grad()
     def generate(
@@ -237,7 +244,7 @@ class SmoothedBigramModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        stop: int | None = None,
+        stop: int | Sequence[int] | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -245,8 +252,11 @@ class SmoothedBigramModel(nn.Module):
 
         The options and the errors are those of ``functional.generate``. With ``sampler="torch"``, the default on the
         CPU, the tokens and the generator's state equal those of a loop over
-        ``torch.multinomial(softmax(logits), 1)`` with this model's logits. With ``"philox"`` sequence b at step t
-        depends on (seed, b, t) alone.
+        ``torch.multinomial(softmax(logits), 1)`` with this model's logits. With ``"philox"``, the default on a GPU, the
+        tokens are those of ``functional.interpolated_bigram_generate``, which runs on the CPU, with the memory and at
+        the cost of the pairs of the rows that are met, for any V: sequence b at step t depends on (seed, b, t) alone.
+
+        Where the module has hooks or another ``forward``, its logits are drawn from.
         """
         options: dict[str, Any] = {
             "temperature": temperature,
@@ -254,10 +264,22 @@ class SmoothedBigramModel(nn.Module):
             "top_p": top_p,
             "min_p": min_p,
             "stop": stop,
-            "sampler": sampler,
-            "generator": generator,
         }
-        return reference.continue_by(lambda idx: self._logits(idx[:, -1]), idx, max_new_tokens, **options)
+        # The errors of functional.generate, from a table of this size in no memory and no sequences.
+        no_table = torch.zeros((), device=idx.device).expand(self.vocab_size, self.vocab_size)
+        functional.generate(idx[:0], no_table, max_new_tokens, **options, sampler=sampler)
+        self._check("idx", idx)
+        on_cpu = self.device.type == "cpu"
+        is_philox = sampler == "philox" or (sampler is None and not on_cpu) or temperature == 0
+        if not is_philox or not fusion.runs_only(self, SmoothedBigramModel.forward):
+            options |= {"sampler": sampler, "generator": generator}
+            return reference.continue_by(lambda idx: self(idx[:, -1:])[0][:, -1], idx, max_new_tokens, **options)
+        generator = generator if on_cpu else _on_cpu(generator, self.device)
+        crow, columns, pair_probs, backoff, unigram = (part.cpu() for part in self._parts())
+        tokens = functional.interpolated_bigram_generate(
+            idx.cpu(), crow, columns, pair_probs, backoff, unigram, max_new_tokens, **options, generator=generator
+        )
+        return tokens.to(idx.device)
 
     def evaluate(self, tokens: Tensor | TokenShards) -> float:
         """The exact mean loss of each token of ``tokens``, (N), given the one before it, in nats.
@@ -279,7 +301,10 @@ class SmoothedBigramModel(nn.Module):
         """
         rows, columns, numbers = smoothing.entries(self._csr(counts))
         probs, _is_seen = self._probs(rows, columns)
-        return float((-probs.log() * numbers).sum() / numbers.sum())
+        losses = -probs.log_() * numbers
+        # So few at once are not divided among threads: their sums are the same for any number of these.
+        total = torch.stack([part.sum() for part in losses.split(2**14)]).sum()
+        return float(total / numbers.sum())
 
     def num_unseen(self, counts: BigramCounts | Tensor) -> int:
         """How many pairs of these counts, (V, V), have no probability of their own, as they were not seen."""
@@ -364,15 +389,30 @@ class SmoothedBigramModel(nn.Module):
             raise ValueError(f"{name_of(path)}: {error}") from None
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """As nn.Module's, for any number of pairs."""
-        for name in ("col_indices", "pair_probs"):
-            saved = state_dict.get(prefix + name)
-            current = getattr(self, name)
-            if isinstance(saved, Tensor) and saved.dim() == 1 and saved.shape != current.shape:
-                setattr(self, name, current.new_zeros(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+        """As nn.Module's, for any number of pairs; what makes no model of this V is refused as a whole."""
+        parts = {name: state_dict[prefix + name] for name in _BUFFERS if prefix + name in state_dict}
+        if len(parts) == len(_BUFFERS) and not any(part.is_meta for part in parts.values()):
+            try:
+                _check_parts(parts)
+                if len(parts["unigram"]) != self.vocab_size:
+                    raise ValueError(f"expected V = {self.vocab_size}, got {len(parts['unigram'])}")
+            except ValueError as error:
+                error_msgs.append(f"{prefix or type(self).__name__}: {error}")
+                return
+            for name in ("col_indices", "pair_probs"):
+                setattr(self, name, getattr(self, name).new_empty(parts[name].shape))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SmoothedBigramModel:
         """As nn.Module's, but the probabilities keep 32 bits at least."""
@@ -385,6 +425,14 @@ class SmoothedBigramModel(nn.Module):
 
         super()._apply(keep_digits, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _on_cpu(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """One on the CPU, with a seed drawn from one on the device, or from that device's default."""
+    if generator is not None and generator.device.type == "cpu":
+        return generator
+    seed = torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def _check_parts(tensors: dict[str, Tensor]) -> None:
@@ -404,13 +452,13 @@ def _check_parts(tensors: dict[str, Tensor]) -> None:
         raise ValueError("expected crow_indices to ascend from 0 to the number of pairs")
     if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < vocab_size:
         raise ValueError(f"expected col_indices from 0 to V - 1, V = {vocab_size}")
-    is_first = torch.zeros(len(columns) + 1, dtype=torch.bool).index_fill_(0, crow, True)[:-1]
-    if not (is_first[1:] | (columns.diff() > 0)).all():
+    is_first = torch.zeros(len(columns) + 1, dtype=torch.bool, device=crow.device).index_fill_(0, crow, True)
+    if not (is_first[1:-1] | (columns.diff() > 0)).all():
         raise ValueError("expected the col_indices of a row to ascend")
     for name in _BUFFERS[2:]:
         if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
             raise ValueError(f"expected {name} to be from 0 to 1")
-    cumulative = torch.cat((torch.zeros(1, dtype=torch.float64), pair_probs.cumsum(0, dtype=torch.float64)))
+    cumulative = nn.functional.pad(pair_probs.cumsum(0, dtype=torch.float64), (1, 0))
     sums = cumulative[crow].diff() + backoff * unigram.double().sum()
     if not ((sums - 1).abs() <= _SUM_TOLERANCE).all():
         raise ValueError(f"expected the probabilities of a row to sum to 1 within {_SUM_TOLERANCE}")
@@ -429,11 +477,11 @@ def _csr(counts: BigramCounts | Tensor) -> Tensor:
 
 def _csr_of_tokens(tokens: BigramCounts | TokenShards | Tensor, vocab_size: int) -> Tensor:
     """Pair counts, (V, V) torch.sparse_csr, of tokens, or as they are given."""
-    if (isinstance(tokens, Tensor) and tokens.dim() == 1) or hasattr(tokens, "shards"):
-        counts = BigramCounts(vocab_size)
-        counts.update(tokens)
-        return counts.to_csr()
-    csr = _csr(tokens)
-    if csr.size(0) != vocab_size:
-        raise RuntimeError(f"expected counts to be (V, V) with V = {vocab_size}, got {tuple(csr.shape)}")
-    return csr
+    if isinstance(tokens, BigramCounts) or (isinstance(tokens, Tensor) and tokens.dim() == 2):
+        csr = _csr(tokens)
+        if csr.size(0) != vocab_size:
+            raise RuntimeError(f"expected counts to be (V, V) with V = {vocab_size}, got {tuple(csr.shape)}")
+        return csr
+    counts = BigramCounts(vocab_size)
+    counts.update(tokens)
+    return counts.to_csr()
