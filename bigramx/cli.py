@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import io
 import itertools
 import logging
 import os
@@ -14,12 +15,11 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import IO, Annotated, Any, NamedTuple, Protocol
 
 import torch
 import typer
 from torch import Tensor
-from torch.types import FileLike
 
 import bigramx
 from bigramx import console, data, memory, storage
@@ -30,7 +30,7 @@ from bigramx.data import TokenShards
 from bigramx.distributed_counts import CountProgress, count_shards
 from bigramx.evaluation import Evaluation, optimal_loss
 from bigramx.evaluation import evaluate as evaluate_model
-from bigramx.history import PREFIX, History
+from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.shards import Shard
 from bigramx.smoothed_model import SmoothedBigramModel
@@ -49,10 +49,8 @@ app = typer.Typer(
 Model = BigramLanguageModel | SmoothedBigramModel
 
 _MODEL, _HISTORY, _LOSSES, _TABLE = "model.safetensors", "history.safetensors", "loss.png", "table.png"
-_KINDS: dict[str, type[BigramLanguageModel] | type[SmoothedBigramModel]] = {
-    "model": BigramLanguageModel,
-    "smoothed-model": SmoothedBigramModel,
-}
+_KINDS: dict[str, type[Model]] = {"model": BigramLanguageModel, "smoothed-model": SmoothedBigramModel}
+_MOST_HEADER = 2**27  # bytes of a file's header, which has the tokenizer
 _STREAM_TOKENS = 256  # generated in one call before they are printed
 _UNKNOWN_SHOWN = 10  # characters
 _MANY_ROWS = 2000  # of a table: a steps' tokens are few for them
@@ -124,13 +122,18 @@ def options(
 # ------------------------------------------------------------------------------------------------- models and tokens
 
 
-def _load(source: FileLike) -> Model:
-    """The model in a file, of either kind."""
-    tensors, metadata = storage.read_tensors(source, *_KINDS, is_wanted=lambda _kind, name: not name.startswith(PREFIX))
-    try:
-        return _KINDS[metadata["kind"]]._of_parts(tensors, metadata)
-    except ValueError as error:
-        raise ValueError(f"{storage.name_of(source)}: {error}") from None
+def _load(path: Path) -> Model:
+    with storage.open_to_read(path) as file:
+        return _load_from(file if file.seekable() else io.BytesIO(file.read()))
+
+
+def _load_from(file: IO[bytes]) -> Model:
+    """The model in a file, of the kind that its header says."""
+    size, kind = int.from_bytes(file.read(8), "little"), ""
+    with contextlib.suppress(ValueError):  # load says it better
+        kind = storage.parse_header(file.read(min(size, _MOST_HEADER)))[1].get("kind", "")
+    file.seek(0)
+    return _KINDS.get(kind, BigramLanguageModel).load(file)
 
 
 def _need_tokenizer(model: Model, path: Path) -> Tokenizer:
@@ -469,7 +472,7 @@ def _estimate(
 def _load_run(out: Path) -> tuple[BigramLanguageModel, History | None]:
     """The model and the history of a run: of one file or, as earlier versions wrote them, of two."""
     with storage.open_to_read(out / _MODEL) as file:
-        model = _load(file)
+        model = _load_from(file)
         if isinstance(model, SmoothedBigramModel):
             raise CommandError(f"{out / _MODEL}: a smoothed model has neither steps nor a table")
         file.seek(0)

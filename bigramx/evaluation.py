@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bigramx import functional
+from bigramx import functional, fusion
 from bigramx.counts import BigramCounts
 from bigramx.data import (
     TokenShards,
@@ -31,6 +31,9 @@ from bigramx.data import (
     token_range,
 )
 from bigramx.tokenizer import Tokenizer, decode_stream
+
+if TYPE_CHECKING:
+    from bigramx.smoothed_model import SmoothedBigramModel
 
 _CHUNK = 2**18  # tokens, or elements of a table, that are read at once: 2 MB in 64 bits
 _COUNTED_AT_ONCE = 2**24  # bytes of tokens that are given to count_bigrams
@@ -338,18 +341,19 @@ def _vocab_size_of(model: nn.Module, device: torch.device) -> int:
 
 
 def _losses_under(model: nn.Module) -> _Losses:
-    """What gives the losses of pairs under the model."""
-    double_probs = getattr(model, "double_probs", None) or getattr(model, "_probs", None)
-    if double_probs is not None:
-        return partial(_losses_of_probs, double_probs)
+    """What gives the losses of pairs under the model; kernels, where they do all that calling it does."""
+    from bigramx.smoothed_model import SmoothedBigramModel  # which needs this module
+
+    if isinstance(model, SmoothedBigramModel) and fusion.runs_only(model, SmoothedBigramModel.forward):
+        return partial(_losses_of_probs, model)
     if getattr(model, "is_fused", False):
         return _TableLosses(model.get_parameter("token_embedding_table.weight"))
     return partial(_losses_of_calls, model)
 
 
-def _losses_of_probs(double_probs: Callable[..., Any], idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    probs, is_seen = double_probs(idx, targets)
-    return -probs.log(), ~is_seen
+def _losses_of_probs(model: SmoothedBigramModel, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    probs, is_seen = model._probs(idx, targets)
+    return probs.log_().neg_(), ~is_seen
 
 
 class _TableLosses:

@@ -20,6 +20,7 @@ from bigramx import (
     BigramCounts,
     BigramLanguageModel,
     CharTokenizer,
+    SmoothedBigramModel,
     data,
     evaluate,
     evaluation,
@@ -553,3 +554,42 @@ class TestSparseCounts:
         counts = BigramCounts(3, eot=0)
         counts.update(tokens.cpu())
         assert optimal_loss(shards_of(tokens, eot=0)) == pytest.approx(optimal_loss(counts), rel=1e-12)
+
+
+@pytest.mark.cpu_only
+class TestSmoothedModel:
+    @pytest.mark.usefixtures("small_chunks")
+    def test_equals_its_dense_table(self) -> None:
+        tokens, held_out = torch.randint(30, (400,)), torch.randint(30, (300,))
+        counts = BigramCounts(30)
+        counts.update(tokens)
+        model = SmoothedBigramModel.from_counts(counts)
+        logits = model(torch.arange(30)[None])[0]
+        assert isinstance(logits, Tensor)
+        losses = dense_losses(logits[0], held_out)
+        result = evaluate(model, shards_of(held_out[:100], held_out[99:]), num_bytes=700)
+        assert result.loss == pytest.approx(losses.mean().item(), rel=1e-6)
+        assert result.loss == pytest.approx(model.evaluate(held_out), rel=1e-12)
+        assert result.bits_per_byte == pytest.approx(losses.sum().item() / math.log(2) / 700, rel=1e-6)
+        seen = functional.count_bigrams(tokens, 30)[held_out[:-1], held_out[1:]] > 0
+        assert result.num_unseen_pairs == int((~seen).sum()) > 0
+        assert evaluate(model, tokens).num_unseen_pairs == 0
+
+    def test_what_stands_before_its_probabilities_is_honoured(self) -> None:
+        counts = BigramCounts(30)
+        counts.update(tokens := torch.randint(30, (400,)))
+        model = SmoothedBigramModel.from_counts(counts)
+        expected = evaluate(model, tokens).loss
+        model.register_forward_hook(lambda _module, _idx, output: (0 * output[0], None))
+        result = evaluate(model, tokens)
+        assert result.loss == pytest.approx(math.log(30), rel=1e-9)
+        assert result.loss != pytest.approx(expected, rel=1e-3)
+        assert result.num_unseen_pairs is None
+
+    def test_documents_end_with_the_token_that_the_model_knows(self) -> None:
+        model = SmoothedBigramModel.from_counts(torch.ones(3, 3, dtype=torch.int64))
+        tokens = torch.tensor([1, 2, 0, 1, 2])
+        assert evaluate(model, tokens).num_pairs == 4
+        model.eot = 0  # type: ignore[assignment, unused-ignore]
+        assert evaluate(model, tokens).num_pairs == 3
+        assert evaluate(model, shards_of(tokens, eot=2)).num_pairs == 3
