@@ -177,11 +177,9 @@ class HFTokenizer(Serialized):
 def _tokenizer_json(tokenizer: Any) -> str:
     """The text of a tokenizer.json, as HFTokenizer takes it."""
     if isinstance(tokenizer, str) and tokenizer.lstrip()[:1] in ("", "{", "["):
-        check_text(tokenizer)
-        return tokenizer
+        return _checked(tokenizer)
     if isinstance(tokenizer, (str, os.PathLike)):
-        content = read(tokenizer)
-        return content if isinstance(content, str) else content.decode()
+        return _checked(read(tokenizer))
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     backend = getattr(backend, "_tokenizer", backend)  # of tokenizers.implementations
     if not isinstance(backend, import_library("tokenizers", "tokenizers").Tokenizer):
@@ -190,6 +188,14 @@ def _tokenizer_json(tokenizer: Any) -> str:
         text: str = backend.to_str()
     except Exception as error:
         raise TypeError(f"a tokenizer that cannot be saved: {error}") from None
+    return text
+
+
+def _checked(text: str | bytes) -> str:
+    """The text of a JSON object, in which no key occurs twice: the library would take the last."""
+    parse_object(text)
+    text = text if isinstance(text, str) else text.decode()
+    check_text(text)
     return text
 
 
