@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigramx import memory, ops, storage
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
-from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_tokens, read_meta
+from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_bin, open_tokens, read_meta
 from bigramx.tokenizer import CharTokenizer
 
 __all__ = [
@@ -129,7 +129,7 @@ def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
             ``dtype``.
         OSError: It cannot be read, or is no regular file.
     """
-    return open_tokens(path, _dtype_of(dtype)).tokens
+    return open_bin(path, _dtype_of(dtype)).tokens
 
 
 def read_tokens(
@@ -233,10 +233,12 @@ class _Reader:
             yield from self._rows(_tensor_of(values), name)
 
     def _of_arrow(self, column: Any, name: str) -> Iterator[Shard]:
-        """Of integers, or of lists of them: each list is a shard."""
-        first = 0
+        """Of integers, or of lists of them: each list is a shard, in the memory of the column."""
+        first, has_rows = 0, "list" in str(column.type)
+        if not has_rows and hasattr(column, "chunks"):  # one sequence, however many chunks it is stored in
+            memory.check_room(column.nbytes, f"{name}, {len(column):,} tokens,")
+            column = column.combine_chunks()
         for chunk in getattr(column, "chunks", [column]):
-            has_rows = hasattr(chunk, "flatten")
             try:
                 values = _tensor_of((chunk.flatten() if has_rows else chunk).to_numpy())
             except (ValueError, TypeError, NotImplementedError):
@@ -439,7 +441,7 @@ def get_batch(
 def _gather_batch(
     tokens: TokenShards, batch_size: int, block_size: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    # The op's errors, and its results to be filled, from as many tokens in no memory.
+    # The op's errors, and its results to be filled: it is given as many tokens in no memory.
     stand_in = torch.zeros((), dtype=torch.uint8, device="cpu").expand(len(tokens))
     idx, targets = ops.get_batch(stand_in, batch_size, block_size, torch.Generator())
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")

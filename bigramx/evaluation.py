@@ -555,8 +555,13 @@ def _overlapping(tokens: Tensor | TokenShards, num_pairs: int) -> Iterator[Tenso
 def _pairs(tokens: Tensor | TokenShards, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64."""
     for views in _gathered(_overlapping(tokens, _CHUNK)):
-        values = [view.to(device).long() for view in views]
-        yield torch.cat([value[:-1] for value in values]), torch.cat([value[1:] for value in values])
+        values = torch.cat([view.to(device, tokens.dtype) for view in views]).long()
+        last, following = values[:-1], values[1:]
+        if len(views) > 1:
+            is_pair = torch.ones(len(last), dtype=torch.bool)
+            is_pair[torch.tensor([len(view) for view in views[:-1]]).cumsum(0) - 1] = False  # of two shards
+            last, following = (side[is_pair.to(device)] for side in (last, following))
+        yield last, following
 
 
 def _gathered(views: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -567,8 +572,9 @@ def _gathered(views: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         if size + len(view) > _CHUNK + 1 and gathered:
             yield gathered
             gathered, size = [], 0
-        gathered.append(view)
-        size += len(view)
+        if len(view) > 0:
+            gathered.append(view)
+            size += len(view)
     if gathered:
         yield gathered
 

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
@@ -260,7 +260,22 @@ class TokenShards:
         return self.between(0, n), self.between(n, len(self))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _unpickled, ([_pickled(part) for part in self.parts], self.eot)
+        """Each shard as its range in a file, or in a tensor of all that are in memory: views would be pickled whole."""
+        places: list[tuple[Any, range]] = []
+        in_memory: dict[Any, list[Tensor]] = {}
+        sizes: dict[Any, int] = {}
+        for part in self.parts:
+            source: Any = part.file
+            begin, size = part.tokens.storage_offset(), part.tokens.numel()
+            if source is None:
+                source = part.tokens.dtype, part.tokens.device
+                in_memory.setdefault(source, []).append(part.tokens)
+                begin = sizes.get(source, 0)
+                sizes[source] = begin + size
+            places.append((source, range(begin, begin + size)))
+        # As bytes: tensors of uint16 and uint32 cannot be unpickled.
+        tensors = {source: torch.cat(tokens).view(torch.uint8) for source, tokens in in_memory.items()}
+        return _unpickled, (places, self.names, [part.num_bytes for part in self.parts], tensors, self.eot)
 
     def __repr__(self) -> str:
         names = [storage.printable(name) for name in self.names[:_NAMES_SHOWN]]
@@ -317,17 +332,18 @@ def _is_for_validation(name: str) -> bool:
     return not {"val", "valid", "validation"}.isdisjoint(words)
 
 
-def _pickled(part: Shard) -> tuple[Any, ...]:
-    """A shard, whose tokens are their range where they are a file's."""
-    begin = part.tokens.storage_offset()
-    return part if part.file is None else (range(begin, begin + part.tokens.numel()), *part[1:])
-
-
-def _unpickled(parts: Sequence[tuple[Any, ...]], eot: int | None) -> TokenShards:
-    shards = [Shard(*part) for part in parts]
-    opened = {file: file.open() for file in {shard.file for shard in shards} if file is not None}
-    for k, shard in enumerate(shards):
-        if shard.file is not None:
-            positions: Any = shard.tokens
-            shards[k] = shard._replace(tokens=opened[shard.file][positions.start : positions.stop])
+def _unpickled(
+    places: list[tuple[Any, range]],
+    names: tuple[str, ...],
+    num_bytes: list[int | None],
+    tensors: dict[Any, Tensor],
+    eot: int | None,
+) -> TokenShards:
+    files = {source for source, _positions in places if isinstance(source, TokenFile)}
+    opened = {source: content.view(source[0]) for source, content in tensors.items()}
+    opened |= {file: file.open() for file in files}
+    shards = (
+        Shard(opened[source][positions.start : positions.stop], name, source if source in files else None, size)
+        for (source, positions), name, size in zip(places, names, num_bytes, strict=True)
+    )
     return TokenShards.of(shards, eot)

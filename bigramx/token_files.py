@@ -8,7 +8,7 @@ import os
 import pickletools
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeGuard
 
 import torch
@@ -81,13 +81,28 @@ def open_tokens(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
         ValueError: The file holds something else, or not what its header says, or tokens of another dtype.
         OSError: It cannot be read, or is no regular file.
     """
+    return (open_npy if os.fsdecode(path).lower().endswith(".npy") else open_bin)(path, dtype)
+
+
+def open_bin(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
+    """``open_tokens``, of a file with llm.c's header or none, whatever its name is."""
+    return _open(path, dtype, _bin_tokens)
+
+
+def open_npy(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
+    """``open_tokens``, of a NumPy file."""
+    return _open(path, dtype, _npy_tokens)
+
+
+def _open(
+    path: AnyPath, dtype: torch.dtype | None, find: Callable[[IO[bytes], str, int, torch.dtype | None], TokenFile]
+) -> Shard:
     with storage.open_to_read(path) as file:  # type: ignore[arg-type]
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "expected a regular file, got a pipe", os.fsdecode(path))
-        read = _npy_tokens if os.fsdecode(path).lower().endswith(".npy") else _bin_tokens
         try:
-            tokens = read(file, os.fsdecode(path), status.st_size, dtype)
+            tokens = find(file, os.fsdecode(path), status.st_size, dtype)
         except ValueError as error:
             raise ValueError(f"{storage.name_of(path)}: {error}") from None  # type: ignore[arg-type]
         return Shard(tokens.map(file), os.fsdecode(path), tokens)
@@ -224,7 +239,7 @@ def _plain_unpickled(content: bytes) -> object:
             if count == _MOST_OPCODES:
                 raise ValueError(f"expected {_MOST_OPCODES} opcodes at most")
             if reader.step(opcode.name, argument):
-                return reader.stack[-1]
+                return reader.result()
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a sound pickle ({type(error).__name__})") from None
     raise ValueError("not a sound pickle")
@@ -234,7 +249,7 @@ class _PlainUnpickler:
     """A pickle machine without the opcodes that import, call or set state: one stack, its marks and the memo."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
+        self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
@@ -247,40 +262,54 @@ class _PlainUnpickler:
         if name in ("PROTO", "FRAME"):
             pass
         elif name in ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE", "UNICODE"):
-            self.stack.append(argument)
+            self._stack.append(argument)
         elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            self.stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            self._stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
         elif name == "MARK":
-            self._marks.append(len(self.stack))
+            self._marks.append(len(self._stack))
         elif name in ("DICT", "LIST", "TUPLE"):
             items = self._pop_to(self._marks.pop())
-            self.stack.append(self._dict(items) if name == "DICT" else items if name == "LIST" else tuple(items))
+            self._stack.append(self._dict(items) if name == "DICT" else items if name == "LIST" else tuple(items))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            self.stack.append(tuple(self._pop_to(len(self.stack) - int(name[-1]))))
+            self._stack.append(tuple(self._pop_to(len(self._stack) - int(name[-1]))))
         elif name in ("SETITEM", "SETITEMS"):
-            items = self._pop_to(len(self.stack) - 2 if name == "SETITEM" else self._marks.pop())
-            self.stack[-1].update(self._dict(items))
+            items = self._pop_to(len(self._stack) - 2 if name == "SETITEM" else self._marks.pop())
+            self._top().update(self._dict(items))
         elif name in ("APPEND", "APPENDS"):
-            items = self._pop_to(len(self.stack) - 1 if name == "APPEND" else self._marks.pop())
-            self.stack[-1].extend(items)
+            items = self._pop_to(len(self._stack) - 1 if name == "APPEND" else self._marks.pop())
+            self._top().extend(items)
         elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self.stack[-1]
+            self._memo[len(self._memo)] = self._top()
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self.stack[-1]
+            self._memo[argument] = self._top()
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self._memo[argument])
+            self._stack.append(self._memo[argument])
         elif name == "STOP":
             return True
         else:
             raise ValueError(f"expected a pickle of dicts, strings and ints, got the opcode {name}")
         return False
 
+    def result(self) -> object:
+        """What is left, alone, when the last opcode is done."""
+        if self._marks or len(self._stack) != 1:
+            raise IndexError
+        return self._stack[0]
+
+    def _top(self) -> Any:
+        self._check_size(len(self._stack) - 1)
+        return self._stack[-1]
+
+    def _check_size(self, size: int) -> None:
+        """Raises where so few things are left that some below the last mark are taken."""
+        if size < (self._marks[-1] if self._marks else 0):
+            raise IndexError
+
     def _pop_to(self, size: int) -> list[Any]:
         """Takes what is on the stack above the first ``size``."""
-        if size < 0:
-            raise IndexError
-        items = self.stack[size:]
-        del self.stack[size:]
+        self._check_size(size)
+        items = self._stack[size:]
+        del self._stack[size:]
         return items
 
     @staticmethod

@@ -155,6 +155,16 @@ class TestFiles:
                 assert (copied.names, copied.eot, copied.dtype) == (part.names, part.eot, part.dtype)
         assert pickle.loads(pickle.dumps(shards[:])).tolist() == shards[:].tolist()
 
+    def test_views_are_not_pickled_with_all_that_they_are_of(self) -> None:
+        rows = torch.arange(20_000).view(1000, 20)
+        shards = data.read_tokens([rows, torch.tensor([1, 2], dtype=torch.uint16), []])
+        content = pickle.dumps(shards.between(0, 20_002))
+        assert len(content) < 300_000
+        copied = pickle.loads(content)
+        assert [shard.tolist() for shard in copied.shards] == [*rows.tolist(), [1, 2]]
+        assert [shard.dtype for shard in copied.shards[-2:]] == [torch.int64, torch.uint16]
+        assert [shard.tolist() for shard in pickle.loads(pickle.dumps(TokenShards([]))).shards] == []
+
     def test_pickled_where_the_folder_was_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(written(tmp_path, a=[1, 2]))
         content = pickle.dumps(data.read_tokens("a.bin"))
