@@ -17,7 +17,7 @@ from bigramx.functional import Sampler
 from bigramx.model import BigramLanguageModel
 from bigramx.smoothing import ESTIMATORS
 from bigramx.storage import name_of, read_tensors, write_tensors
-from bigramx.tokenizer import CharTokenizer
+from bigramx.tokenizer import Tokenizer, deserialize, serialize
 
 if TYPE_CHECKING:
     from bigramx.data import TokenShards
@@ -53,7 +53,7 @@ class SmoothedBigramModel(nn.Module):
         backoff: (V), alike.
         unigram: (V), alike.
         method: How the probabilities were estimated; None: otherwise.
-        tokenizer: Saved and loaded with the model; None without one.
+        tokenizer: Saved and loaded with the model, as ``BigramLanguageModel``'s; None without one.
     """
 
     crow_indices: Tensor
@@ -72,7 +72,7 @@ class SmoothedBigramModel(nn.Module):
         if dtype not in _FLOATS:
             raise TypeError(f"expected dtype to be float32 or float64, got {dtype}")
         self.method: str | None = None
-        self.tokenizer: Any = None
+        self.tokenizer: Tokenizer | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("crow_indices", torch.zeros(vocab_size + 1, dtype=torch.int64, device=device))
         self.register_buffer("col_indices", torch.zeros(0, dtype=torch.int32, device=device))
@@ -178,9 +178,9 @@ class SmoothedBigramModel(nn.Module):
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy (), in nats; NaN where no target counts. The arguments are those of ``forward``."""
-        counts = targets.reshape(-1) != _IGNORED
-        log_probs = self.log_probs(idx.reshape(-1), targets.reshape(-1).where(counts, 0))
-        return -log_probs.where(counts, 0).sum() / counts.sum()
+        counts = targets != _IGNORED
+        log_probs = self.log_probs(idx, targets.where(counts, 0))
+        return -log_probs.where(counts.reshape(idx.shape), 0).sum() / counts.sum()
 
     def log_probs(self, idx: Tensor, targets: Tensor) -> Tensor:
         """The log of p(targets | idx) of each pair, in the shape of ``idx``.
@@ -352,11 +352,12 @@ class SmoothedBigramModel(nn.Module):
 
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
-            TypeError: ``path`` is neither.
+            TypeError: ``path`` is neither, or the tokenizer is none, or one that cannot be saved.
+            ValueError: The tokenizer has more tokens than the model.
         """
         metadata = {} if self.method is None else {"method": self.method}
         if self.tokenizer is not None:
-            metadata["tokenizer"] = self.tokenizer.to_json()
+            metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
         write_tensors(path, _KIND, dict(zip(_BUFFERS, self._parts(), strict=True)), metadata)
 
     @classmethod
@@ -370,6 +371,7 @@ class SmoothedBigramModel(nn.Module):
             ValueError: The file is damaged, cut short, or holds something else.
             OSError: It cannot be read, or is no regular file.
             MemoryError: The model does not fit into memory.
+            ImportError: The library of the model's tokenizer is not installed.
         """
         tensors, metadata = read_tensors(path, _KIND)
         try:
@@ -379,11 +381,7 @@ class SmoothedBigramModel(nn.Module):
                 setattr(model, name, tensors[name])
             model.method = metadata.get("method")
             if "tokenizer" in metadata:
-                model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
-                if model.tokenizer.vocab_size > model.vocab_size:
-                    raise ValueError(
-                        f"the tokenizer has {model.tokenizer.vocab_size} tokens, the model {model.vocab_size}"
-                    )
+                model.tokenizer = deserialize(metadata["tokenizer"], model.vocab_size)
             return model
         except ValueError as error:
             raise ValueError(f"{name_of(path)}: {error}") from None

@@ -93,7 +93,7 @@ def test_tokens_out_of_range(name: str, token: int) -> None:
     tokens = {"idx": torch.zeros(5000, dtype=torch.int64), "targets": torch.zeros(5000, dtype=torch.int64)}
     tokens[name][[3500, 4000]] = token
     with pytest.raises(IndexError, match=f"{name} holds {token} at position 3500, expected 0 <= {name} < 60"):
-        functional.interpolated_bigram(*tokens.values(), *some_model())
+        functional.interpolated_bigram(tokens["idx"], tokens["targets"], *some_model())
 
 
 def changed(parts: Parts, position: int, value: Tensor) -> Parts:
@@ -148,7 +148,8 @@ def test_generates_what_the_twin_does(options: dict[str, Any], dtype: torch.dtyp
 def test_of_all_methods(method: str) -> None:
     parts = some_model(method=method)
     idx = torch.tensor([[0], [59]])
-    for options in ({}, {"top_p": 0.8}, {"top_k": 20, "temperature": 0.7}):
+    several: list[dict[str, Any]] = [{}, {"top_p": 0.8}, {"top_k": 20, "temperature": 0.7}]
+    for options in several:
         tokens = functional.interpolated_bigram_generate(idx, *parts, 60, **options, generator=seeded(6))
         expected = reference.interpolated_bigram_generate(idx, *parts, 60, **options, generator=seeded(6))
         assert torch.equal(tokens, expected)
