@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -260,29 +259,18 @@ class _Partial(NamedTuple):
 
     def load(self, like: BigramCounts) -> BigramCounts:
         tensors, _metadata = storage.read_tensors(self.path, _KIND)
-        return _counts_of(0, [tensors[name] for name in parts.DTYPES], like)
+        return BigramCounts._of_parts(like.vocab_size, like.eot, *(tensors[name] for name in parts.NAMES))
 
 
 # ----------------------------------------------------------------------------------------------------------- exchange
 
 
 def _tensors_of(rows: Tensor) -> dict[str, Tensor]:
-    """Some rows of counts, sparse CSR, as a file has them."""
-    tensors = (rows.crow_indices(), rows.col_indices(), rows.values())
-    return {name: tensor.to(dtype) for (name, dtype), tensor in zip(parts.DTYPES.items(), tensors, strict=True)}
-
-
-def _counts_of(begin: int, tensors: Sequence[Tensor], like: BigramCounts) -> BigramCounts:
-    """The counts of the rows from ``begin`` on alone, of which a file has these tensors; of the same vocabulary."""
-    crow, col, values = tensors
-    after = like.vocab_size + 1 - begin - len(crow)
-    crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(after)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        csr = torch.sparse_csr_tensor(
-            crow, col.long(), values.long(), (like.vocab_size, like.vocab_size), check_invariants=True
-        )
-    return BigramCounts.from_csr(csr, eot=like.eot)
+    """Some rows of counts, sparse CSR, in as few bytes as a file has them."""
+    values = rows.values()
+    is_small = len(values) == 0 or int(values.max()) < 2**31
+    tensors = (rows.crow_indices(), rows.col_indices().int(), values.int() if is_small else values)
+    return dict(zip(parts.NAMES, tensors, strict=True))
 
 
 def _lengths(counts: BigramCounts) -> Tensor:
@@ -319,8 +307,9 @@ def _exchange(ranks: Ranks, counts: BigramCounts, lengths: Tensor, owned: Sequen
     borders = [list(pairwise(_borders(lengths, begin, end, num_blocks))) for begin, end in pairwise(owned)]
     summed = BigramCounts(counts.vocab_size, eot=counts.eot)
     for blocks, (begin, end) in zip(zip(*borders, strict=True), borders[ranks.rank], strict=True):
-        for tensors in _all_to_all(ranks, [counts.rows(*rows) for rows in blocks], end - begin):
-            summed.merge(_counts_of(begin, tensors, like=counts))
+        for crow, col, values in _all_to_all(ranks, [counts.rows(*rows) for rows in blocks], end - begin):
+            crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(counts.vocab_size - end)])
+            summed.merge(BigramCounts._of_parts(counts.vocab_size, counts.eot, crow, col, values))
     return summed
 
 
@@ -328,13 +317,12 @@ def _all_to_all(ranks: Ranks, rows: Sequence[Tensor], num_rows: int) -> Iterator
     """Sends rows, sparse CSR, to each rank; what each has sent here, of ``num_rows`` rows: crow, col, values."""
     crows, cols, values = zip(*(_tensors_of(each).values() for each in rows), strict=True)
     sizes = [int(size) for size in ranks.all_to_all([crow[-1:] for crow in crows], [1] * ranks.size)]
-    largest = max(int(each.max()) for each in values if len(each) > 0) if any(map(len, values)) else 0
-    if int(ranks.max(torch.tensor(largest))) < 2**31:
-        values = tuple(each.int() for each in values)
+    is_large = any(each.dtype == torch.int64 for each in values)
+    dtype = torch.int64 if ranks.max(torch.tensor(int(is_large))) > 0 else torch.int32
     received = (
         ranks.all_to_all(crows, [num_rows + 1] * ranks.size),
         ranks.all_to_all(cols, sizes),
-        ranks.all_to_all(values, sizes),
+        ranks.all_to_all([each.to(dtype) for each in values], sizes),
     )
     return zip(*received, strict=True)
 
@@ -572,7 +560,8 @@ class _Running:
             "options": json.dumps(self._options.described()),
             "pieces": json.dumps(sorted(self._pieces)),
         }
-        storage.write_tensors(self._path, _KIND, _tensors_of(self.counts.to_csr()), metadata)
+        tensors = dict(zip(parts.NAMES, self.counts._counter.parts(), strict=True))
+        storage.write_tensors(self._path, _KIND, tensors, metadata)
         for path in self._superseded:
             if path != self._path:
                 path.unlink(missing_ok=True)

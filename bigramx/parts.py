@@ -17,7 +17,8 @@ from bigramx import storage
 
 FILE = "counts.safetensors"  # the name that a folder has it by
 _KIND, _PART_KIND = "counts", "counts-part"
-DTYPES = {"crow_indices": torch.int64, "col_indices": torch.int32, "values": torch.int64}
+NAMES = ("crow_indices", "col_indices", "values")
+_DTYPES = {4: torch.int32, 8: torch.int64}  # of counts
 _INDEX = ".index.json"
 _CHECKSUM = "crc32"
 _MOST_INDEX = 100_000_000  # bytes
@@ -32,6 +33,7 @@ class Part:
         begin: Its first row.
         end: The row after its last.
         num_distinct: The number of distinct pairs in it.
+        itemsize: The bytes of a count in it, 4 or 8.
         crc32: The checksum of its metadata, which have those of its tensors.
     """
 
@@ -39,7 +41,13 @@ class Part:
     begin: int
     end: int
     num_distinct: int
+    itemsize: int
     crc32: str
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its tensors."""
+        return 8 * (self.end - self.begin + 1) + (4 + self.itemsize) * self.num_distinct
 
 
 def index_path(path: str | os.PathLike[str]) -> Path:
@@ -71,11 +79,13 @@ def read(source: FileLike) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_part(path: str | os.PathLike[str], begin: int, tensors: dict[str, Tensor]) -> Part:
-    """Writes some rows: crow_indices (rows + 1) int64, col_indices (n) int32, values (n) int64."""
+    """Writes some rows: crow_indices (rows + 1) int64, col_indices (n) int32, values (n) int32 or int64."""
     end = begin + len(tensors["crow_indices"]) - 1
     named = {_name(name, begin): tensor for name, tensor in tensors.items()}
     storage.write_tensors(path, _PART_KIND, named, {})
-    return Part(os.path.basename(path), begin, end, len(tensors["values"]), read_metadata(path)[_CHECKSUM])
+    values = tensors["values"]
+    checksum = read_metadata(path)[_CHECKSUM]
+    return Part(os.path.basename(path), begin, end, len(values), values.element_size(), checksum)
 
 
 def _name(name: str, begin: int) -> str:
@@ -93,16 +103,15 @@ def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> Non
     for part in parts:
         if read_metadata(index.parent / part.file)[_CHECKSUM] != part.crc32:
             raise _foreign(index, part)
-    num_rows, num_distinct = parts[-1].end + len(parts), sum(part.num_distinct for part in parts)
     content: dict[str, Any] = {
         "metadata": {
-            "total_size": 8 * num_rows + 12 * num_distinct,
+            "total_size": sum(part.num_bytes for part in parts),
             "format": "bigramx",
             "kind": _KIND,
             "counts": metadata,
             "parts": [asdict(part) for part in parts],
         },
-        "weight_map": {_name(name, part.begin): part.file for part in parts for name in DTYPES},
+        "weight_map": {_name(name, part.begin): part.file for part in parts for name in NAMES},
     }
     content["metadata"][_CHECKSUM] = _checksum_of(content)
     storage.write_text(index, json.dumps(content, indent=2) + "\n")
@@ -145,6 +154,10 @@ def _parse_index(content: bytes) -> tuple[list[Part], dict[str, str]]:
         position = part.end
         if position < part.begin:
             raise ValueError("a part ends before it begins")
+        if part.itemsize not in _DTYPES:
+            raise ValueError("another size of counts")
+    if len({part.file for part in parts}) < len(parts):
+        raise ValueError("a part occurs twice")
     if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
         raise ValueError("the metadata are no strings")
     return parts, metadata
@@ -154,36 +167,37 @@ def _read_parts(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Takes memory for one copy, and for one part."""
     parts, metadata = read_index(index)
     for part in parts:  # before memory is taken for what the index tells
-        num_bytes = os.stat(index.parent / part.file).st_size
-        if num_bytes < 8 * (part.end - part.begin) + 12 * part.num_distinct:
+        if os.stat(index.parent / part.file).st_size < part.num_bytes:
             raise _foreign(index, part)
-    lengths = {"crow_indices": parts[-1].end + 1 if parts else 1}
-    num_distinct = sum(part.num_distinct for part in parts)
-    tensors = {
-        name: torch.zeros(lengths.get(name, num_distinct), dtype=dtype, device="cpu") for name, dtype in DTYPES.items()
-    }
-    position = 0
+    num_rows, num_distinct = parts[-1].end if parts else 0, sum(part.num_distinct for part in parts)
+    crow = torch.zeros(num_rows + 1, dtype=torch.int64, device="cpu")
+    col = torch.empty(num_distinct, dtype=torch.int32, device="cpu")
+    dtype = _DTYPES[max((part.itemsize for part in parts), default=4)]
+    values = torch.empty(num_distinct, dtype=dtype, device="cpu")
+    first = 0
     for part in parts:
-        rows, of_part = storage.read_tensors(index.parent / part.file, _PART_KIND)
-        if of_part[_CHECKSUM] != part.crc32 or not _are_rows(rows, part):
-            raise _foreign(index, part)
-        crow, col, values = (rows[_name(name, part.begin)] for name in DTYPES)
-        tensors["crow_indices"][part.begin : part.end + 1] = crow + position
-        tensors["col_indices"][position : position + part.num_distinct] = col
-        tensors["values"][position : position + part.num_distinct] = values
-        position += part.num_distinct
-    return tensors, metadata
+        of_part = _read_part(index, part)
+        last = first + part.num_distinct
+        crow[part.begin : part.end + 1] = of_part[0] + first
+        col[first:last], values[first:last] = of_part[1:]
+        first = last
+    return dict(zip(NAMES, (crow, col, values), strict=True)), metadata
 
 
-def _are_rows(tensors: dict[str, Tensor], part: Part) -> bool:
-    lengths = (part.end - part.begin + 1, part.num_distinct, part.num_distinct)
-    expected = {
-        _name(name, part.begin): (dtype, (length,))
-        for (name, dtype), length in zip(DTYPES.items(), lengths, strict=True)
-    }
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    crow = tensors.get(_name("crow_indices", part.begin))
-    return found == expected and crow is not None and crow[[0, -1]].tolist() == [0, part.num_distinct]
+def _read_part(index: Path, part: Part) -> list[Tensor]:
+    """Its crow_indices, col_indices and values."""
+    tensors, metadata = storage.read_tensors(index.parent / part.file, _PART_KIND)
+    names = [_name(name, part.begin) for name in NAMES]
+    if metadata[_CHECKSUM] != part.crc32 or tensors.keys() != set(names):
+        raise _foreign(index, part)
+    found = [tensors[name] for name in names]
+    dtypes = (torch.int64, torch.int32, _DTYPES[part.itemsize])
+    sizes = (part.end - part.begin + 1, part.num_distinct, part.num_distinct)
+    expected = [(dtype, (size,)) for dtype, size in zip(dtypes, sizes, strict=True)]
+    ends = found[0].flatten()[[0, -1]].tolist()
+    if [(each.dtype, tuple(each.shape)) for each in found] != expected or ends != [0, part.num_distinct]:
+        raise _foreign(index, part)
+    return found
 
 
 def _foreign(index: Path, part: Part) -> ValueError:
