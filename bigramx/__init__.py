@@ -2,7 +2,7 @@
 
 from bigramx import data, functional, optim, reference
 from bigramx.counts import BigramCounts
-from bigramx.evaluation import optimal_loss
+from bigramx.evaluation import Evaluation, evaluate, optimal_loss
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.ops import build_info
@@ -16,10 +16,12 @@ __all__ = [
     "BigramCounts",
     "BigramLanguageModel",
     "CharTokenizer",
+    "Evaluation",
     "History",
     "SmoothedBigramModel",
     "build_info",
     "data",
+    "evaluate",
     "fit",
     "functional",
     "optim",
