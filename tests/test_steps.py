@@ -19,6 +19,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 import bigramx
 from bigramx import BigramLanguageModel, History, fit, optim, reference
+from bigramx.data import TokenShards
 from tests import processes
 
 pytestmark = pytest.mark.cpu_only  # of the GPU's steps, test_training.py
@@ -142,7 +143,7 @@ def test_evaluation_calls_the_forward_of_a_subclass() -> None:
 
 def test_evaluation_that_a_subclass_overrides() -> None:
     class Own(BigramLanguageModel):
-        def evaluate(self, tokens: Tensor) -> float:
+        def evaluate(self, tokens: Tensor | TokenShards) -> float:
             return float(len(tokens))
 
     history = fit(new_model(Own), torch.randint(20, (2000,)), TOKENS, max_steps=1)
@@ -432,7 +433,7 @@ def fail_once(at_step: int, error: type[BaseException] = LostError) -> Callable[
 def failing_evaluation(model: BigramLanguageModel, error: type[BaseException] = LostError) -> None:
     evaluate, calls = model.evaluate, []
 
-    def fails_once(tokens: Tensor) -> float:
+    def fails_once(tokens: Tensor | TokenShards) -> float:
         calls.append(1)
         if len(calls) == 4:  # on the validation tokens, after the training tokens
             raise error
