@@ -106,8 +106,10 @@ def embedding_cross_entropy(
             the forward pass.
         targets: Class of each pair, int64, int32 or uint8, the shape of ``idx``; or, as F.cross_entropy takes them,
             probabilities of the classes, floating point, the shape of ``idx`` and (C).
-        class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class.
-        ignore_index: Pairs with this target do not count.
+        class_weight: (C), the dtype of ``weight``; a weight for the pairs of each target class. Summed in float64: the
+            mean is right where PyTorch divides by a sum that overflows the dtype.
+        ignore_index: Pairs with this target do not count. Where they alone meet a row whose softmax is NaN, so is its
+            gradient, as in PyTorch; on a GPU it is zero, as the kernels do not read such a row.
         reduction: ``"mean"`` (over the class weights of the pairs that count), ``"sum"`` or ``"none"``. With
             ``"none"`` the gradient is computed in the backward pass, and ``weight`` must not change before it; on a
             GPU its last bits may differ from run to run, and ``torch.use_deterministic_algorithms`` refuses it.

@@ -50,17 +50,16 @@ def direct(op: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., 
     """An op as a function that bypasses torch.ops, whose parsing of the arguments takes as long as a small kernel.
 
     torch.compile and overrides of __torch_function__ still go through torch.ops. So do calls with an argument of the
-    wrong type, for its message, which is raised as the TypeError that PyTorch raises for such an argument.
+    wrong type, for its message, which is raised as the TypeError that PyTorch raises for such an argument; ``native``
+    returns NotImplemented for these before it has run anything.
     """
 
     def call(*arguments: object) -> Any:
         try:
             if torch.compiler.is_dynamo_compiling() or has_torch_function(arguments):
                 return op(*arguments)
-            try:
-                return native(*arguments)
-            except TypeError:
-                return op(*arguments)
+            result = native(*arguments)
+            return op(*arguments) if result is NotImplemented else result
         except RuntimeError as error:
             raise _as_type_error(error) from None
 

@@ -103,8 +103,10 @@ void check_kernel_params(const Params& params) {
     TORCH_CHECK(!params.has_soft_targets(), kName,
                 ": expected targets to be classes, got probabilities, of dtype ",
                 params.targets.scalar_type());
-    TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(params.loss_dtype), kName,
-                                ": expected loss_dtype to be floating point, got ", params.loss_dtype);
+    const at::ScalarType dtype = params.loss_dtype;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, kName,
+        ": expected loss_dtype to be float64, float32, bfloat16 or float16, got ", dtype);
 }
 
 // ---------------------------------------------------------------------------------------------- kernels

@@ -43,15 +43,17 @@ BIGRAMX_HOST_DEVICE PairSums operator+(const PairSums& a, const PairSums& b) {
 
 // Sums over the pairs of some rows, before the scale of the reduction.
 struct LossSums {
-    double cross_entropy = 0, z_loss = 0;
+    double targets = 0, smoothing = 0, z_loss = 0;
 };
 
 BIGRAMX_HOST_DEVICE LossSums operator+(const LossSums& a, const LossSums& b) {
-    return {a.cross_entropy + b.cross_entropy, a.z_loss + b.z_loss};
+    return {a.targets + b.targets, a.smoothing + b.smoothing, a.z_loss + b.z_loss};
 }
 
 BIGRAMX_HOST_DEVICE double reduced_loss(const LossSums& sums, const LossScales& scales) {
-    return sums.cross_entropy * scales.loss + sums.z_loss * scales.z_loss;
+    // The scale is infinite where the class weights of the targets sum to 0.
+    const double smoothing = sums.smoothing != 0 ? sums.smoothing * scales.loss : 0;
+    return sums.targets * scales.loss + smoothing + sums.z_loss * scales.z_loss;
 }
 
 BIGRAMX_HOST_DEVICE double z_loss_of_row(const RowLossOptions& options, double lse) {
@@ -68,8 +70,8 @@ BIGRAMX_HOST_DEVICE LossSums loss_of_row(const RowLossOptions& options, const Pa
                                          double target_losses, double smoothing_loss, double z_loss) {
     LossSums sums;
     sums.z_loss = pairs.gradients * z_loss;
-    sums.cross_entropy = (1 - options.label_smoothing) * target_losses;
-    if (options.label_smoothing > 0) sums.cross_entropy += pairs.gradients * smoothing_loss;
+    sums.targets = (1 - options.label_smoothing) * target_losses;
+    if (options.label_smoothing > 0) sums.smoothing = pairs.gradients * smoothing_loss;
     return sums;
 }
 

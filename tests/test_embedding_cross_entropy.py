@@ -206,6 +206,38 @@ class TestEdges:
         case.weight.mul_(1e4)
         case.check()
 
+    @pytest.mark.parametrize("value", [3e38, -3e38])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_a_z_loss_that_overflows(self, reduction: str, value: float) -> None:
+        """It is infinite, as in PyTorch; its gradient is finite."""
+        case = make_case(5, 8, reduction=reduction, z_loss=0.01)
+        case.weight[:] = value
+        actual = case.run(functional.embedding_cross_entropy, torch.float32)
+        eager = case.run(reference.embedding_cross_entropy, torch.float32)
+        torch.testing.assert_close(actual[0], eager[0])
+        assert actual[0].isinf().all()
+        assert actual[1].isfinite().all()  # eager's is not: 2 * logsumexp overflows
+
+    @pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (130, 40)])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"label_smoothing": 0.1}, {"padding_idx": 3}], ids=str)
+    def test_a_row_of_ignored_pairs(
+        self, vocab_size: int, num_pairs: int, reduction: str, options: dict[str, Any]
+    ) -> None:
+        """Its gradient is 0 times the softmax: NaN where that is NaN. The GPU's kernels do not read the row."""
+        for value in (float("nan"), float("inf"), float("-inf"), 1.0):
+            for ignores_all in (False, True):
+                case = make_case(vocab_size, num_pairs, reduction=reduction, **options)
+                case.weight[3, 5] = value
+                case.weight[4] = value
+                case.idx[:5] = torch.tensor([3, 3, 3, 4, 4])
+                case.targets[(case.idx == 3) | (case.idx == 4) | ignores_all] = -100
+                actual = case.run(functional.embedding_cross_entropy, torch.float32)
+                eager = case.run(reference.embedding_cross_entropy, torch.float32)
+                if runs_on_gpu():
+                    eager[1].nan_to_num_(0.0)
+                torch.testing.assert_close(actual, eager, equal_nan=True, rtol=1e-4, atol=1e-5)
+
 
 # The pairs are counted; or listed, as the table is too large.
 @pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (70, 500), (300, 40)])
@@ -238,6 +270,16 @@ class TestInfinities:
                 case.targets[case.targets == 3] = 4
             self.check(case)
 
+    @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"label_smoothing": 0.1}], ids=str)
+    def test_class_weights_of_zero(
+        self, vocab_size: int, num_pairs: int, reduction: str, options: dict[str, Any]
+    ) -> None:
+        class_weight = torch.zeros(vocab_size)
+        class_weight[3] = 1.0
+        case = make_case(vocab_size, num_pairs, reduction=reduction, class_weight=class_weight, **options)
+        case.targets[case.targets == 3] = 4
+        self.check(case)
+
     def test_the_class_weight_of_ignored_pairs(self, vocab_size: int, num_pairs: int, reduction: str) -> None:
         for value in self.VALUES:
             class_weight = torch.rand(vocab_size)
@@ -260,6 +302,39 @@ class TestInfinities:
             case.idx[case.idx == 4] = 5
             case.idx[:2], case.targets[:2] = 3, torch.tensor([5, 6])
             self.check(case)
+
+
+# The pairs are counted, or listed.
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(1, 100), (7, 40), (130, 40)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+class TestSizesOfClassWeights:
+    """Sums of class weights that overflow, or underflow, in the dtype of the loss: float64 says what is right."""
+
+    @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "sparse": True}, {"label_smoothing": 0.1}], ids=str)
+    def test_of_a_class(
+        self, vocab_size: int, num_pairs: int, reduction: str, dtype: torch.dtype, options: dict[str, Any]
+    ) -> None:
+        for value, other in ((3e38, 1.0), (3e38, 3e38), (1e-45, 1e-45), (1e-38, 1.0), (2e-39, 1e-40), (3e38, 1e-45)):
+            class_weight = torch.full((vocab_size,), other)
+            class_weight[vocab_size // 2] = value
+            case = make_case(
+                vocab_size, num_pairs, dtype, reduction=reduction, class_weight=class_weight.to(dtype), **options
+            )
+            for actual, exact in zip(
+                case.run(functional.embedding_cross_entropy, dtype),
+                case.run(reference.embedding_cross_entropy, torch.float64),
+                strict=True,
+            ):
+                expected = exact.to(dtype)
+                assert torch.equal(actual.isfinite(), expected.isfinite())
+                largest = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0.0
+                if vocab_size == 1:  # where terms of this size cancel
+                    largest = num_pairs * max(value, 1.0)
+                tolerance = 1e-4 if dtype == torch.float32 else 0.02
+                torch.testing.assert_close(
+                    actual.double(), expected.double(), rtol=tolerance, atol=tolerance * largest + 1e-44, equal_nan=True
+                )
 
 
 class TestLogits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigramx
 from bigramx import BigramLanguageModel, functional, ops
-from tests import processes
+from tests import interrupts, processes
 from tests.devices import on_device
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -267,6 +268,39 @@ def test_what_is_no_tensor_or_elsewhere(op: str, name: str, entry: str) -> None:
             (RuntimeError, NotImplementedError), match=f"same device, .*{name}|{name} to be on|fit_: not"
         ):
             call_op(op, entry, {**arguments, name: arguments[name].to("meta")})
+
+
+@pytest.mark.parametrize(("result", "called"), [(5, ["native"]), (NotImplemented, ["native", "op"])])
+def test_an_op_is_asked_only_for_arguments_that_do_not_fit(result: object, called: list[str]) -> None:
+    calls: list[str] = []
+
+    def native(*_: object) -> object:
+        calls.append("native")
+        return result
+
+    def op(*_: object) -> object:
+        calls.append("op")
+        return 6
+
+    assert ops.direct(op, native)(1) == (5 if result == 5 else 6)
+    assert calls == called
+
+
+@pytest.mark.cpu_only
+def test_an_error_within_a_call_does_not_repeat_it() -> None:
+    """A TypeError of a signal handler, which says nothing about the arguments: each step is taken once."""
+    arguments = {**arguments_of("fit_"), "losses": torch.full((10**7,), torch.nan, dtype=torch.float64)}
+    begin = time.monotonic()
+
+    def handle() -> None:
+        if time.monotonic() - begin > 0.02:  # the call has begun
+            raise TypeError("of a handler")
+
+    with pytest.raises(TypeError, match="of a handler"):
+        interrupts.call_with_handlers(lambda: call_op("fit_", "direct", arguments), handle)
+    num_steps = int(arguments["step"])
+    assert num_steps == int(arguments["losses"].isfinite().sum())
+    assert num_steps > 0
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself

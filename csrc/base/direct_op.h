@@ -26,31 +26,50 @@ struct DirectOp<Return(Arguments...)> {
         const auto op = std::string(library) + "::" + name;
         const auto handle =
             c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), "").typed<Return(Arguments...)>();
-        define(m, name, [handle](Arguments... arguments) { return handle.call(arguments...); });
+        m.def(name, [handle](const pybind11::args& arguments) {
+            return call([&](Arguments... values) { return handle.call(values...); }, arguments);
+        });
     }
 
-    // Another function of this signature. It takes positional arguments alone: pybind11's own message for
-    // those of another type has the repr of each, which reads tensors whose memory may be gone. Other threads
-    // run Python meanwhile. The arguments are copies, as whoever drops the last tensor beside Python's needs
-    // the lock: they are dropped after the call.
+    // Another function of this signature, which raises TypeError for arguments that do not fit.
     template <typename Function>
     static void define(pybind11::module& m, const char* name, const Function& function) {
         m.def(name, [name, function](const pybind11::args& arguments) {
-            return call(name, function, arguments, std::index_sequence_for<Arguments...>());
+            pybind11::object result = call(function, arguments);
+            if (result.ptr() != Py_NotImplemented) return result;
+            throw pybind11::type_error(std::string(name) + "(): incompatible function arguments");
         });
     }
 
   private:
+    // NotImplemented if the arguments do not fit, before anything is run: an error of the function itself, or
+    // of a signal handler during it, is another matter. It takes positional arguments alone: pybind11's own
+    // message for those of another type has the repr of each, which reads tensors whose memory may be gone.
+    // Other threads run Python meanwhile. The arguments are copies, as whoever drops the last tensor beside
+    // Python's needs the lock: they are dropped after the call.
+    template <typename Function>
+    static pybind11::object call(const Function& function, const pybind11::args& arguments) {
+        return call(function, arguments, std::index_sequence_for<Arguments...>());
+    }
+
     template <typename Function, size_t... k>
-    static Return call(const char* name, const Function& function, const pybind11::args& arguments,
-                       std::index_sequence<k...>) {
+    static pybind11::object call(const Function& function, const pybind11::args& arguments,
+                                 std::index_sequence<k...>) {
         std::tuple<pybind11::detail::make_caster<Arguments>...> casters;
         // A bool is no other object that happens to be true.
         const bool fits = arguments.size() == sizeof...(k) &&
                           (std::get<k>(casters).load(arguments[k], !std::is_same_v<Arguments, bool>) && ...);
-        if (!fits) throw pybind11::type_error(std::string(name) + "(): incompatible function arguments");
-        const ReleasedGil others_run;
-        return function(pybind11::detail::cast_op<std::decay_t<Arguments>&>(std::get<k>(casters))...);
+        if (!fits) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+        const auto run = [&]() -> Return {
+            const ReleasedGil others_run;
+            return function(pybind11::detail::cast_op<std::decay_t<Arguments>&>(std::get<k>(casters))...);
+        };
+        if constexpr (std::is_void_v<Return>) {
+            run();
+            return pybind11::none();
+        } else {
+            return pybind11::cast(run());
+        }
     }
 };
 

@@ -221,9 +221,43 @@ at::Tensor gather_logits(const EmbeddingCrossEntropyParams& params) {
     return logits;
 }
 
+// As sums in a tensor of this dtype overflow: to an infinity, where a Scalar refuses to be converted.
+at::Tensor scalar_tensor(double value, const at::TensorOptions& options) {
+    const bool is_float = c10::typeMetaToScalarType(options.dtype()) == at::kFloat;
+    return at::scalar_tensor(is_float ? static_cast<double>(static_cast<float>(value)) : value, options);
+}
+
+// Whether float32 may not hold the class weights of all pairs together, or the share that one has of them.
+bool needs_float64(const EmbeddingCrossEntropyParams& params) {
+    constexpr float kLargest = 0x1p60f, kSmallest = 0x1p-60f;
+    const at::Tensor& class_weight = params.class_weight;
+    if (!class_weight.defined() || class_weight.scalar_type() != at::kFloat) return false;
+    const float* const weights = class_weight.const_data_ptr<float>();
+    return std::any_of(weights, weights + class_weight.numel(), [](float weight) {
+        const float size = std::abs(weight);
+        return std::isfinite(size) && size != 0 && (size < kSmallest || size > kLargest);
+    });
+}
+
+EmbeddingCrossEntropyParams in_float64(const EmbeddingCrossEntropyParams& params) {
+    EmbeddingCrossEntropyParams wide = params;
+    wide.weight = params.weight.to(at::kDouble).contiguous();
+    wide.class_weight = params.class_weight.to(at::kDouble);
+    return wide;
+}
+
 }  // namespace
 
 EmbeddingCrossEntropyResult embedding_cross_entropy_cpu(const EmbeddingCrossEntropyParams& params) {
+    if (needs_float64(params)) {
+        EmbeddingCrossEntropyResult result = embedding_cross_entropy_cpu(in_float64(params));
+        const at::ScalarType dtype = params.weight.scalar_type();
+        result.loss = result.loss.to(at::toOpMathType(dtype));
+        for (at::Tensor* wide : {&result.logits, &result.gradient.values}) {
+            if (wide->defined()) *wide = wide->to(dtype);
+        }
+        return result;
+    }
     LossWorkspace workspace;
     workspace.pairs.group(params);
     KernelParams kernel = kernel_params(params, workspace.pairs);
@@ -237,7 +271,7 @@ EmbeddingCrossEntropyResult embedding_cross_entropy_cpu(const EmbeddingCrossEntr
     if (params.return_logits) result.logits = gather_logits(params);
     const LossSums sums = run(kernel, params, params.compute_grad ? &result.gradient : nullptr, workspace);
     if (params.is_reduced()) {
-        result.loss = at::scalar_tensor(reduced_loss(sums, kernel.scales), loss_options);
+        result.loss = scalar_tensor(reduced_loss(sums, kernel.scales), loss_options);
     }
     return result;
 }
@@ -253,6 +287,10 @@ double cpu::embedding_cross_entropy_step(const EmbeddingCrossEntropyParams& para
 
 WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss,
                                                     const EmbeddingCrossEntropyParams& params) {
+    if (needs_float64(params)) {
+        auto [rows, values] = embedding_cross_entropy_backward_cpu(grad_loss, in_float64(params));
+        return {rows, values.to(params.weight.scalar_type())};
+    }
     LossWorkspace workspace;
     workspace.pairs.group(params);
     KernelParams kernel = kernel_params(params, workspace.pairs);

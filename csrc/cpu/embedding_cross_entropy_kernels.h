@@ -97,7 +97,7 @@ class RowKernel {
         }
         row.counts = pairs.counts.begin() + row.index * pairs.stride;
         row.num_pairs = pairs.num_counted(row.index);
-        return row.num_pairs > 0;
+        return pairs.has_row(row.index);
     }
 
     template <typename Visit>
@@ -327,7 +327,9 @@ class RowKernel {
     // dW[i, j] = scale * e^(W[i, j] - max) - class_weight[j] * (smoothing + target * s_j)
     void write_gradient(Row& row) {
         if (row.num_pairs == 0 || row.index == params_.padding_idx) {
-            std::fill(row.gradient, row.gradient + params_.num_classes, scalar_t(0));
+            // Where all pairs are ignored the softmax counts 0 times, which is NaN if it is NaN.
+            const acc_t none = row.index == params_.padding_idx ? 0 : 0 * row.sum;
+            std::fill(row.gradient, row.gradient + params_.num_classes, static_cast<scalar_t>(none));
             return;
         }
         const RowGradient terms = gradient_of_row(params_.options, params_.scales, row.pairs, row.lse());

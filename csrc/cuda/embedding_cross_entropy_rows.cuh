@@ -155,10 +155,10 @@ struct MergeOnlineSums {
 template <typename T, typename sum_t>
 __device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
     sums.gradients += static_cast<double>(s);
-    sums.weighted += static_cast<double>(class_weight * static_cast<T>(s));
+    sums.weighted += static_cast<double>(class_weight) * static_cast<double>(s);
 }
 
-// The sums over the classes that the losses need.
+// The sums over the classes that the losses need. In double: class weights may be of any size.
 struct ClassSums {
     double target_losses = 0;  // of class_weight_j s_j (lse - W[i, j])
     double class_losses = 0;   // of class_weight_j (lse - W[i, j]), for label smoothing
@@ -168,19 +168,6 @@ struct ClassSums {
         both.target_losses = a.target_losses + b.target_losses;
         both.class_losses = a.class_losses + b.class_losses;
         return both;
-    }
-};
-
-// The share of one thread: few terms, so acc_t is precise enough.
-template <typename T>
-struct OwnClassSums {
-    T target_losses = 0, class_losses = 0;
-
-    __device__ ClassSums wide() const {
-        ClassSums sums;
-        sums.target_losses = static_cast<double>(target_losses);
-        sums.class_losses = static_cast<double>(class_losses);
-        return sums;
     }
 };
 
@@ -200,11 +187,13 @@ struct MeasuredRow {
 
     // Adds class j, with s = s_j.
     template <typename sum_t>
-    __device__ void add_losses(OwnClassSums<acc_t>& sums, acc_t logit, acc_t class_weight, sum_t s) const {
+    __device__ void add_losses(ClassSums& sums, acc_t logit, acc_t class_weight, sum_t s) const {
+        const auto wide_weight = static_cast<double>(class_weight);
         if (s != sum_t(0)) {  // 0 times an infinity would be NaN
-            sums.target_losses += class_weight * static_cast<acc_t>(s) * (log_sum - (logit - max));
+            const auto loss = static_cast<double>(log_sum - (logit - max));
+            sums.target_losses += wide_weight * static_cast<double>(s) * loss;
         }
-        if (params.smooths()) sums.class_losses += class_weight * (max + log_sum - logit);
+        if (params.smooths()) sums.class_losses += wide_weight * static_cast<double>(max + log_sum - logit);
     }
 
     __device__ double smoothing_loss(const ClassSums& sums) const {
@@ -222,12 +211,16 @@ struct MeasuredRow {
     }
 };
 
-// Computes the elements of a gradient row.
+// Computes the elements of a gradient row: in double with class weights, whose products with the numbers of
+// pairs, or shares of their sum, acc_t may not hold.
 template <typename Params>
 struct GradientTerms {
     using acc_t = typename Params::acc_t;
+    static constexpr bool kMayBeWide = !Params::kIsPlain && sizeof(acc_t) < sizeof(double);
 
     acc_t max, scale, smoothing, target;
+    double wide_scale = 0, wide_smoothing = 0, wide_target = 0;
+    bool is_wide = false;
 
     __device__ GradientTerms(const MeasuredRow<Params>& row, const PairSums& pairs) : max(row.max) {
         const Params& params = row.params;
@@ -238,14 +231,33 @@ struct GradientTerms {
         scale = static_cast<acc_t>(terms.mass) / row.sum;
         smoothing = static_cast<acc_t>(terms.smoothing);
         target = static_cast<acc_t>(terms.target);
+        if constexpr (kMayBeWide) {
+            is_wide = params.class_weight != nullptr;
+            if (!is_wide) return;
+            wide_scale = terms.mass / static_cast<double>(row.sum);
+            wide_smoothing = terms.smoothing;
+            wide_target = terms.target;
+        }
     }
 
     template <typename sum_t>
     __device__ acc_t element(acc_t logit, acc_t class_weight, sum_t s) const {
-        const acc_t spread = scale * exponential<typename Params::scalar_t>(logit, max);
+        const acc_t e = exponential<typename Params::scalar_t>(logit, max);
+        if constexpr (kMayBeWide) {
+            if (is_wide)
+                return static_cast<acc_t>(difference(static_cast<double>(e), wide_scale, wide_smoothing,
+                                                     wide_target, class_weight, s));
+        }
+        return difference(e, scale, smoothing, target, class_weight, s);
+    }
+
+  private:
+    template <typename T, typename sum_t>
+    __device__ static T difference(T e, T scale, T smoothing, T target, acc_t class_weight, sum_t s) {
+        const T spread = scale * e;
         // A class without a share may have an infinite weight: 0 times that would be NaN.
         if (smoothing == 0 && s == sum_t(0)) return spread;
-        return spread - class_weight * (smoothing + target * static_cast<acc_t>(s));
+        return spread - static_cast<T>(class_weight) * (smoothing + target * static_cast<T>(s));
     }
 };
 
@@ -272,7 +284,7 @@ class WarpRow {
     __device__ LossSums process(const sum_t* sums, scalar_t* gradient) const {
         const MeasuredRow<Params> row = measure();
         PairSums own_pairs;
-        OwnClassSums<acc_t> own_losses;
+        ClassSums own_losses;
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const sum_t s = sums[column(k)];
@@ -282,16 +294,16 @@ class WarpRow {
         }
         const PairSums pairs = warp_sum(own_pairs);
         if (gradient != nullptr) write_gradient(GradientTerms<Params>(row, pairs), sums, gradient);
-        return row.loss(pairs, warp_sum(own_losses.wide()));
+        return row.loss(pairs, warp_sum(own_losses));
     }
 
     __device__ RowStats<acc_t> stats() const {
         const MeasuredRow<Params> row = measure();
-        OwnClassSums<acc_t> own;
+        ClassSums own;
         for (int k = 0; k < kItems; ++k) {
             if (has(k)) row.add_losses(own, logits_[k], params_.class_weight_of(column(k)), 0);
         }
-        return row.stats(warp_sum(own.wide()));
+        return row.stats(warp_sum(own));
     }
 
   private:
@@ -390,22 +402,22 @@ class BlockRow {
         const PairSums pairs = sum_pairs();
         const GradientTerms<Params> terms(row, pairs);
         const bool is_zero = gradient == nullptr || row_ == params_.padding_idx;
-        OwnClassSums<acc_t> own;
+        ClassSums own;
         sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
             const acc_t class_weight = params_.class_weight_of(j);
             row.add_losses(own, logit, class_weight, s);
             return is_zero ? acc_t(0) : terms.element(logit, class_weight, s);
         });
-        return row.loss(pairs, block_sum(own.wide(), memory_.class_sums));
+        return row.loss(pairs, block_sum(own, memory_.class_sums));
     }
 
     __device__ RowStats<acc_t> stats() {
         const MeasuredRow<Params> row = measure();
-        OwnClassSums<acc_t> own;
+        ClassSums own;
         for (int64_t j = threadIdx.x; params_.smooths() && j < params_.num_classes; j += blockDim.x) {
             row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
         }
-        return row.stats(block_sum(own.wide(), memory_.class_sums));
+        return row.stats(block_sum(own, memory_.class_sums));
     }
 
   private:

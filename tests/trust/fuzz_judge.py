@@ -2,6 +2,10 @@
 
 A call returns what its twin in bigramx.reference returns, or raises an error of PyTorch's that names an argument. It
 writes to nothing but what its schema says, and not at all where it raises; it leaves PyTorch's settings as they were.
+
+Each call begins with the same dispatch keys, whatever PyTorch left of the one before. Within an op on fake tensors it
+may fail to print a large tensor; the frame of Tensor.__repr__ then lives as long as the traceback, and in it a guard,
+which at its end sets the keys that it found, those within the op: nothing records a gradient any more.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -147,9 +152,23 @@ def _offsets(tensor: Tensor, nbytes: int) -> Tensor:
     return torch.arange(nbytes).as_strided(shape, strides, tensor.storage_offset() * size).reshape(-1)
 
 
+KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def unwind(error: BaseException | None) -> None:
+    """Drops what the frames of an error hold, as its end would do later."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 def settings() -> dict[str, object]:
     """What a call leaves as it was."""
     return {
+        "dispatch keys": (
+            str(torch._C._dispatch_tls_local_include_set()),
+            str(torch._C._dispatch_tls_local_exclude_set()),
+        ),
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "default dtype": torch.get_default_dtype(),
@@ -401,6 +420,11 @@ def written_by(case: Case) -> set[str]:
 
 def run(case: Case, begin_stage: Callable[[str], None] = _ignore) -> Verdict:
     """Makes the call, and judges it. begin_stage: told what comes next."""
+    with torch._C._ForceDispatchKeyGuard(*KEYS):
+        return _run(case, begin_stage)
+
+
+def _run(case: Case, begin_stage: Callable[[str], None]) -> Verdict:
     torch.set_num_threads(1)
     try:
         arguments = build(case)
@@ -419,12 +443,18 @@ def run(case: Case, begin_stage: Callable[[str], None] = _ignore) -> Verdict:
     try:
         with context:
             returned = function(*positional, **keywords)
+            if returned is NotImplemented:  # of what `_C` binds; ops.direct then asks the op
+                raise TypeError("incompatible function arguments")
             differentiate(returned)
         outcome: Results | BaseException = Results(returned, arguments, torch.get_rng_state())
     except BaseException as error:
+        unwind(error)
         outcome = error
     begin_stage("judgement")
-    changed = [Finding(f"changes the {what}") for what, value in settings().items() if before[what] != value]
+    after = settings()
+    if has_fakes(arguments) and not isinstance(outcome, Results):
+        after["dispatch keys"] = before["dispatch keys"]  # PyTorch's, not ours
+    changed = [Finding(f"changes the {what}") for what, value in after.items() if before[what] != value]
     torch.set_num_threads(1)
     if isinstance(outcome, Results):
         verdict = _judge_returned(case, outcome, begin_stage)

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,18 @@ FOUND: list[tuple[str, dict[str, str]]] = [
     ("ops.embedding_cross_entropy", {"weight": "huge(torch.randn(5, 5), 2**62, 1)", "targets": "0 * idx"}),
     ("ops.embedding_cross_entropy", {"weight": "freed(torch.randn(5, 5))", "return_logits": "torch.ones(2)"}),
     ("ops.embedding_cross_entropy", {"class_weight": "with_value(torch.rand(5), float('inf'))", "ignore_index": "0"}),
+    (
+        "torch.ops.bigramx.embedding_cross_entropy_forward.default",
+        {"class_weight": "with_value(torch.rand(5), 3e38)", "targets": "0 * idx", "compute_grad": "True"},
+    ),
+    (
+        "torch.ops.bigramx.embedding_cross_entropy_forward.default",
+        {"weight": "-3e38 * torch.ones(5, 5)", "z_loss": "0.01"},
+    ),
+    ("functional.embedding_cross_entropy", {"weight": "with_value(torch.randn(5, 5), 3e38)", "z_loss": "0.01"}),
+    ("ops.embedding_cross_entropy", {"weight": "parameter(3e38 * torch.ones(5, 5))", "z_loss": "0.01"}),
+    ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"loss_dtype": "torch.float4_e2m1fn_x2"}),
+    ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"loss_dtype": "torch.float8_e4m3fn"}),
     ("functional.embedding_cross_entropy", {"reduction": "[1, 2]"}),
     ("functional.embedding_cross_entropy", {"padding_idx": "object()"}),
     ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"targets": "torch.rand(2, 3, 5).softmax(-1)"}),
@@ -151,9 +163,19 @@ FOUND: list[tuple[str, dict[str, str]]] = [
 ]
 
 
-def found_case(index: int) -> Case:
+# PyTorch's repr of the large tensor is short of memory, within the op on a fake one; then something is differentiated.
+AFTER_ONE_ANOTHER: list[tuple[str, dict[str, str]]] = [
+    ("ops.adamw_", {"param": "fake(torch.rand(5, 5))", "exp_avg_sq": "huge(torch.rand(5, 5), 2**32)"}),
+    (
+        "functional.embedding_cross_entropy",
+        {"weight": "parameter(torch.randn(5, 5))", "ignore_index": "__import__('gc').collect() * 0 - 100"},
+    ),
+]
+
+
+def found_case(index: int, found: Sequence[tuple[str, dict[str, str]]] = FOUND) -> Case:
     """One of these, with valid arguments besides."""
-    path, odd = FOUND[index]
+    path, odd = found[index]
     (target,) = (target for target in targets() if target.path in {path, f"{path}.default"})
     draw = Draw("regression")
     draw.V, draw.B, draw.T, draw.reduction, draw.is_soft, draw.dtype, draw.wide_dtype = (
@@ -172,8 +194,9 @@ def test_a_bool_is_a_bool() -> None:
     """And no object that happens to be true; the message comes without the repr of any tensor."""
     with pytest.raises(TypeError, match="Expected a value of type 'bool' for argument 'replacement'"):
         functional.multinomial(torch.ones(3), 1, "no")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^multinomial\(\): incompatible function arguments$"):
-        _C.multinomial(torch.ones(3), 1, "no", None, None)
+    assert _C.multinomial(torch.ones(3), 1, "no", None, None) is NotImplemented
+    with pytest.raises(TypeError, match=r"^adamw_fits\(\): incompatible function arguments$"):
+        _C.adamw_fits(*([torch.ones(3)] * 5), "no")
 
 
 def test_objects_that_hold_no_tokens() -> None:
@@ -184,6 +207,10 @@ def test_objects_that_hold_no_tokens() -> None:
     with pytest.raises(TypeError, match="expected tokens to be integers, got Float"):
         alphabet.decode(torch.ones(2))
     assert alphabet.decode(torch._neg_view(torch.tensor([-1, -2]))) == "bc"
+
+
+def test_a_case_begins_as_if_it_were_the_first(instrument: dict[str, Any]) -> None:
+    assert instrument["one after another"] == [{"raised": 1, "returned and compared": 1}, []]
 
 
 def test_what_was_found_is_mended(instrument: dict[str, Any]) -> None:
@@ -301,6 +328,11 @@ def leaves_grad_mode_off(tokens: Tensor, batch_size: int) -> Tensor:
     return tokens.clone()
 
 
+def leaves_autograd_off(tokens: Tensor, batch_size: int) -> Tensor:
+    torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU, batch_size <= 0)
+    return tokens.clone()
+
+
 def returns_from_freed_memory(tokens: Tensor, batch_size: int) -> Tensor:
     return tokens.new_zeros(tokens.shape)
 
@@ -327,6 +359,7 @@ PLANTED: dict[Callable[..., Tensor], str] = {
     accepts_what_is_wrong: "returns where plain PyTorch raises",
     allocates_too_much: "out of memory where plain PyTorch is not",
     leaves_grad_mode_off: "changes the grad mode",
+    leaves_autograd_off: "changes the dispatch keys",
     returns_from_freed_memory: "returns although tokens has no memory",
 }
 
@@ -352,6 +385,7 @@ def use_instrument() -> None:
     fuzz_watch.HANG = 1.0
     plain = fuzz_watch.watch(partial(only_plain, 1), 4 * len(targets()))
     found = fuzz_watch.watch(found_case, len(FOUND))
+    pair = fuzz_watch.watch(partial(found_case, found=AFTER_ONE_ANOTHER), len(AFTER_ONE_ANOTHER))
     print(
         json.dumps(
             {
@@ -363,6 +397,7 @@ def use_instrument() -> None:
                 "findings of what was found": [
                     (found_case(k).program(), finding.kind) for k, finding in found.findings
                 ],
+                "one after another": (pair.counts, [finding.detail for _, finding in pair.findings]),
                 "programs": programs(),
                 "planted": fuzz_planted(),
             }
