@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, library
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 _HOW_TO_COMPILE = """Compile them for this one by
@@ -56,7 +57,7 @@ def direct(op: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., 
 
     def call(*arguments: object) -> Any:
         try:
-            if torch.compiler.is_dynamo_compiling() or has_torch_function(arguments):
+            if is_dynamo_compiling() or has_torch_function(arguments):
                 return op(*arguments)
             result = native(*arguments)
             return op(*arguments) if result is NotImplemented else result
