@@ -97,8 +97,8 @@ def embedding_cross_entropy(
     elements.
 
     PyTorch's own ops compute it, with (N, C) logits, where the kernels do not apply: for probabilities as targets, in
-    forward mode, inside the transforms of torch.func, and for the gradient under ``create_graph``, which can be
-    differentiated again.
+    forward mode, inside the transforms of torch.func, for the gradient under ``create_graph``, which can be
+    differentiated again, and on the CPU for class weights in float64 beyond 1e270 or below 1e-270.
 
     Args:
         idx: Row of each pair. int64 or int32, any shape, N elements.

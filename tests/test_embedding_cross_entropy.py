@@ -337,6 +337,20 @@ class TestSizesOfClassWeights:
                 )
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "sparse": True}, {"label_smoothing": 0.1}], ids=str)
+def test_sums_of_class_weights_beyond_float64_are_those_of_eager(reduction: str, options: dict[str, Any]) -> None:
+    for value, other in ((1.7e308, 1.0), (1.7e308, 1.7e308), (5e-324, 5e-324), (1e-320, 1e-310), (1.7e308, 5e-324)):
+        for vocab_size in (1, 7):
+            class_weight = torch.full((vocab_size,), other, dtype=torch.float64)
+            class_weight[vocab_size // 2] = value
+            case = make_case(vocab_size, 40, torch.float64, reduction=reduction, class_weight=class_weight, **options)
+            actual = case.run(functional.embedding_cross_entropy, torch.float64)
+            eager = case.run(reference.embedding_cross_entropy, torch.float64)
+            torch.testing.assert_close(actual, eager, rtol=1e-12, atol=0, equal_nan=True)
+
+
 class TestLogits:
     """The loss lies behind the logits in the graph, for those who look."""
 
