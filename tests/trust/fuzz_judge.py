@@ -359,8 +359,8 @@ def _is_differentiated(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_leaf and value.requires_grad and value.grad is not None
 
 
-def differ(actual: Any, expected: Any, tolerance: float) -> str:
-    """How two values differ, or nothing."""
+def differ(actual: Any, expected: Any, tolerance: float, scale: float = 1.0) -> str:
+    """How two values differ, or nothing. scale: of the terms that they are sums of, which may cancel."""
     if expected is None:
         return ""
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
@@ -369,15 +369,16 @@ def differ(actual: Any, expected: Any, tolerance: float) -> str:
         return f"{actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
     if not is_dense(actual) or not is_dense(expected):
         return ""
-    return _difference(actual.detach(), expected.detach(), tolerance if expected.is_floating_point() else 0.0)
+    return _difference(actual.detach(), expected.detach(), tolerance if expected.is_floating_point() else 0.0, scale)
 
 
-def _difference(actual: Tensor, expected: Tensor, tolerance: float) -> str:
+def _difference(actual: Tensor, expected: Tensor, tolerance: float, scale: float) -> str:
     if torch.equal(actual, expected):
         return ""
     wide = actual.double().flatten(), expected.double().flatten()
     finite = wide[1].isfinite()
-    scale = max(float(wide[1][finite].abs().max()), 1.0) if finite.any() else 1.0
+    if finite.any():
+        scale = max(scale, float(wide[1][finite].abs().max()))
     close = torch.isclose(*wide, rtol=0, atol=tolerance * scale, equal_nan=True)
     if close.all():
         return "" if tolerance > 0 else "integers that are equal as float64"
@@ -392,6 +393,15 @@ def _tolerance(arguments: Mapping[str, Any]) -> float:
     """That of the narrowest dtype among the arguments."""
     dtypes = [value.dtype for value in arguments.values() if isinstance(value, Tensor)]
     return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=0.0)
+
+
+def _scale(arguments: Mapping[str, Any]) -> float:
+    """That of the terms of a loss that is no mean: of its class weights."""
+    weights = arguments.get("class_weight")
+    if not isinstance(weights, Tensor) or not is_dense(weights) or arguments["reduction"] in (1, "mean"):
+        return 1.0
+    finite = weights[weights.isfinite()].double().abs().tolist()
+    return max(1.0, arguments["targets"].numel() * max(finite, default=0.0))
 
 
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -528,16 +538,18 @@ def _plain(case: Case, begin_stage: Callable[[str], None], *, wide: bool = False
 
 
 def _compare(case: Case, actual: Results, expected: Results) -> Iterator[Finding]:
-    tolerance = _tolerance(actual.arguments)
+    tolerance, scale = _tolerance(actual.arguments), _scale(actual.arguments)
     values, plain_values = actual.values(written_by(case)), expected.values(written_by(case))
-    found = {name: differ(values.get(name), value, tolerance) for name, value in plain_values.items()}
+    found = {name: differ(values.get(name), value, tolerance, scale) for name, value in plain_values.items()}
     exact: Results | BaseException | None = None
     for name in [name for name, difference in found.items() if difference]:
         if not isinstance(plain_values[name], Tensor) or not plain_values[name].is_floating_point():
             continue
         exact = exact or _plain(case, _ignore, wide=True)
         exact_value = exact.values(written_by(case)).get(name) if isinstance(exact, Results) else None
-        if exact_value is not None and differ(plain_values[name], exact_value.to(plain_values[name].dtype), tolerance):
+        if exact_value is not None and differ(
+            plain_values[name], exact_value.to(plain_values[name].dtype), tolerance, scale
+        ):
             found[name] = ""  # where float64 gives something else, PyTorch itself does not know
     for name, difference in found.items():
         if difference:
