@@ -400,8 +400,9 @@ def _scale(arguments: Mapping[str, Any]) -> float:
     weights = arguments.get("class_weight")
     if not isinstance(weights, Tensor) or not is_dense(weights) or arguments["reduction"] in (1, "mean"):
         return 1.0
-    finite = weights[weights.isfinite()].double().abs().tolist()
-    return max(1.0, arguments["targets"].numel() * max(finite, default=0.0))
+    largest: float = max(weights[weights.isfinite()].double().abs().tolist(), default=0.0)
+    num_pairs: int = arguments["targets"].numel()
+    return max(1.0, num_pairs * largest)
 
 
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
