@@ -297,8 +297,10 @@ def _adamw_step(step: Tensor, **arguments: Any) -> None:
 
 
 def _fit(beta2: float, **arguments: Any) -> int:
-    if not beta2 > 0.1:
-        raise NoTwinError  # a gradient is then divided by itself: the sign of a rounding error makes a whole step
+    # Where a gradient is divided by itself, or is 0 but for rounding, as that of a single class is, the rounding error
+    # makes a whole step.
+    if not beta2 > 0.1 or arguments["weight"].size(-1) == 1:
+        raise NoTwinError
     return reference.fit_(beta2=beta2, **arguments)
 
 

@@ -127,6 +127,15 @@ FOUND: list[tuple[str, dict[str, str]]] = [
     ("ops.embedding_cross_entropy", {"weight": "parameter(3e38 * torch.ones(5, 5))", "z_loss": "0.01"}),
     ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"loss_dtype": "torch.float4_e2m1fn_x2"}),
     ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"loss_dtype": "torch.float8_e4m3fn"}),
+    (
+        "torch.ops.bigramx.embedding_cross_entropy_backward.default",
+        {
+            "grad_loss": "1e-5 * torch.rand(2, 3, dtype=torch.float64)",
+            "weight": "torch.randn(5, 5, dtype=torch.float64)",
+            "reduction": "0",
+            "z_loss": "1.7e308",
+        },
+    ),
     ("functional.embedding_cross_entropy", {"reduction": "[1, 2]"}),
     ("functional.embedding_cross_entropy", {"padding_idx": "object()"}),
     ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"targets": "torch.rand(2, 3, 5).softmax(-1)"}),
