@@ -309,7 +309,8 @@ def _encode(text: str) -> Tensor:
 
 
 def _decode(tokens: Any) -> str:
-    return "".join(CHARACTERS[token] for token in torch.as_tensor(tokens).flatten().tolist())
+    tokens = torch.as_tensor(tokens)
+    return "".join(CHARACTERS[token] for token in tokens.flatten().tolist()) if tokens.numel() > 0 else ""
 
 
 TWINS: dict[str, Callable[..., Any]] = {
