@@ -271,6 +271,19 @@ def test_what_is_no_tensor_or_elsewhere(op: str, name: str, entry: str) -> None:
             call_op(op, entry, {**arguments, name: arguments[name].to("meta")})
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.complex64, torch.int64, torch.bool, torch.uint16],
+    ids=str,
+)
+def test_a_dtype_that_no_loss_has_is_named(dtype: torch.dtype) -> None:
+    arguments = {**arguments_of("embedding_cross_entropy_forward"), "class_weight": None, "loss_dtype": dtype}
+    with pytest.raises(
+        NotImplementedError, match="expected loss_dtype to be float64, float32, bfloat16 or float16, got"
+    ):
+        call_op("embedding_cross_entropy_forward", "torch.ops", arguments)
+
+
 @pytest.mark.parametrize(("result", "called"), [(5, ["native"]), (NotImplemented, ["native", "op"])])
 def test_an_op_is_asked_only_for_arguments_that_do_not_fit(result: object, called: list[str]) -> None:
     calls: list[str] = []
