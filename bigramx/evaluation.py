@@ -157,15 +157,18 @@ def _overlapping(tokens: Tensor | TokenShards, num_pairs: int) -> Iterator[Tenso
             yield shard[begin : begin + num_pairs + 1]
 
 
-def _pairs(tokens: Tensor | TokenShards, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64."""
+def _pairs(
+    tokens: Tensor | TokenShards, device: torch.device, rank: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64, or their ranks."""
     for views in _gathered(_overlapping(tokens, _CHUNK)):
         values = torch.cat([view.to(device, tokens.dtype) for view in views]).long()
+        values = values if rank is None else rank(values)
         last, following = values[:-1], values[1:]
         if len(views) > 1:
-            is_pair = torch.ones(len(last), dtype=torch.bool)
-            is_pair[torch.tensor([len(view) for view in views[:-1]]).cumsum(0) - 1] = False  # of two shards
-            last, following = (side[is_pair.to(device)] for side in (last, following))
+            is_pair = torch.ones(len(last), dtype=torch.bool, device=device)
+            is_pair[torch.tensor([len(view) for view in views[:-1]], device=device).cumsum(0) - 1] = False  # of two
+            last, following = last[is_pair], following[is_pair]
         yield last, following
 
 
@@ -201,8 +204,8 @@ def _mean(total: float, counts: Tensor) -> float:
 def _numbered_pairs(tokens: Tensor | TokenShards, rank: Callable[[Tensor], Tensor], num_ranks: int) -> Iterator[Tensor]:
     """A number for each pair of tokens, chunk by chunk: int32 if that holds it, and how often it may occur."""
     is_short = num_ranks <= 2**16 and len(tokens) <= 2**31
-    for last, following in _pairs(tokens, tokens.device):
-        numbers = (rank(last) - num_ranks // 2) * num_ranks + rank(following)
+    for last, following in _pairs(tokens, tokens.device, rank):
+        numbers = (last - num_ranks // 2) * num_ranks + following
         yield numbers.int() if is_short else numbers
 
 

@@ -313,6 +313,20 @@ class TestEvaluation:
                 call(shards)
 
 
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    written(tmp_path, a=[1, 2, 3], b=[4, 1, 2])
+    model = BigramLanguageModel(5)
+    expected = model.evaluate(data.read_tokens(tmp_path))
+    with torch.device("meta"):
+        shards = data.read_tokens([tmp_path, [1, 2], range(3), torch.ones(2, 2, dtype=torch.int16, device="cpu")])
+        assert shards[:].tolist() == [1, 2, 3, 4, 1, 2, 1, 2, 0, 1, 2, 1, 1, 1, 1]
+        copied = pickle.loads(pickle.dumps(shards)).between(0, 6)
+        assert [part.tolist() for part in data.documents(copied, 2)] == [[0], [2], [3]]
+        assert data.get_batch(copied, 1, 5, generator=torch.Generator())[1].tolist() == [[2, 3, 4, 1, 2]]
+        assert model.evaluate(copied) == expected
+        assert evaluation.optimal_loss(copied) == pytest.approx(0)
+
+
 class TestFit:
     @pytest.mark.parametrize("sizes", [[400], [150, 250], [399, 0, 1]])
     def test_steps_as_on_the_concatenated_tokens(self, sizes: list[int]) -> None:
