@@ -45,8 +45,11 @@ def shards_of(tokens: Tensor | TokenShards) -> tuple[Tensor, ...]:
 
 
 def num_pairs(tokens: Tensor | TokenShards) -> int:
-    """How many pairs of a token and the next there are, none of which crosses from one shard to another."""
-    return sum(max(0, shard.numel() - 1) for shard in shards_of(tokens))
+    """How many pairs of a token and the next there are, none of which crosses from one shard or document to another."""
+    total, eot = sum(max(0, shard.numel() - 1) for shard in shards_of(tokens)), getattr(tokens, "eot", None)
+    if eot is None:
+        return total
+    return total - sum(int((chunk == eot).sum()) for shard in shards_of(tokens) for _n, chunk in chunks(shard[:-1]))
 
 
 def check_tokens(tokens: Tensor | TokenShards) -> None:
