@@ -108,7 +108,7 @@ def optimal_loss(tokens: Tensor | TokenShards) -> float:
     """The lowest mean cross-entropy, in nats, that a bigram table can have on ``tokens``, (N), which are any integers.
 
     It is the conditional entropy H(next | last) of the pairs: the loss of W = log(counts) in closed form. NaN where
-    there is no pair. Of shards only the pairs within each count, and none after ``eot``.
+    there is no pair. Of shards only the pairs within each count.
 
     Where no table of counts pays off, the distinct pairs take 8 bytes of memory each (16 if the tokens span more than
     16 bits), and half as much again while they are counted.
