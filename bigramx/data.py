@@ -45,8 +45,11 @@ def shards_of(tokens: Tensor | TokenShards) -> tuple[Tensor, ...]:
 
 
 def num_pairs(tokens: Tensor | TokenShards) -> int:
-    """How many pairs of a token and the next there are, none of which crosses from one shard to another."""
-    return sum(max(0, shard.numel() - 1) for shard in shards_of(tokens))
+    """How many pairs of a token and the next there are, none of which crosses from one shard or document to another."""
+    total, eot = sum(max(0, shard.numel() - 1) for shard in shards_of(tokens)), getattr(tokens, "eot", None)
+    if eot is None:
+        return total
+    return total - sum(int((chunk == eot).sum()) for shard in shards_of(tokens) for _n, chunk in chunks(shard[:-1]))
 
 
 def check_tokens(tokens: Tensor | TokenShards) -> None:
@@ -112,7 +115,7 @@ def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
     """The tokens of one ``.bin`` file, memory-mapped, (N).
 
     NanoGPT's have no header, and hold uint16; llm.c's and FineWeb's say whether they hold uint16 or uint32. All are
-    little-endian.
+    little-endian. What begins as a file of another kind does is refused: a ``numpy.memmap`` of it is taken as it is.
 
     Pages are read on first access; the file is never written. It must not be cut short while the tokens are in use: the
     system would end the process (SIGBUS). One that is replaced, as ``storage.write_with`` does, stays as it was.
@@ -402,7 +405,7 @@ def documents(tokens: Tensor | TokenShards, eot: int | None = None) -> Iterator[
     begin = 0
     for shard in shards_of(tokens):
         if shard.numel() > 0:
-            yield torch.tensor([begin])
+            yield torch.tensor([begin], device=shard.device)
         if eot is not None:
             for n, chunk in chunks(shard[:-1]):
                 begins = (chunk == eot).nonzero()[:, 0] + (begin + n + 1)
@@ -460,7 +463,7 @@ def _gather_batch(
     tokens: TokenShards, batch_size: int, block_size: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     # The op's errors, and its results to be filled: it is given as many tokens in no memory.
-    stand_in = torch.zeros((), dtype=torch.uint8, device="cpu").expand(len(tokens))
+    stand_in = torch.zeros((), dtype=torch.uint8, device=tokens.device).expand(len(tokens))
     idx, targets = ops.get_batch(stand_in, batch_size, block_size, torch.Generator())
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
     blocks = torch.stack([tokens[offset : offset + block_size + 1] for offset in offsets.tolist()])

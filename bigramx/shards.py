@@ -111,7 +111,8 @@ class TokenShards:
     """Tokens in shards that follow each other: a lazy sequence of all of them.
 
     Batches are drawn from it as from the concatenated tokens. Pairs are counted and evaluated within each shard: a
-    pair of the last token of one and the first of the next would say nothing, and no order of the shards matters.
+    pair of the last token of one and the first of the next would say nothing, and no order of the shards matters. Nor
+    is a pair counted whose first token is ``eot``.
 
     A copy that is pickled, for the workers of a DataLoader, opens the files again: it does not hold their tokens, nor
     what was written to them here.
