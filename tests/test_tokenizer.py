@@ -385,6 +385,13 @@ def test_the_protocol(tmp_path: Path) -> None:
     check_tokenizer(CharTokenizer("".join(sorted(set("".join(TEXTS))))), tmp_path)
 
 
+def test_the_format_of_characters() -> None:
+    """That of earlier versions."""
+    text = '{"format": "bigramx.CharTokenizer", "code_points": [98, 97, 128512]}'
+    assert CharTokenizer("ba\U0001f600").to_json() == text
+    assert tokenizer.from_json(text.encode()) == CharTokenizer("ba\U0001f600")
+
+
 def test_own_tokenizers_are_used_as_they_are() -> None:
     own = Bytes()
     assert tokenizer.adapt(own) is own
