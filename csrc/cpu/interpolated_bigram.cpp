@@ -76,7 +76,7 @@ int64_t interpolated_bigram_generate_cpu(const InterpolatedBigramParams& params,
                                          const GenerateParams& options, const at::Tensor& tokens) {
     const Chains chains{tokens.data_ptr<int64_t>() + options.prompt_length, tokens.size(0),
                         tokens.size(1) - options.prompt_length, tokens.stride(0)};
-    InterpolatedRows rows(params, options);
+    InterpolatedRows rows(params, options, chains.num_chains * chains.num_steps);
     const uint64_t seed = options.temperature == 0 ? 0 : draw_seed(options.generator);
     return ChainRunner(rows, seed, chains, options.stop).run();
 }
