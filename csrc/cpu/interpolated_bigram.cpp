@@ -46,14 +46,14 @@ void interpolated_bigram_cpu(const InterpolatedBigramParams& params, const at::T
         int64_t place = 0;
         for (int64_t n = first; n < last; ++n) {
             const int64_t i = rows[n], j = columns[n];
-            int64_t begin, end;
-            if (i < 0 || i >= vocab_size || j < 0 || j >= vocab_size || !model.pairs_of(i, begin, end)) {
+            if (i < 0 || i >= vocab_size || j < 0 || j >= vocab_size) {
                 int64_t before = first_wrong.load();
                 while (n < before && !first_wrong.compare_exchange_weak(before, n)) {
                 }
                 return;
             }
-            place = place_of(model.columns(), begin, end, place, j);
+            const int64_t end = model.end(i);
+            place = place_of(model.columns(), model.begin(i), end, place, j);
             seen[n] = place < end && model.column(place) == j;
             const double own = seen[n] ? model.pair_prob(place) : 0;
             prob[n] = own + model.backoff(i) * model.unigram(j);
@@ -68,8 +68,6 @@ void interpolated_bigram_cpu(const InterpolatedBigramParams& params, const at::T
                           ": index out of range: ", name, " holds ", token, " at position ", n,
                           ", expected 0 <= ", name, " < ", vocab_size);
     }
-    TORCH_CHECK(false, kInterpolatedBigram, ": expected crow_indices to ascend from 0 to ", model.num_pairs(),
-                ", got another row ", rows[n]);
 }
 
 int64_t interpolated_bigram_generate_cpu(const InterpolatedBigramParams& params,

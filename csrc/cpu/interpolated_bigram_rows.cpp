@@ -158,7 +158,11 @@ InterpolatedBigram::InterpolatedBigram(const InterpolatedBigramParams& params)
       columns_(params.col_indices.const_data_ptr<int32_t>()),
       pair_probs_(params.pair_probs),
       backoff_(params.backoff),
-      unigram_(params.unigram) {}
+      unigram_(params.unigram) {
+    bool ascends = crow_[0] == 0 && crow_[vocab_size_] == num_pairs_;
+    for (int64_t row = 0; row < vocab_size_; ++row) ascends &= begin(row) <= end(row);
+    TORCH_CHECK(ascends, kInterpolatedBigram, ": expected crow_indices to ascend from 0 to ", num_pairs_);
+}
 
 UnigramCdf::UnigramCdf(const InterpolatedBigram& model, double exponent)
     : entries_(model.vocab_size()), weights_(model.vocab_size()), ranks_(model.vocab_size()) {
@@ -246,9 +250,7 @@ bool InterpolatedRows::prepare(int64_t token) {
     const FixedPointCdf fixed = cdf_of(weights, integer);
     const HighCdf high(fixed.last());
 
-    int64_t first_pair, end_pair;
-    model_.pairs_of(token, first_pair, end_pair);
-    row.begin = first_pair + kOtherEntries * token + 1;
+    row.begin = model_.begin(token) + kOtherEntries * token + 1;
     row.unigram_count = static_cast<uint32_t>(weights.unigram_count);
     Entry* const entries = entries_.begin() + row.begin;
     const auto count = static_cast<int64_t>(weights.pairs.size());
@@ -274,9 +276,9 @@ bool InterpolatedRows::prepare(int64_t token) {
 }
 
 RowWeights InterpolatedRows::weights_of(int64_t row) const {
-    int64_t begin, end;
+    const int64_t begin = model_.begin(row), end = model_.end(row);
     const double backoff = model_.backoff(row);
-    if (!model_.pairs_of(row, begin, end) || !is_weight(backoff)) return {};
+    if (!is_weight(backoff)) return {};
     double largest = backoff * unigram_.largest();  // if its token was seen, that token's is larger
     for (int64_t k = begin; k < end; ++k) {
         const int64_t token = model_.column(k);

@@ -28,14 +28,13 @@ namespace bigramx::cpu {
 // The memory of InterpolatedBigramParams; floats are read as doubles.
 class InterpolatedBigram {
   public:
+    // Raises if the pairs of the rows do not follow each other.
     explicit InterpolatedBigram(const InterpolatedBigramParams& params);
 
-    // The pairs of a row; none, and false, where crow_indices holds no such.
-    bool pairs_of(int64_t row, int64_t& begin, int64_t& end) const {
-        begin = crow_[row];
-        end = crow_[row + 1];
-        return begin >= 0 && begin <= end && end <= num_pairs_;
-    }
+    // The pairs of a row.
+    int64_t begin(int64_t row) const { return crow_[row]; }
+    int64_t end(int64_t row) const { return crow_[row + 1]; }
+
     int32_t column(int64_t pair) const { return columns_[pair]; }
     const int32_t* columns() const { return columns_; }
     double pair_prob(int64_t pair) const { return pair_probs_(pair); }
