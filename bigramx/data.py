@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import array
+import codecs
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bigramx import ops, storage
+from bigramx import memory, ops, storage
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
-from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_tokens
+from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_tokens, read_meta
+from bigramx.tokenizer import CharTokenizer
 
-__all__ = ["TokenShards"]
+__all__ = [
+    "NanoGPT",
+    "TokenShards",
+    "default_text",
+    "documents",
+    "get_batch",
+    "read_bin",
+    "read_meta",
+    "read_nanogpt",
+    "read_text",
+    "read_tokens",
+    "split",
+]
 
+_TOP = "paths"  # the name of read_tokens' argument
 _CHUNK = 2**18  # tokens that are read at once
 _MAX_COUNTS = 2**27  # entries, of 8 bytes: 1 GB
 
@@ -80,9 +96,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: It cannot be read, or is no regular file.
         MemoryError: It does not fit into memory.
     """
+    return _read_sized_text(path)[0]
+
+
+def _read_sized_text(path: str | os.PathLike[str]) -> tuple[str, int]:
+    """A text, and its bytes without the mark."""
     content = storage.read_file(path)
     try:
-        return str(content, "utf-8-sig")
+        return str(content, "utf-8-sig"), len(content) - len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{storage.name_of(path)}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
@@ -111,17 +132,8 @@ def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
     return open_tokens(path, _dtype_of(dtype)).tokens
 
 
-class Encoder(Protocol):
-    """What makes tokens of a text: any tokenizer."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> Tensor:
-        """(N) tokens."""
-
-
 def read_tokens(
-    paths: Any, *, tokenizer: Encoder | None = None, dtype: torch.dtype | str | None = None, eot: int | None = None
+    paths: Any, *, tokenizer: Any = None, dtype: torch.dtype | str | None = None, eot: int | None = None
 ) -> TokenShards:
     """Tokens of files, or of memory, as one lazy sequence of shards.
 
@@ -151,61 +163,167 @@ def read_tokens(
         MemoryError: A text is too large.
     """
     reader = _Reader(tokenizer, _dtype_of(dtype))
-    return TokenShards.of(reader.shards(paths, "tokens"), eot)
+    return TokenShards.of(reader.shards(paths, _TOP), eot)
 
 
 class _Reader:
     """Makes shards of what ``read_tokens`` is given."""
 
-    def __init__(self, tokenizer: Encoder | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, tokenizer: Any, dtype: torch.dtype | None) -> None:
         self._tokenizer, self._dtype = tokenizer, dtype
 
     def shards(self, source: Any, name: str) -> Iterator[Shard]:
+        """Those of anything; ``name`` is what errors call it where it has no path."""
         if is_any_path(source):
-            for path in files_of(source):
-                yield self._file(path)
+            yield from map(self._of_file, files_of(source))
         elif isinstance(source, TokenShards):
             yield from source.parts
         elif isinstance(source, Tensor):
             yield from self._rows(source, name)
+        elif (column := _arrow_of(source)) is not None:
+            yield from self._of_arrow(column, name)
         elif hasattr(source, "__array__"):
-            yield from self._rows(_of_array(source), name)
-        elif isinstance(source, (range, array.array)):
-            yield from self._rows(torch.tensor(source, dtype=self._dtype or torch.int64, device="cpu"), name)
-        elif isinstance(source, Iterable):
-            yield from self._items(list(source), name)
+            yield from self._of_array(source, name)
+        elif isinstance(source, array.array):
+            yield from self._rows(_of_buffer(source), name)
+        elif isinstance(source, range):
+            memory.check_room(8 * len(source), f"{name}, a range,")
+            yield self._stored(torch.arange(source.start, source.stop, source.step, device="cpu"), name)
+        elif isinstance(source, (Sequence, Iterator)) and not hasattr(source, "read"):
+            yield from self._of_items(list(source), name)
         else:
-            raise TypeError(f"expected paths to be paths or tokens, got {type(source).__name__}")
+            raise TypeError(f"expected {name} to be a path, tokens or a sequence of these, got {type(source).__name__}")
 
-    def _file(self, path: str) -> Shard:
+    def _of_file(self, path: str) -> Shard:
         if are_tokens(path):
             return open_tokens(path, self._dtype)
         if self._tokenizer is None:
+            storage.open_to_read(path).close()  # raises if there is none
             raise ValueError(f"{storage.name_of(path)}: expected a tokenizer for a text, or a .bin or .npy file")
-        return Shard(self._tokenizer.encode(read_text(path)), path)
+        text, num_bytes = _read_sized_text(path)
+        if isinstance(self._tokenizer, CharTokenizer):
+            memory.check_room(8 * len(text), f"{storage.name_of(path)}: encoding {len(text):,} characters")
+        tokens = torch.as_tensor(self._tokenizer.encode(text), dtype=torch.int64)
+        narrow = torch.uint16 if self._tokenizer.vocab_size <= 2**16 else torch.int32
+        return Shard(_converted(tokens, self._dtype or narrow, path), path, num_bytes=num_bytes)
+
+    def _stored(self, tokens: Tensor, name: str) -> Shard:
+        """A shard of tokens, (N) int64, that no one else holds."""
+        return Shard(_converted(tokens, self._dtype or torch.int64, name), name)
 
     def _rows(self, tokens: Tensor, name: str) -> Iterator[Shard]:
+        """A shard of the tokens as they are, or one for each of their rows."""
+        tokens = _unsigned(tokens, name)
         if tokens.dim() == 2:
             for k, row in enumerate(tokens):
                 yield from self._rows(row, f"{name}[{k}]")
             return
         check_shard(tokens)
+        if self._dtype not in (None, tokens.dtype):
+            raise ValueError(f"expected {name} to hold {_name(self._dtype)} tokens, got {_name(tokens.dtype)}")
         yield Shard(tokens, name)
 
-    def _items(self, items: list[Any], name: str) -> Iterator[Shard]:
-        if all(isinstance(item, int) for item in items):
-            yield from self._rows(torch.tensor(items, dtype=self._dtype or torch.int64, device="cpu"), name)
+    def _of_array(self, source: Any, name: str) -> Iterator[Shard]:
+        import numpy
+
+        values = numpy.asarray(source)
+        if values.dtype == object:  # of rows of different lengths
+            yield from self._of_items(list(values), name)
+        else:
+            yield from self._rows(_tensor_of(values), name)
+
+    def _of_arrow(self, column: Any, name: str) -> Iterator[Shard]:
+        """Of integers, or of lists of them: each list is a shard."""
+        first = 0
+        for chunk in getattr(column, "chunks", [column]):
+            has_rows = hasattr(chunk, "flatten")
+            try:
+                values = _tensor_of((chunk.flatten() if has_rows else chunk).to_numpy())
+            except (ValueError, TypeError, NotImplementedError):
+                values = None
+            if values is None or chunk.null_count > 0:
+                raise TypeError(f"expected {name} to hold integers or lists of them, without nulls, got {chunk.type}")
+            if not has_rows:
+                yield from self._rows(values, name)
+                continue
+            values = _unsigned(values, name)
+            for k, row in enumerate(values.split(chunk.value_lengths().to_pylist())):
+                yield from self._rows(row, f"{name}[{first + k}]")
+            first += len(chunk)
+
+    def _of_items(self, items: list[Any], name: str) -> Iterator[Shard]:
+        if not items and name == _TOP:
+            raise ValueError(f"expected {name} to be paths or tokens, got none")
+        kinds: set[type] = set(map(type, items))
+        if bool not in kinds and all(issubclass(kind, Integral) for kind in kinds):
+            yield self._stored(torch.tensor(items, dtype=torch.int64, device="cpu"), name)
             return
         for k, item in enumerate(items):
             yield from self.shards(item, f"{name}[{k}]")
 
 
-def _of_array(source: Any) -> Tensor:
-    import numpy
+def _arrow_of(source: Any) -> Any:
+    """The pyarrow array of a column of a Hugging Face dataset, or one itself; None of what is none."""
+    kind = type(source).__module__.partition(".")[0]
+    if kind == "pyarrow" and hasattr(source, "null_count"):
+        return source
+    if kind != "datasets" or not hasattr(source, "column_name"):
+        return None
+    dataset = source.source
+    if not hasattr(dataset, "with_format") or dataset.format["type"] == "custom":  # nested, or computed
+        return None
+    return dataset.with_format("arrow")[:][source.column_name]
 
+
+def _tensor_of(values: Any) -> Tensor:
+    """The tensor of a NumPy array, in its memory."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a memmap that must not be written
-        return torch.from_numpy(numpy.asarray(source))
+        warnings.simplefilter("ignore")  # that it must not be written
+        return torch.from_numpy(values)
+
+
+def _of_buffer(source: array.array[Any]) -> Tensor:
+    code = source.typecode
+    if code not in "bBhHiIlLqQ":
+        raise TypeError(f"expected an array of integers, got one of type code {code!r}")
+    dtype = getattr(torch, f"{'u' if code.isupper() else ''}int{8 * source.itemsize}")
+    return torch.frombuffer(source, dtype=dtype) if source else torch.empty(0, dtype=dtype, device="cpu")
+
+
+def _unsigned(tokens: Tensor, name: str) -> Tensor:
+    """Tokens of the other integer dtypes, in their memory, as of one that tokens have.
+
+    Raises:
+        IndexError: One is negative, or of 64 bits.
+    """
+    dtype = {torch.int8: torch.uint8, torch.int16: torch.uint16, torch.uint64: torch.int64}.get(tokens.dtype)
+    if dtype is None:
+        return tokens
+    for part in tokens.flatten().split(_CHUNK):
+        if part.numel() > 0 and (least := int(part.long().min())) < 0:
+            value = least if dtype != torch.int64 else least + 2**64
+            raise IndexError(f"{name} holds {value}, expected 0 <= token < 2^63")
+    return tokens.view(dtype)
+
+
+def _converted(tokens: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tokens in this dtype.
+
+    Raises:
+        ValueError: It does not hold them.
+    """
+    if tokens.dtype == dtype or tokens.numel() == 0:
+        return tokens.to(dtype)
+    smallest, largest = token_range(tokens)
+    limits = torch.iinfo(dtype)
+    if smallest < limits.min or largest > limits.max:
+        value = smallest if smallest < limits.min else largest
+        raise ValueError(f"{storage.printable(name)}: expected {_name(dtype)} tokens, got {value}")
+    return tokens.to(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -218,6 +336,59 @@ def _dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found not in DTYPES:
         raise ValueError(f"expected dtype to be uint8, uint16, uint32, int32 or int64, got {found}")
     return found
+
+
+class NanoGPT(NamedTuple):
+    """What a folder of nanoGPT's holds."""
+
+    train: TokenShards
+    val: TokenShards | None  # None: there is no val.bin
+    tokenizer: CharTokenizer | None  # None: there is no meta.pkl, as where the tokens are GPT-2's
+
+
+def read_nanogpt(folder: AnyPath, *, dtype: torch.dtype | str | None = None, eot: int | None = None) -> NanoGPT:
+    """A folder that a ``prepare.py`` of nanoGPT's made: ``train.bin``, ``val.bin`` and, of characters, ``meta.pkl``.
+
+    Nothing in the pickle is executed: see ``read_meta``.
+
+    Args:
+        folder: Its path.
+        dtype: What the files hold; None: uint16, or what their headers say.
+        eot: The token that ends a document.
+
+    Raises:
+        FileNotFoundError: There is no ``train.bin``.
+        ValueError: A file holds something else.
+        OSError: One cannot be read, or is no regular file.
+    """
+    train, val, meta = (os.path.join(os.fsdecode(folder), name) for name in ("train.bin", "val.bin", "meta.pkl"))
+    return NanoGPT(
+        read_tokens(train, dtype=dtype, eot=eot),
+        read_tokens(val, dtype=dtype, eot=eot) if os.path.lexists(val) else None,
+        read_meta(meta) if os.path.lexists(meta) else None,
+    )
+
+
+def documents(tokens: Tensor | TokenShards, eot: int | None = None) -> Iterator[Tensor]:
+    """The positions where documents begin, (n) int64, in ascending order and a part at a time.
+
+    A document begins where a shard does, and after each ``eot``, which ends the one before it.
+
+    Args:
+        tokens: (N) tokens, or TokenShards, whose ``eot`` is taken if none is given.
+        eot: The token that ends a document. None: only shards are documents.
+    """
+    eot = getattr(tokens, "eot", None) if eot is None else eot
+    begin = 0
+    for shard in shards_of(tokens):
+        if shard.numel() > 0:
+            yield torch.tensor([begin])
+        if eot is not None:
+            for n, chunk in chunks(shard[:-1]):
+                begins = (chunk == eot).nonzero()[:, 0] + (begin + n + 1)
+                if begins.numel() > 0:
+                    yield begins
+        begin += shard.numel()
 
 
 def split(tokens: Any, train_fraction: float | None = None) -> tuple[Any, Any]:

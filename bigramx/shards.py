@@ -97,10 +97,12 @@ class Shard(NamedTuple):
     tokens: Tensor
     name: str
     file: TokenFile | None = None  # of which they are a part, mapped; None: they are in memory
+    num_bytes: int | None = None  # of the text that they stand for; None: not known
 
     def part(self, begin: int, end: int) -> Shard:
         """A view of some of them."""
-        return self._replace(tokens=self.tokens[begin:end])
+        is_whole = end - begin == self.tokens.numel()
+        return self if is_whole else self._replace(tokens=self.tokens[begin:end], num_bytes=None)
 
 
 class TokenShards:
@@ -120,6 +122,7 @@ class TokenShards:
     Attributes:
         shards: The tokens of each shard, 1-D.
         names: Of each shard, the path of a file.
+        dtype: Of what indexing returns: that of the shards, or int64 if they differ.
         eot: The token that ends a document, or None.
 
     Raises:
@@ -131,6 +134,7 @@ class TokenShards:
     parts: tuple[Shard, ...]
     shards: tuple[Tensor, ...]
     names: tuple[str, ...]
+    dtype: torch.dtype
     eot: int | None
 
     def __init__(self, shards: Iterable[Tensor], *, names: Iterable[str] | None = None, eot: int | None = None) -> None:
@@ -150,11 +154,13 @@ class TokenShards:
         return made
 
     def _set(self, parts: Iterable[Shard], eot: int | None) -> None:
+        self.eot = None if eot is None else _checked_eot(eot)
         self.parts = tuple(parts)
         self._ends = list(itertools.accumulate(part.tokens.numel() for part in self.parts))
         self.shards = tuple(part.tokens for part in self.parts)
         self.names = tuple(part.name for part in self.parts)
-        self.eot = None if eot is None else _checked_eot(eot)
+        dtypes = {shard.dtype for shard in self.shards}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.int64
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -164,23 +170,23 @@ class TokenShards:
         return len(self)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That of the shards; int64 if they differ."""
-        dtypes = {shard.dtype for shard in self.shards}
-        return dtypes.pop() if len(dtypes) == 1 else torch.int64
-
-    @property
     def device(self) -> torch.device:
         """That of the first shard."""
         return self.shards[0].device if self.shards else torch.device("cpu")
 
     @property
+    def num_bytes(self) -> int | None:
+        """The bytes of the texts that the tokens stand for; None where they are not known."""
+        sizes = [part.num_bytes for part in self.parts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
     def ranges(self) -> list[range]:
         """The positions of each shard's tokens among all."""
-        return [range(begin, end) for begin, end in zip([0, *self._ends[:-1]], self._ends, strict=True)]
+        return [range(begin, end) for begin, end in itertools.pairwise([0, *self._ends])]
 
     def __getitem__(self, index: int | slice) -> Tensor:
-        """A token, (), or the tokens of a slice, (n): a view where they are of one shard, else a copy of them.
+        """A token, (), or the tokens of a slice, (n): a view where they are of one shard, and all shards of one dtype.
 
         Raises:
             IndexError: There is no such token.
@@ -196,7 +202,7 @@ class TokenShards:
         position %= size
         k = bisect.bisect_right(self._ends, position)
         token: Tensor = self.shards[k][position - self._ends[k]]
-        return token
+        return token.to(self.dtype)
 
     def _slice(self, begin: int, end: int, step: int) -> Tensor:
         if step < 1:
@@ -207,20 +213,19 @@ class TokenShards:
             skipped = (skipped - part.tokens.numel()) % step
             if view.numel() > 0:
                 views.append(view)
-        if len(views) == 1:
-            return views[0]
         if not views:
             return torch.empty(0, dtype=self.dtype, device=self.device)
-        same = all(view.dtype == views[0].dtype for view in views)
+        if len(views) == 1:
+            return views[0].to(self.dtype)
         num_tokens = sum(view.numel() for view in views)
-        memory.check_room(num_tokens * (views[0].element_size() if same else 8), f"a copy of {num_tokens:,} tokens")
-        return torch.cat(views if same else [view.long() for view in views])
+        memory.check_room(num_tokens * self.dtype.itemsize, f"a copy of {num_tokens:,} tokens")
+        return torch.cat([view.to(self.dtype) for view in views])
 
     def __iter__(self) -> Iterator[Tensor]:
         """The tokens, () each, as a tensor's; ``shards`` are larger parts."""
         for shard in self.shards:
             for chunk in shard.split(_TOKENS_AT_ONCE):
-                yield from chunk
+                yield from chunk.to(self.dtype)
 
     def between(self, begin: int, end: int) -> TokenShards:
         """The tokens at the positions from ``begin`` to ``end``: views, the shards that they are of cut there."""
@@ -261,7 +266,8 @@ class TokenShards:
         names = [storage.printable(name) for name in self.names[:_NAMES_SHOWN]]
         more = [f"{len(self.names) - _NAMES_SHOWN:,} more"] if len(self.names) > _NAMES_SHOWN else []
         dtype, eot = str(self.dtype).removeprefix("torch."), "" if self.eot is None else f", eot={self.eot}"
-        return f"TokenShards({len(self):,} tokens, {dtype}{eot}, {len(self.names):,} shards: {', '.join(names + more)})"
+        number = f"{len(self.names):,} shard{'' if len(self.names) == 1 else 's'}"
+        return f"TokenShards({len(self):,} tokens, {dtype}{eot}, {number}: {', '.join(names + more)})"
 
 
 def check_shard(tokens: Tensor) -> None:
@@ -311,16 +317,17 @@ def _is_for_validation(name: str) -> bool:
     return not {"val", "valid", "validation"}.isdisjoint(words)
 
 
-def _pickled(part: Shard) -> tuple[Any, str, TokenFile | None]:
+def _pickled(part: Shard) -> tuple[Any, ...]:
     """A shard, whose tokens are their range where they are a file's."""
     begin = part.tokens.storage_offset()
-    return (part.tokens if part.file is None else range(begin, begin + part.tokens.numel())), part.name, part.file
+    return part if part.file is None else (range(begin, begin + part.tokens.numel()), *part[1:])
 
 
-def _unpickled(parts: Sequence[tuple[Any, str, TokenFile | None]], eot: int | None) -> TokenShards:
-    opened = {file: file.open() for file in {file for _tokens, _name, file in parts if file is not None}}
-    shards = (
-        Shard(tokens if file is None else opened[file][tokens.start : tokens.stop], name, file)
-        for tokens, name, file in parts
-    )
+def _unpickled(parts: Sequence[tuple[Any, ...]], eot: int | None) -> TokenShards:
+    shards = [Shard(*part) for part in parts]
+    opened = {file: file.open() for file in {shard.file for shard in shards} if file is not None}
+    for k, shard in enumerate(shards):
+        if shard.file is not None:
+            positions: Any = shard.tokens
+            shards[k] = shard._replace(tokens=opened[shard.file][positions.start : positions.stop])
     return TokenShards.of(shards, eot)

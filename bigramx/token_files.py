@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import pickletools
 import stat
+import warnings
 from collections.abc import Iterator
-from typing import IO, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import torch
 
 from bigramx import storage
-from bigramx.shards import DTYPES, Shard, TokenFile
+from bigramx.shards import Shard, TokenFile
+from bigramx.tokenizer import CharTokenizer
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -21,6 +24,9 @@ _VERSIONS = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c'
 _OTHERS = {20240326: "a model", 20240327: "a debugging state", 20240328: "a tokenizer", 20240522: "an evaluation"}
 _SIGNATURES = {b"\x93NUMPY": "a NumPy array, expected to be named .npy", b"PK\x03\x04": "a zip archive"}
 _SUFFIXES = (".bin", ".npy")
+_NPY_DTYPES = {"|u1": torch.uint8, "<u2": torch.uint16, "<u4": torch.uint32, "<i4": torch.int32, "<i8": torch.int64}
+
+_MOST_OPCODES, _MOST_BYTES = 2**21, 2**25  # of a pickled vocabulary: there are fewer characters
 
 
 def is_any_path(source: object) -> TypeGuard[AnyPath]:
@@ -135,24 +141,34 @@ def _is_date(number: int) -> bool:
 
 
 def _npy_tokens(file: IO[bytes], path: str, size: int, dtype: torch.dtype | None) -> TokenFile:
-    from numpy.lib import format as npy
-
-    version = npy.read_magic(file)
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"expected version 1.0 or 2.0 of a NumPy file, got {version[0]}.{version[1]}")
-    shape, _order, numpy_dtype = readers[version](file)
+    shape, numpy_dtype = _npy_header(file)
     if len(shape) != 1:
         raise ValueError(f"expected tokens to be 1-D, got shape {shape}")
-    of_header = getattr(torch, numpy_dtype.name, None) if numpy_dtype.kind in "iu" else None
-    if of_header not in DTYPES or numpy_dtype.str.startswith(">"):
-        raise ValueError(f"expected uint8, uint16, uint32, int32 or int64, little-endian, got {numpy_dtype.str}")
+    of_header = _NPY_DTYPES.get(numpy_dtype)
+    if of_header is None:
+        raise ValueError(f"expected the dtype to be one of {', '.join(_NPY_DTYPES)}, got {numpy_dtype}")
     offset = file.tell()
     num_bytes = offset + shape[0] * of_header.itemsize
-    if num_bytes != size:
+    if shape[0] < 0 or num_bytes != size:
         raise ValueError(f"expected the {shape[0]} tokens of its header in {num_bytes} bytes, got {size} bytes")
+    if offset % of_header.itemsize:
+        raise ValueError(f"expected the tokens to begin at a multiple of {of_header.itemsize} bytes, got {offset}")
     _check_dtype(of_header, dtype)
     return TokenFile.of(file, path, of_header, offset, shape[0])
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], str]:
+    """The shape and the dtype of a NumPy file, which is left where its array begins."""
+    from numpy.lib import format as npy
+
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it parses Python
+            shape, _is_fortran, dtype = readers[npy.read_magic(file)](file)
+        return shape, dtype.str
+    except Exception as error:
+        raise ValueError(f"not a NumPy file of version 1 or 2 ({type(error).__name__})") from None
 
 
 def _check_dtype(of_header: torch.dtype, dtype: torch.dtype | None) -> None:
@@ -162,3 +178,114 @@ def _check_dtype(of_header: torch.dtype, dtype: torch.dtype | None) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def read_meta(path: AnyPath) -> CharTokenizer:
+    """The characters of nanoGPT's ``meta.pkl``.
+
+    It is a pickle, which nobody should load from a stranger: unpickling calls whatever the file names. Here its opcodes
+    are read one by one, and those that make dicts, lists, tuples, strings and ints are all that is understood.
+
+    Raises:
+        ValueError: The file holds something else.
+        OSError: It cannot be read, or is no regular file.
+    """
+    with storage.open_to_read(path) as file:  # type: ignore[arg-type]
+        content = file.read(_MOST_BYTES + 1)
+    try:
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"expected a vocabulary of {_MOST_BYTES} bytes at most")
+        return _characters_in(_plain_unpickled(content))
+    except ValueError as error:
+        raise ValueError(f"{storage.name_of(path)}: {error}") from None  # type: ignore[arg-type]
+
+
+def _characters_in(meta: object) -> CharTokenizer:
+    entries = meta if type(meta) is dict else {}
+    itos, stoi = entries.get("itos"), entries.get("stoi")
+    if type(itos) is not dict or type(stoi) is not dict:
+        raise ValueError("expected a vocabulary of nanoGPT: a dict with stoi and itos")
+    characters: list[Any] = [itos.get(token) for token in range(len(itos))]
+    if not all(type(character) is str and len(character) == 1 for character in characters):
+        raise ValueError("expected itos to have one character for each of the tokens from 0 on")
+    tokens = {character: token for token, character in enumerate(characters)}
+    if stoi != tokens or not all(type(token) is int for token in stoi.values()) or len(tokens) != len(itos):
+        raise ValueError("expected stoi to be the inverse of itos")
+    if entries.get("vocab_size", len(itos)) != len(itos):
+        raise ValueError("expected vocab_size to be the number of characters")
+    return CharTokenizer("".join(characters))
+
+
+def _plain_unpickled(content: bytes) -> object:
+    """What a pickle of dicts, lists, tuples, strings and ints holds."""
+    reader = _PlainUnpickler()
+    try:
+        for count, (opcode, argument, _position) in enumerate(pickletools.genops(content)):
+            if count == _MOST_OPCODES:
+                raise ValueError(f"expected {_MOST_OPCODES} opcodes at most")
+            if reader.step(opcode.name, argument):
+                return reader.stack[-1]
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a sound pickle ({type(error).__name__})") from None
+    raise ValueError("not a sound pickle")
+
+
+class _PlainUnpickler:
+    """A pickle machine without the opcodes that import, call or set state: one stack, its marks and the memo."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> bool:
+        """Does what an opcode says; returns whether it is the last.
+
+        Raises:
+            ValueError: It is none of those that are understood.
+        """
+        if name in ("PROTO", "FRAME"):
+            pass
+        elif name in ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE", "UNICODE"):
+            self.stack.append(argument)
+        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+            self.stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+        elif name == "MARK":
+            self._marks.append(len(self.stack))
+        elif name in ("DICT", "LIST", "TUPLE"):
+            items = self._pop_to(self._marks.pop())
+            self.stack.append(self._dict(items) if name == "DICT" else items if name == "LIST" else tuple(items))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            self.stack.append(tuple(self._pop_to(len(self.stack) - int(name[-1]))))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._pop_to(len(self.stack) - 2 if name == "SETITEM" else self._marks.pop())
+            self.stack[-1].update(self._dict(items))
+        elif name in ("APPEND", "APPENDS"):
+            items = self._pop_to(len(self.stack) - 1 if name == "APPEND" else self._marks.pop())
+            self.stack[-1].extend(items)
+        elif name == "MEMOIZE":
+            self._memo[len(self._memo)] = self.stack[-1]
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self.stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self._memo[argument])
+        elif name == "STOP":
+            return True
+        else:
+            raise ValueError(f"expected a pickle of dicts, strings and ints, got the opcode {name}")
+        return False
+
+    def _pop_to(self, size: int) -> list[Any]:
+        """Takes what is on the stack above the first ``size``."""
+        if size < 0:
+            raise IndexError
+        items = self.stack[size:]
+        del self.stack[size:]
+        return items
+
+    @staticmethod
+    def _dict(items: list[Any]) -> dict[Any, Any]:
+        """Keys and values by turns. Nested tuples as keys would take exponential time to hash, or all of the stack."""
+        if not all(type(key) in (str, int) for key in items[::2]):
+            raise ValueError("expected the keys of dicts to be strings or ints")
+        return dict(zip(items[::2], items[1::2], strict=True))

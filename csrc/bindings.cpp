@@ -10,7 +10,9 @@
 #include "base/dispatch.h"
 #include "base/interrupt.h"
 #include "base/op_names.h"
+#include "base/python.h"
 #include "count_bigrams.h"
+#include "cpu/count_bigrams_sparse.h"
 #include "embedding_cross_entropy.h"
 #include "fit.h"
 #include "generate.h"
@@ -96,6 +98,19 @@ TORCH_LIBRARY(bigramx, m) {
 
 namespace py = pybind11;
 
+namespace {
+
+// A method during which other threads run Python.
+template <typename Class, typename Return, typename... Arguments>
+auto beside_python(Return (Class::*method)(Arguments...)) {
+    return [method](Class& self, Arguments... arguments) {
+        const bigramx::ReleasedGil others_run;
+        return (self.*method)(arguments...);
+    };
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using namespace bigramx;
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
@@ -116,6 +131,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("encode", &Alphabet::encode)
         .def("decode", &Alphabet::decode)
         .def("decode_sequence", &Alphabet::decode_sequence);
+    using cpu::PairCounter;
+    py::class_<PairCounter>(m, "PairCounter")
+        .def(py::init<int64_t, std::optional<int64_t>>())
+        .def("update", beside_python(&PairCounter::update))
+        .def("merge", beside_python(&PairCounter::merge))
+        .def("add_csr", beside_python(&PairCounter::add_csr))
+        .def("num_pairs", beside_python(&PairCounter::num_pairs))
+        .def("num_distinct", beside_python(&PairCounter::num_distinct))
+        .def("equals", beside_python(&PairCounter::equals))
+        .def("csr", beside_python(&PairCounter::csr))
+        .def("parts", beside_python(&PairCounter::parts));
     complete_registrations();
     handle_signals = [] {
         const py::gil_scoped_acquire gil;

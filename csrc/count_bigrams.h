@@ -6,7 +6,7 @@
 namespace bigramx {
 
 struct CountBigramsParams {
-    at::Tensor tokens;   // (N) uint8, uint16, int32 or int64, contiguous
+    at::Tensor tokens;   // (N) uint8, uint16, uint32, int32 or int64, contiguous
     int64_t vocab_size;  // V
 };
 

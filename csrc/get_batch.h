@@ -10,7 +10,7 @@
 namespace bigramx {
 
 struct GetBatchParams {
-    at::Tensor tokens;   // (N) uint8, uint16, int32 or int64, N > T
+    at::Tensor tokens;   // (N) uint8, uint16, uint32, int32 or int64, N > T
     int64_t batch_size;  // B
     int64_t block_size;  // T
     std::optional<at::Generator> generator;

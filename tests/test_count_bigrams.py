@@ -18,7 +18,7 @@ from tests.interrupts import SOME, call_with_handlers
 
 pytestmark = pytest.mark.usefixtures("device")
 
-DTYPES = [torch.uint8, torch.uint16, torch.int32, torch.int64]
+DTYPES = [torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64]
 BLOCK = 256  # pairs
 CHUNK = 2**21  # pairs of a job between checks for signals
 JOB = 2**17  # pairs that make another thread worthwhile, for tables of no more entries than that

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cuda
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TOKEN_DTYPES = [torch.uint8, torch.uint16, torch.int32, torch.int64]
+TOKEN_DTYPES = [torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64]
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 FILTERS: list[dict[str, Any]] = [
     {},

@@ -30,7 +30,7 @@ class PythonSteps(BigramLanguageModel):
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 65, 127, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("token_dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("token_dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64])
 def test_native_steps_equal_those_in_python(vocab_size: int, dtype: torch.dtype, token_dtype: torch.dtype) -> None:
     tokens = torch.randint(min(vocab_size, 256), (2000,)).to(token_dtype)
     results = []

@@ -28,7 +28,7 @@ def lectures_get_batch(tokens: torch.Tensor, batch_size: int, block_size: int) -
     batch_size=st.sampled_from([1, 4, 32]),
     block_size=st.sampled_from([1, 8, 17]),
     extra=st.sampled_from([1, 2, 1000]),
-    dtype=st.sampled_from([torch.uint8, torch.uint16, torch.int32, torch.int64]),
+    dtype=st.sampled_from([torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64]),
 )
 def test_draws_the_lectures_batches(
     seed: int, batch_size: int, block_size: int, extra: int, dtype: torch.dtype
@@ -104,7 +104,7 @@ def test_a_generator_leaves_the_default_one_unchanged() -> None:
         ((torch.arange(9), -(2**63), -(2**63)), ValueError, ">= 1, got -9223372036854775808 and"),
         (([1, 2, 3], 4, 8), TypeError, "'Tensor' for argument 'tokens'"),
         ((torch.arange(9), 4.5, 8), TypeError, "'int' for argument 'batch_size'"),
-        ((torch.zeros(9), 4, 8), RuntimeError, r"\[Byte, UInt16, Int, Long\], got Float"),
+        ((torch.zeros(9), 4, 8), RuntimeError, r"\[Byte, UInt16, UInt32, Int, Long\], got Float"),
     ],
 )
 def test_bad_batches(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

@@ -122,7 +122,7 @@ inline void check_padding(const char* op, int64_t padding_idx, int64_t num_rows)
 inline void check_tokens(const char* op, const at::Tensor& tokens) {
     check_tensor(op, "tokens", tokens);
     TORCH_CHECK(tokens.dim() == 1, op, ": expected tokens to be 1-D, got shape ", tokens.sizes());
-    check_dtype(op, "tokens", tokens, {at::kByte, at::kUInt16, at::kInt, at::kLong});
+    check_dtype(op, "tokens", tokens, {at::kByte, at::kUInt16, at::kUInt32, at::kInt, at::kLong});
 }
 
 // Any integer tensor -> contiguous int64, copied only if necessary.

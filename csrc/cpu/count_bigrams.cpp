@@ -170,7 +170,7 @@ at::Tensor count_bigrams_cpu(const CountBigramsParams& params) {
                        check_range(begin, num_tokens, vocab_size);
                        fill_zeros(counts);  // fewer than two tokens
                    }),
-                   at::kByte, at::kUInt16, at::kInt, at::kLong);
+                   at::kByte, at::kUInt16, at::kUInt32, at::kInt, at::kLong);
     return counts;
 }
 

@@ -57,7 +57,7 @@ void get_batch_cpu(const GetBatchParams& params, const at::Tensor& idx, const at
     AT_DISPATCH_V2(params.tokens.scalar_type(), kGetBatch, AT_WRAP([&] {
                        copy_blocks<scalar_t>(params, idx.data_ptr<int64_t>(), targets.data_ptr<int64_t>());
                    }),
-                   at::kByte, at::kUInt16, at::kInt, at::kLong);
+                   at::kByte, at::kUInt16, at::kUInt32, at::kInt, at::kLong);
 }
 
 }  // namespace bigramx

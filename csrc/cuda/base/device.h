@@ -40,6 +40,7 @@ inline TokenType token_type(const at::Tensor& tensor) {
     switch (tensor.scalar_type()) {
         case at::kByte: return TokenType::uint8;
         case at::kUInt16: return TokenType::uint16;
+        case at::kUInt32: return TokenType::uint32;
         case at::kInt: return TokenType::int32;
         case at::kLong: return TokenType::int64;
         default: TORCH_CHECK(false, "no kernel for dtype ", tensor.scalar_type());

@@ -8,7 +8,7 @@ typedef struct CUstream_st* cudaStream_t;  // as the runtime declares it
 namespace bigramx::cuda {
 
 enum class FloatType { float64, float32, bfloat16, float16 };
-enum class TokenType { uint8, uint16, int32, int64 };
+enum class TokenType { uint8, uint16, uint32, int32, int64 };
 
 // The seed of counter-based draws. Under graph capture, where each replay must draw anew, a generator keeps
 // its own seed and its offset in device memory.

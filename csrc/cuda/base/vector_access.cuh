@@ -57,6 +57,7 @@ void with_type(TokenType type, const Visit& visit) {
     switch (type) {
         case TokenType::uint8: return visit(uint8_t{});
         case TokenType::uint16: return visit(uint16_t{});
+        case TokenType::uint32: return visit(uint32_t{});
         case TokenType::int32: return visit(int32_t{});
         case TokenType::int64: return visit(int64_t{});
     }
