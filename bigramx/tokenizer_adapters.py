@@ -130,7 +130,8 @@ class HFTokenizer(Serialized):
         """By the kind of the decoder; of one that is unknown all text comes at the end."""
         ids = functools.partial(ids_of, vocab_size=self.vocab_size)
         decoder = self._pipeline["decoder"]
-        if decoder is not None and decoder["type"] == "ByteLevel":
+        kinds = [step["type"] for step in _steps_of(decoder)]
+        if kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}:
             return ByteStream(lambda tokens: b"".join(map(self._bytes_of, ids(tokens))))
         return ContextStream(ids, self._decode, _settled_by(decoder, self._is_byte))
 
@@ -177,11 +178,9 @@ class HFTokenizer(Serialized):
 def _tokenizer_json(tokenizer: Any) -> str:
     """The text of a tokenizer.json, as HFTokenizer takes it."""
     if isinstance(tokenizer, str) and tokenizer.lstrip()[:1] in ("", "{", "["):
-        check_text(tokenizer)
-        return tokenizer
+        return _checked(tokenizer)
     if isinstance(tokenizer, (str, os.PathLike)):
-        content = read(tokenizer)
-        return content if isinstance(content, str) else content.decode()
+        return _checked(read(tokenizer))
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     backend = getattr(backend, "_tokenizer", backend)  # of tokenizers.implementations
     if not isinstance(backend, import_library("tokenizers", "tokenizers").Tokenizer):
@@ -190,6 +189,14 @@ def _tokenizer_json(tokenizer: Any) -> str:
         text: str = backend.to_str()
     except Exception as error:
         raise TypeError(f"a tokenizer that cannot be saved: {error}") from None
+    return text
+
+
+def _checked(text: str | bytes) -> str:
+    """The text of a JSON object, in which no key occurs twice: the library would take the last."""
+    parse_object(text)
+    text = text if isinstance(text, str) else text.decode()
+    check_text(text)
     return text
 
 
@@ -242,11 +249,18 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
+def _steps_of(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return steps
+
+
 def _settled_by(decoder: dict[str, Any] | None, is_byte: Callable[[int], bool]) -> Callable[[list[int]], int]:
     """How many of the first tokens decode to the same text whatever follows, by the decoder of a tokenizer.json."""
     if decoder is None:  # tokens with spaces between
         return len
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    steps = _steps_of(decoder)
     kinds = [step["type"] for step in steps]
     end = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
     after = steps[end + 1 :]
@@ -431,6 +445,7 @@ class TiktokenTokenizer(_ByteTokenizer):
             raise not_known(encoding)
         self._encoding = encoding
         self._ranks, self._special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+        check_text(encoding.name)
         _check_ranks(self._ranks)
         check_special_tokens(self._special_tokens, self._ranks.values())
         self._bytes = {rank: piece for piece, rank in self._ranks.items()}
@@ -541,6 +556,7 @@ class MinBPETokenizer(_ByteTokenizer):
     def __init__(
         self, merges: Sequence[tuple[int, int]], pattern: str = "", special_tokens: Mapping[str, int] | None = None
     ) -> None:
+        check_text(pattern)
         self._pattern, self._special_tokens = pattern, dict(special_tokens or {})
         self._merges = {(left, right): 256 + k for k, (left, right) in enumerate(merges)}
         lengths = [1] * 256

@@ -157,9 +157,9 @@ def library_errors(library: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # of pyo3, and no Exception
-        is_of_library = type(error) is Exception or isinstance(error, (ArithmeticError, LookupError, RuntimeError))
-        if is_panic or is_of_library or isinstance(error, (TypeError, ValueError)):
+        is_own = type(error).__name__ == "PanicException" or type(error).__module__.startswith(f"{library}.")
+        is_usual = isinstance(error, (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError))
+        if is_own or is_usual or type(error) is Exception:
             raise ValueError(f"{library}: {error}") from None
         raise
 
