@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -399,7 +401,7 @@ class _Job:
             self._count(pending, options, running)
             return self._write(running.counts)
         except BaseException:
-            with contextlib.suppress(OSError):
+            with _without_interrupts(), contextlib.suppress(OSError):
                 running.save()
             raise
 
@@ -592,6 +594,20 @@ class _Running:
 
 def _shown(options: dict[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignores Ctrl-C: under torchrun each process gets a second one, from torchrun itself."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from bigramx import BigramCounts, distributed_counts, parts
+from bigramx import BigramCounts, distributed_counts, parts, storage
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
 from bigramx.ranks import Ranks
 
@@ -313,6 +313,31 @@ def an_error_ends_all(folder: Path) -> None:
     assert ended_well(outcomes), outcomes
     assert "taken from" in outcomes[0].told[0]
     assert BigramCounts.load(folder / "out" / "counts.safetensors.index.json") == expected
+
+
+@check
+def interrupts(folder: Path) -> None:
+    """As torchrun has it: each rank gets two, and the second finds it saving."""
+    expected = write_shards(folder)
+    write_tensors = storage.write_tensors
+
+    def write_while_interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write_tensors(*args)
+
+    def interrupt(rank: int, k: int) -> None:
+        if k == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    storage.write_tensors = write_while_interrupted
+    outcomes = run_ranks(folder, 2, eot=EOT, before_update=interrupt)
+    storage.write_tensors = write_tensors
+    for outcome in outcomes:
+        assert outcome.raised.startswith("KeyboardInterrupt") or outcome.raised.endswith("was interrupted"), outcome
+    assert len(list((folder / "out" / "counts.partial").iterdir())) == 2
+    outcomes = run_ranks(folder, 2, eot=EOT)
+    assert ended_well(outcomes), outcomes
+    assert BigramCounts.load(folder / "out") == expected
 
 
 def main(folder: Path) -> None:
