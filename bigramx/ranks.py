@@ -225,6 +225,7 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
         ranks._fail(error)
         raise
     finally:
+        ranks._group = ranks._store = None  # their threads end with them, and not while Python ends
         if is_own:
             dist.destroy_process_group()
         elif not is_gloo:

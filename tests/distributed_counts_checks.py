@@ -179,7 +179,7 @@ def in_a_process_group_that_exists(folder: Path) -> None:
 @check
 def few_shards(folder: Path) -> None:
     """More ranks than pieces; tokens that all are in one row; and no pair at all."""
-    for k, sizes in enumerate([(2,), (1,), (0, 0), (3000, 0)]):
+    for k, sizes in enumerate([(2,), (1, 0), (3000, 0)]):
         own_folder = folder / str(k)
         own_folder.mkdir()
         expected = write_shards(own_folder, sizes)
@@ -244,8 +244,8 @@ def a_rank_that_does_not_answer_ends_all(folder: Path) -> None:
 def a_second_start_counts_what_is_not_on_disk(folder: Path) -> None:
     """Of another number of ranks, too; the files are those of a run that nothing ended."""
     expected = write_shards(folder)
-    run_ranks(folder, 2, "whole", eot=EOT)
-    for size in (1, 2, 4):
+    run_ranks(folder, 4, "whole", eot=EOT)
+    for size in (1, 4):
         out = folder / f"out {size}"
         outcomes = run_ranks(folder, 3, out.name, eot=EOT, save_interval=0.0, before_update=die(folder, 1))
         (folder / "killed").unlink()
@@ -265,11 +265,8 @@ def a_second_start_counts_what_is_not_on_disk(folder: Path) -> None:
         assert 0 < int(taken) < int(total)
         assert len(updates.read_text()) == int(total) - int(taken)
         updates.unlink()
-        if size == 1:
-            assert BigramCounts.load(out / "counts.safetensors") == expected
-        else:
-            assert BigramCounts.load(out / "counts.safetensors.index.json") == expected
-        if size == 2:
+        assert BigramCounts.load(out) == expected
+        if size == 4:
             assert contents(out) == contents(folder / "whole")
         assert not (out / "counts.partial").exists()
 
@@ -329,7 +326,7 @@ def interrupts(folder: Path) -> None:
         if k == 2:
             signal.raise_signal(signal.SIGINT)
 
-    storage.write_tensors = write_while_interrupted
+    storage.write_tensors = write_while_interrupted  # type: ignore[assignment]
     outcomes = run_ranks(folder, 2, eot=EOT, before_update=interrupt)
     storage.write_tensors = write_tensors
     for outcome in outcomes:

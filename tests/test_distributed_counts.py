@@ -76,6 +76,21 @@ def test_ranks(name: str, problems: dict[str, str]) -> None:
     assert problems.get(name, "the checks did not get this far") == ""
 
 
+@needs_gloo
+def test_the_command_under_torchrun(shards: Path, tmp_path: Path) -> None:
+    """Rank 0 alone prints."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+    command = ["-m", "bigramx", "count", str(shards), "-o", str(tmp_path / "out"), "--eot", "3"]
+    ended = processes.run(
+        [*torchrun, "--nproc-per-node=2", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall("wrote (.*)", ended.stdout) == [str(tmp_path / "out" / "counts.safetensors.index.json")]
+    assert BigramCounts.load(tmp_path / "out") == counts_of(shards, eot=3)
+
+
 # --------------------------------------------------------------------------------------------------------- one process
 
 
