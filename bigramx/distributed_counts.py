@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ _BLOCK_PAIRS = 2**22  # distinct pairs that each rank receives at once
 _SAVE_SHARE = 20  # saving takes at most one of so many seconds
 _INTERVAL = 0.1  # seconds between two reports of progress
 _PARTIALS = "rank-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_PART = r"{}-\d{{5}}-of-\d{{5}}(\.new)?\.safetensors"
 _KIND = "counts-partial"
 
 
@@ -213,24 +215,26 @@ class _Place:
 
     def names_of_parts(self, num_parts: int) -> list[str]:
         """Of the new parts; not those of the parts that an index names already, which stay until it is replaced."""
-        taken = self.named_parts()
-        for generation in range(2):
-            stem = self.file.stem + generation * "-new"
-            names = [f"{stem}-{k:05}-of-{num_parts:05}.safetensors" for k in range(1, num_parts + 1)]
+        taken = self._named_parts()
+        for ending in (".safetensors", ".new.safetensors"):
+            names = [f"{self.file.stem}-{k:05}-of-{num_parts:05}{ending}" for k in range(1, num_parts + 1)]
             if taken.isdisjoint(names):
                 break
         return names
 
-    def remove(self, old_parts: set[str]) -> None:
-        """Removes these parts, and what was counted so far."""
-        for name in old_parts:
-            self.file.with_name(name).unlink(missing_ok=True)
+    def clean(self) -> None:
+        """Removes what was counted so far, and parts that no index names: of counts before, or of a job that died."""
+        named = self._named_parts()
+        for path in self.file.parent.iterdir():
+            is_part = re.fullmatch(_PART.format(re.escape(self.file.stem)), path.name) is not None
+            if is_part and path.name not in named and parts.is_part(path):
+                path.unlink(missing_ok=True)
         for path in self.partial.glob(_PARTIALS):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # there is none, or someone else has put something there
             self.partial.rmdir()
 
-    def named_parts(self) -> set[str]:
+    def _named_parts(self) -> set[str]:
         """The parts that the index names, if there is one."""
         try:
             return {part.file for part in parts.read_index(self.index)[0]}
@@ -328,10 +332,11 @@ def _all_to_all(ranks: Ranks, sent: Sequence[_Rows], begins: Sequence[int]) -> l
     return [_Rows(*each) for each in zip(begins, crows, cols, values, strict=True)]
 
 
-def _summed(ranks: Ranks, counts: BigramCounts) -> _Rows:
+def _summed(ranks: Ranks, counts: BigramCounts, progress: Callable[[float], object]) -> _Rows:
     """Sends each row to its owner, who adds up what the ranks have of it; returns the rows of this rank.
 
-    All have about as many to receive. They receive them in as many blocks each.
+    All have about as many to receive. They receive them in as many blocks each. ``progress`` is called with the
+    fraction done since its last call.
     """
     rows, vocab_size, eot = _Rows.of(counts), counts.vocab_size, counts.eot
     lengths = ranks.sum(rows.crow.diff())
@@ -345,6 +350,7 @@ def _summed(ranks: Ranks, counts: BigramCounts) -> _Rows:
         for _begin, crow, col, values in _all_to_all(ranks, sent, [begin] * ranks.size):
             crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(vocab_size - end)])
             summed.merge(BigramCounts._of_parts(vocab_size, eot, crow, col, values))
+        progress(1 / num_blocks)
     return _Rows.of(summed).between(*owned[ranks.rank])
 
 
@@ -355,7 +361,7 @@ def _balanced(ranks: Ranks, rows: _Rows, vocab_size: int) -> _Rows:
     owned = list(pairwise(_borders(ranks.sum(lengths), 0, vocab_size, ranks.size)))
     own = rows.between(*owned[ranks.rank])
     sent = [rows.between(*of_owner) for of_owner in owned]
-    sent[ranks.rank] = rows.between(rows.begin, rows.begin)  # the own ones, most often nearly all, stay
+    sent[ranks.rank] = rows.between(rows.begin, rows.begin)  # those that it keeps are not sent
     received = _all_to_all(ranks, sent, [0] * ranks.size)
     received[ranks.rank] = own
     ends = torch.cat([each.crow.diff() for each in received]).cumsum(0)
@@ -388,9 +394,10 @@ class _Job:
         """Counts, and writes; see ``count_shards``."""
         pieces = [_Piece(*piece) for piece in self._of_rank_0(lambda: self._start(paths))]
         self._total_bytes = sum(piece.num_bytes for piece in pieces)
+        storage.check_writable(self._place.file if self._ranks.size == 1 else self._place.index, 0)
         if options.vocab_size is None:
             vocab_size = getattr(options.tokenizer, "vocab_size", None) or self._largest_token(pieces, options) + 1
-            options = options._replace(vocab_size=vocab_size)
+            options = options._replace(vocab_size=max(vocab_size, (options.eot or 0) + 1))
         self._enter("counting")
         saved = [_Partial.of(Path(path)) for path in self._of_rank_0(lambda: self._usable(pieces, options))]
         running = _Running(self._place, self._ranks, options, saved, save_interval)
@@ -411,7 +418,6 @@ class _Job:
 
     def _start(self, paths: Sequence[str | os.PathLike[str]]) -> list[_Piece]:
         self._place.file.parent.mkdir(parents=True, exist_ok=True)
-        storage.check_writable(self._place.file if self._ranks.size == 1 else self._place.index, 0)
         return _pieces_of(paths)
 
     # ------------------------------------------------------------------------------------------------ progress
@@ -428,7 +434,7 @@ class _Job:
         self._num_tokens += num_tokens
         if (now := time.monotonic()) < self._next_time:
             return
-        self._next_time = now + _INTERVAL
+        self._next_time = now + _INTERVAL * max(self._ranks.size / 32, 1)  # the store answers all of them
         self._ranks.check()
         num_bytes = self._ranks.add(f"{self._stage}/bytes", self._num_bytes)
         num_tokens = self._ranks.add(f"{self._stage}/tokens", self._num_tokens)
@@ -501,10 +507,9 @@ class _Job:
     # ------------------------------------------------------------------------------------------------- writing
 
     def _write(self, counts: BigramCounts) -> CountResult:
-        old_parts = self._place.named_parts()
         result = self._write_file(counts) if self._ranks.size == 1 else self._write_parts(counts)
         if self._ranks.rank == 0:
-            self._place.remove(old_parts - self._place.named_parts())
+            self._place.clean()
         return result
 
     def _write_file(self, counts: BigramCounts) -> CountResult:
@@ -518,7 +523,9 @@ class _Job:
     def _write_parts(self, counts: BigramCounts) -> CountResult:
         ranks, place, vocab_size, eot = self._ranks, self._place, counts.vocab_size, counts.eot
         self._enter("exchanging")
-        rows = _balanced(ranks, _summed(ranks, counts), vocab_size)
+        share = self._total_bytes / ranks.size
+        rows = _summed(ranks, counts, progress=lambda fraction: self._advance(int(share * fraction)))
+        rows = _balanced(ranks, rows, vocab_size)
         self._enter("writing")
         names = self._of_rank_0(lambda: place.names_of_parts(ranks.size))
         part = parts.write_part(place.file.with_name(names[ranks.rank]), rows.begin, rows.tensors())

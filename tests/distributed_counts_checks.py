@@ -157,6 +157,20 @@ def equal_to_one_process(folder: Path) -> None:
 
 
 @check
+def parts_replace_other_parts(folder: Path) -> None:
+    """Of the same names, and of others; those that an index names stay whole until the next one is written."""
+    expected = write_shards(folder)
+    out, seen = folder / "out", []
+    for size in (2, 2, 4):
+        outcomes = run_ranks(folder, size, eot=EOT)
+        assert ended_well(outcomes), outcomes
+        assert BigramCounts.load(out) == expected
+        seen.append(sorted(path.name for path in out.glob("*[0-9].*safetensors")))
+    assert set(seen[0]).isdisjoint(seen[1])
+    assert len(seen[2]) == 4
+
+
+@check
 def in_a_process_group_that_exists(folder: Path) -> None:
     """Twice, and the group lives on."""
     expected = write_shards(folder)

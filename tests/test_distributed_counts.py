@@ -116,6 +116,10 @@ class Letters:
         return torch.tensor([ord(letter) - ord("a") for letter in text])
 
 
+def test_a_token_that_ends_documents_and_never_occurs(shards: Path, tmp_path: Path) -> None:
+    assert count_shards([shards], tmp_path / "out", eot=V + 5).vocab_size == V + 6
+
+
 def test_texts(tmp_path: Path) -> None:
     for k, text in enumerate(["hello", "", "z"]):
         (tmp_path / f"{k}.txt").write_text(text)
@@ -329,6 +333,15 @@ def test_damaged_parts(index: Path, damage: Callable[[Path], object]) -> None:
         BigramCounts.load(index)
 
 
+def test_an_index_is_not_written_before_its_parts(index: Path) -> None:
+    written, metadata = parts.read_index(index)
+    index.with_name("1.safetensors").replace(index.with_name("2.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"1\.safetensors"):
+        parts.write_index(index, written, metadata)
+    with pytest.raises(ValueError, match=r"2\.safetensors: not the part"):
+        parts.write_index(index, written[1:], metadata)
+
+
 def test_missing_parts(index: Path) -> None:
     index.with_name("2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.safetensors"):
@@ -336,6 +349,19 @@ def test_missing_parts(index: Path) -> None:
 
 
 def test_one_file_replaces_parts(index: Path, shards: Path) -> None:
+    """Those of the index, and those that a job left which died before it wrote one; no others."""
+    left = ["counts-00001-of-00002.safetensors", "counts-00002-of-00002.new.safetensors"]
+    for name in left:
+        shutil.copyfile(index.with_name("1.safetensors"), index.with_name(name))
+    others = ["counts-00003-of-00003.safetensors", "counts-new-00001-of-00002.safetensors", "model.safetensors"]
+    for name in others:
+        index.with_name(name).write_text("of someone else")
     count_shards([shards], index.parent)
-    assert sorted(path.name for path in index.parent.glob("*.safetensors*")) == ["counts.safetensors"]
+    names = {path.name for path in index.parent.glob("*.safetensors*")}
+    assert names == {
+        "counts.safetensors",
+        "1.safetensors",
+        "2.safetensors",
+        *others,
+    }  # its parts have names of their own
     assert BigramCounts.load(index.parent) == counts_of(shards)
