@@ -300,7 +300,9 @@ def model_loaded(model: BigramLanguageModel) -> object:
         "sparse": model.token_embedding_table.sparse,
         "ignore_index": model.ignore_index,
         "label_smoothing": model.label_smoothing,
-        "tokenizer": None if model.tokenizer is None else [ord(character) for character in model.tokenizer.characters],
+        "tokenizer": [ord(c) for c in model.tokenizer.characters]
+        if isinstance(model.tokenizer, CharTokenizer)
+        else None,
     }
 
 
