@@ -29,6 +29,7 @@ from bigramx import data, parts, storage, token_files
 from bigramx.counts import BigramCounts
 from bigramx.parts import Part
 from bigramx.ranks import Ranks, join
+from bigramx.tokenizer import Tokenizer, adapt
 
 _PIECE_BYTES = 2**25  # of a file of tokens, which is one piece of work
 _BLOCK_PAIRS = 2**22  # distinct pairs that each rank receives at once
@@ -104,7 +105,7 @@ def count_shards(
         vocab_size: V. None: that of the tokenizer; else the largest token + 1, found in one more pass over the shards.
         eot: The token that ends a document, as for ``BigramCounts``.
         dtype: What ``.bin`` files without a header hold, as for ``data.read_tokens``.
-        tokenizer: Encodes texts.
+        tokenizer: Encodes texts; a Tokenizer, or an object of a library that ``tokenizer.adapt`` takes.
         save_interval: Seconds between two savings of what is counted so far.
         timeout: How long a rank waits for the others; None: PyTorch's default, 30 minutes.
         progress: Called on rank 0, about ten times a second. A KeyboardInterrupt ends the job.
@@ -119,7 +120,8 @@ def count_shards(
     """
     with join(timeout) as ranks:
         job = _Job(ranks, _Place.of(output), progress, report)
-        return job.run(paths, _Options(vocab_size, eot, dtype, tokenizer), save_interval)
+        adapted = None if tokenizer is None else adapt(tokenizer)
+        return job.run(paths, _Options(vocab_size, eot, dtype, adapted), save_interval)
 
 
 # ------------------------------------------------------------------------------------------------------------- shards
@@ -131,7 +133,7 @@ class _Options(NamedTuple):
     vocab_size: int | None
     eot: int | None
     dtype: torch.dtype | str | None
-    tokenizer: Any
+    tokenizer: Tokenizer | None
 
     def open(self, piece: _Piece) -> Tensor:
         """The tokens of the shard that it is a piece of, (N)."""
@@ -145,8 +147,7 @@ class _Options(NamedTuple):
     def described(self) -> dict[str, object]:
         """All that counts depend on beside the shards, for a file."""
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        to_json = getattr(self.tokenizer, "to_json", lambda: repr(self.tokenizer))
-        tokenizer = None if self.tokenizer is None else zlib.crc32(to_json().encode())
+        tokenizer = None if self.tokenizer is None else zlib.crc32(self.tokenizer.to_json().encode())
         return {"vocab_size": self.vocab_size, "eot": self.eot, "dtype": dtype, "tokenizer": tokenizer}
 
 
@@ -396,7 +397,7 @@ class _Job:
         self._total_bytes = sum(piece.num_bytes for piece in pieces)
         storage.check_writable(self._place.file if self._ranks.size == 1 else self._place.index, 0)
         if options.vocab_size is None:
-            vocab_size = getattr(options.tokenizer, "vocab_size", None) or self._largest_token(pieces, options) + 1
+            vocab_size = options.tokenizer.vocab_size if options.tokenizer else self._largest_token(pieces, options) + 1
             options = options._replace(vocab_size=max(vocab_size, (options.eot or 0) + 1))
         self._enter("counting")
         saved = [_Partial.of(Path(path)) for path in self._of_rank_0(lambda: self._usable(pieces, options))]

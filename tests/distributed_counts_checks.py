@@ -202,6 +202,18 @@ def few_shards(folder: Path) -> None:
         assert BigramCounts.load(own_folder / "out" / "counts.safetensors.index.json") == expected
 
 
+def together(folder: Path, size: int, then: Callable[[int, int], None] = lambda _rank, _k: None) -> Any:
+    """No rank counts its second piece before all have their first."""
+
+    def before_update(rank: int, k: int) -> None:
+        (folder / f"began-{rank}").touch()
+        while k == 1 and len(list(folder.glob("began-*"))) < size:
+            time.sleep(0.01)
+        then(rank, k)
+
+    return before_update
+
+
 def die(folder: Path, victim: int, at: int = 1) -> Callable[[int, int], None]:
     """Kills this rank before it counts its second piece; the others wait for that before they go on."""
 
@@ -297,7 +309,7 @@ def a_rank_killed_in_the_exchange(folder: Path) -> None:
         return balance(ranks, *args)
 
     distributed_counts._balanced = kill_rank_1  # type: ignore[assignment]
-    outcomes = run_ranks(folder, 2, eot=EOT)
+    outcomes = run_ranks(folder, 2, eot=EOT, before_update=together(folder, 2))
     distributed_counts._balanced = balance
     assert outcomes[0].raised.startswith("RankError: rank 1 died"), outcomes
     outcomes = run_ranks(folder, 2, eot=EOT)
@@ -337,11 +349,11 @@ def interrupts(folder: Path) -> None:
         write_tensors(*args)
 
     def interrupt(rank: int, k: int) -> None:
-        if k == 2:
+        if k == 1:
             signal.raise_signal(signal.SIGINT)
 
     storage.write_tensors = write_while_interrupted  # type: ignore[assignment]
-    outcomes = run_ranks(folder, 2, eot=EOT, before_update=interrupt)
+    outcomes = run_ranks(folder, 2, eot=EOT, before_update=together(folder, 2, then=interrupt))
     storage.write_tensors = write_tensors
     for outcome in outcomes:
         assert outcome.raised.startswith("KeyboardInterrupt") or outcome.raised.endswith("was interrupted"), outcome

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigramx import BigramCounts, data, distributed_counts, parts
+from bigramx import BigramCounts, CharTokenizer, data, distributed_counts, parts
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
 from tests import processes
 from tests.tree import ROOT, TESTS
@@ -107,15 +107,6 @@ def test_the_counts_are_those_of_the_shards(shards: Path, tmp_path: Path, eot: i
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.safetensors", "shards"]
 
 
-class Letters:
-    """A tokenizer: a to z."""
-
-    vocab_size = 26
-
-    def encode(self, text: str) -> Tensor:
-        return torch.tensor([ord(letter) - ord("a") for letter in text])
-
-
 def test_a_token_that_ends_documents_and_never_occurs(shards: Path, tmp_path: Path) -> None:
     assert count_shards([shards], tmp_path / "out", eot=V + 5).vocab_size == V + 6
 
@@ -123,8 +114,10 @@ def test_a_token_that_ends_documents_and_never_occurs(shards: Path, tmp_path: Pa
 def test_texts(tmp_path: Path) -> None:
     for k, text in enumerate(["hello", "", "z"]):
         (tmp_path / f"{k}.txt").write_text(text)
-    result = count_shards([tmp_path / f"{k}.txt" for k in range(3)], tmp_path / "out", tokenizer=Letters())
-    assert result.vocab_size == 26
+    result = count_shards(
+        [tmp_path / f"{k}.txt" for k in range(3)], tmp_path / "out", tokenizer=CharTokenizer.from_text("zhelo")
+    )
+    assert result.vocab_size == 5
     assert BigramCounts.load(result.path).num_pairs == 4
 
 
