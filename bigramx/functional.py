@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigramx import fusion, ops
+from bigramx.counts import count_csr
 
 Reduction = Literal["none", "mean", "sum"]
 Sampler = Literal["torch", "philox"]
@@ -434,25 +435,32 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
     """Counts how often each token follows each other token.
 
     Args:
-        tokens: (N) uint8, uint16, int32 or int64; on a GPU fewer than 2^32.
+        tokens: (N) uint8, uint16, uint32, int32 or int64; on a GPU fewer than 2^32.
         vocab_size: V, greater than every token.
-        layout: torch.strided, or torch.sparse_csr: memory in proportion to the distinct pairs.
+        layout: ``torch.strided``, or ``torch.sparse_csr``: memory in proportion to the distinct pairs, for any V up to
+            2^31. Tokens on a GPU are then copied, and counted by the CPU; under torch.compile the graph is broken.
 
     Returns:
-        counts (V, V) int64: ``counts[i, j]`` is how often j follows i.
+        counts (V, V) int64, on the device of ``tokens``: ``counts[i, j]`` is how often j follows i. In
+        ``torch.sparse_csr`` the indices are int64, and the columns of a row are in ascending order.
 
     Raises:
-        IndexError: A token is out of range. On a GPU that is an assertion on the device, as in PyTorch.
-        ValueError: ``vocab_size`` is not positive.
+        IndexError: A token is out of range. On a GPU, with ``torch.strided``, that is an assertion on the device, as in
+            PyTorch.
+        ValueError: ``vocab_size`` is not positive, or too large for ``torch.sparse_csr``.
         RuntimeError: ``tokens`` is not 1-D or of another dtype.
+        NotImplementedError: ``layout`` is another one.
+        MemoryError: There is not enough memory for the counts in ``torch.sparse_csr``.
         TypeError: An argument is of the wrong type.
     """
-    if layout is torch.sparse_csr:
-        from bigramx.counts import BigramCounts
-
-        sparse = BigramCounts(vocab_size)
-        sparse.update(tokens)
-        return sparse.to_csr()
+    if layout == torch.sparse_csr:
+        return count_csr(tokens, vocab_size)
+    if not isinstance(layout, torch.layout):
+        raise TypeError(f"count_bigrams(): argument 'layout' must be torch.layout, not {type(layout).__name__}")
+    if layout != torch.strided:
+        raise NotImplementedError(
+            f"count_bigrams: not implemented for layout {layout}; expected torch.strided or torch.sparse_csr"
+        )
     counts: Tensor = ops.count_bigrams(tokens, vocab_size)
     return counts
 

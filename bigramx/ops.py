@@ -89,6 +89,7 @@ interpolated_bigram = _op("interpolated_bigram")
 interpolated_bigram_generate = _op("interpolated_bigram_generate")
 multinomial = _op("multinomial")
 Alphabet = _C.Alphabet
+PairCounter = _C.PairCounter
 
 # Not ops: what optim.AdamW asks and does for each parameter, at a fraction of an op's cost.
 adamw_fits = _C.adamw_fits

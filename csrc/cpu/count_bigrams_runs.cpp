@@ -31,9 +31,11 @@ PairFormat::PairFormat(int64_t size)
       count_bits(64 - token_bits - row_bits),
       num_blocks(block_of(size) + 1) {}
 
-void for_each_task(int64_t num_tasks, c10::function_ref<void(int64_t task)> visit) {
+void for_each_task(int64_t num_tasks, int64_t num_elements, c10::function_ref<void(int64_t task)> visit) {
+    constexpr int64_t kGrainSize = 1 << 15;
     std::atomic<int64_t> next{0};
-    const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_tasks);
+    const int64_t num_threads =
+        std::min({int64_t{at::get_num_threads()}, num_tasks, 1 + num_elements / kGrainSize});
     TimeSlice slice;
     SignalCheck signals;
     while (next < num_tasks) {
@@ -134,7 +136,7 @@ bool RunCounter::count_keys(const CountRunsParams& params, std::vector<Runs>& bl
     const int64_t num_tasks = (n + kPairsATask - 1) / kPairsATask;
     std::vector<uint32_t> places(num_tasks * num_blocks);
     std::atomic<bool> in_range{true};
-    for_each_task(num_tasks, [&](int64_t task) {
+    for_each_task(num_tasks, n, [&](int64_t task) {
         constexpr int64_t kStep = 1 << 12;               // tokens that stay in the L1 cache
         uint32_t tables[4][(1 << kMostBlockBits)] = {};  // increments of one counter wait for each other
         const int64_t end = std::min(n, (task + 1) * kPairsATask);
@@ -160,7 +162,7 @@ bool RunCounter::count_keys(const CountRunsParams& params, std::vector<Runs>& bl
     }
     begins.push_back(sum);
 
-    for_each_task(num_tasks, [&](int64_t task) {
+    for_each_task(num_tasks, n, [&](int64_t task) {
         uint32_t* const next = places.data() + task * num_blocks;
         const int64_t end = std::min(n, (task + 1) * kPairsATask);
         const auto row_mask = static_cast<uint32_t>((int64_t{1} << format_.row_bits) - 1);
@@ -171,7 +173,7 @@ bool RunCounter::count_keys(const CountRunsParams& params, std::vector<Runs>& bl
         }
     });
 
-    for_each_task(num_blocks, [&](int64_t block) {
+    for_each_task(num_blocks, n, [&](int64_t block) {
         key_t *const first = keys + begins[block], *last = keys + begins[block + 1];
         if (params.has_separators || block == format_.block_of(params.skipped_row)) {
             const int64_t first_row = format_.first_row(block);

@@ -128,8 +128,9 @@ void append(const PairFormat& format, uint64_t key, int64_t count, uint64_t*& en
 // Merges the last run with the one before, unless that is at least `ratio` times as long; and so on.
 void merge_last_runs(const PairFormat& format, int64_t ratio, Runs& runs);
 
-// Calls visit(task) for all tasks, in several threads; handlers of signals run in between, and may raise.
-void for_each_task(int64_t num_tasks, c10::function_ref<void(int64_t task)> visit);
+// Calls visit(task) for all tasks, in several threads if they are about so many elements; handlers of signals
+// run in between, and may raise.
+void for_each_task(int64_t num_tasks, int64_t num_elements, c10::function_ref<void(int64_t task)> visit);
 
 struct CountRunsParams {
     // Writes the tokens from begin to end, in 32 bits each; returns whether all are in range. Called by

@@ -78,6 +78,14 @@ int64_t sum_of_pairs(int64_t a, int64_t b) {
     return sum;
 }
 
+int64_t num_entries(const std::vector<Runs>& blocks) {
+    int64_t size = 0;
+    for (const Runs& runs : blocks) {
+        for (const auto& run : runs) size += run->entries.size();
+    }
+    return size;
+}
+
 struct CsrParts {
     at::Tensor crow_indices;  // (rows + 1) int64
     at::Tensor col_indices;   // (pairs) int32 or int64
@@ -168,7 +176,7 @@ void write_rows(const PairFormat& format, const Runs& runs, const RunRows& rows,
 CsrParts csr_of(const PairFormat& format, std::vector<Runs> blocks, int64_t begin, int64_t end,
                 bool is_narrow) {
     std::vector<RunRows> parts(format.num_blocks);
-    for_each_task(format.num_blocks, [&](int64_t block) {
+    for_each_task(format.num_blocks, num_entries(blocks), [&](int64_t block) {
         const int64_t first_row = format.first_row(block), last_row = format.first_row(block + 1);
         parts[block] = rows_of(format, blocks[block], std::max(begin, first_row) - first_row,
                                std::min(end, last_row) - first_row);
@@ -184,7 +192,7 @@ CsrParts csr_of(const PairFormat& format, std::vector<Runs> blocks, int64_t begi
                        allocate(size, is_narrow && is_small ? at::kInt : at::kLong)};
     auto* const crow = csr.crow_indices.data_ptr<int64_t>();
     dispatch_csr(csr, [&](auto* columns, auto* values) {
-        for_each_task(format.num_blocks, [&](int64_t block) {
+        for_each_task(format.num_blocks, size, [&](int64_t block) {
             const int64_t first_row = format.first_row(block);
             write_rows(format, blocks[block], parts[block], crow + (first_row - begin), columns, values);
             blocks[block].clear();
@@ -192,6 +200,11 @@ CsrParts csr_of(const PairFormat& format, std::vector<Runs> blocks, int64_t begi
     });
     crow[end - begin] = size;
     return csr;
+}
+
+void merge_last_runs(const PairFormat& format, int64_t ratio, std::vector<Runs>& blocks) {
+    for_each_task(format.num_blocks, num_entries(blocks),
+                  [&](int64_t block) { merge_last_runs(format, ratio, blocks[block]); });
 }
 
 PairFormat checked_format(int64_t vocab_size) {
@@ -212,10 +225,8 @@ PairCounter::PairCounter(int64_t vocab_size, std::optional<int64_t> eot)
 
 void PairCounter::update(const at::Tensor& tokens, int64_t begin, int64_t end) {
     check_dense(kCountBigrams, "tokens", tokens);
-    check_tensor(kCountBigrams, "tokens", tokens);
+    check_tokens(kCountBigrams, tokens);
     TORCH_CHECK(tokens.is_cpu(), kCountBigrams, ": expected tokens on the CPU, got ", tokens.device());
-    TORCH_CHECK(tokens.dim() == 1, kCountBigrams, ": expected tokens to be 1-D, got shape ", tokens.sizes());
-    check_dtype(kCountBigrams, "tokens", tokens, {at::kByte, at::kUInt16, at::kUInt32, at::kInt, at::kLong});
     const int64_t num_tokens = tokens.numel();
     TORCH_CHECK_INDEX(0 <= begin && begin <= end && end <= std::max<int64_t>(num_tokens - 1, 0),
                       kCountBigrams, ": expected 0 <= begin <= end < ", num_tokens, ", got ", begin, " and ",
@@ -268,10 +279,10 @@ void PairCounter::update_many(const at::Tensor& tokens, int64_t position) {
                 raise_out_of_range(tokens, position, format_.vocab_size);
             }
         });
-        for_each_task(format_.num_blocks,
-                      [&](int64_t block) { merge_last_runs(format_, kMergeRatio, added[block]); });
+        merge_last_runs(format_, kMergeRatio, added);
     }
     merged(kMergeRatio);
+    SignalCheck().handle();  // what would raise behind this would raise too late
     const std::lock_guard lock(mutex_);
     add(added);
     scratch_ = std::move(counter);
@@ -318,8 +329,10 @@ void PairCounter::add(const std::vector<Runs>& added, int64_t num_flushed) {
 void PairCounter::merge(PairCounter& other) {
     TORCH_CHECK_VALUE(other.format_.vocab_size == format_.vocab_size && other.eot_ == eot_, kCountBigrams,
                       ": expected counts of the same vocab_size and eot");
+    other.flush();
     const std::vector<Runs> added = other.merged(kMergeRatio);
     merged(kMergeRatio);
+    SignalCheck().handle();  // what would raise behind this would raise too late
     const std::lock_guard lock(mutex_);
     add(added);
 }
@@ -343,7 +356,7 @@ void PairCounter::add_csr(const at::Tensor& crow_indices, const at::Tensor& col_
                       ", the number of counts, got ", ends[vocab_size]);
     std::vector<Runs> added(format_.num_blocks);
     dispatch_csr(parts, [&](const auto* columns, const auto* values) {
-        for_each_task(format_.num_blocks, [&](int64_t block) {
+        for_each_task(format_.num_blocks, size, [&](int64_t block) {
             const int64_t first_row = format_.first_row(block);
             const int64_t last_row = std::min(format_.first_row(block + 1), vocab_size);
             if (first_row >= last_row || ends[first_row] == ends[last_row]) return;
@@ -356,10 +369,10 @@ void PairCounter::add_csr(const at::Tensor& crow_indices, const at::Tensor& col_
                     TORCH_CHECK_VALUE(before < column && column < vocab_size, kCountBigrams,
                                       ": expected columns of row ", row, " that ascend from 0 to below ",
                                       vocab_size, ", got ", column, " after ", before);
-                    TORCH_CHECK_VALUE(count > 0, kCountBigrams, ": expected counts > 0, got ", count,
+                    TORCH_CHECK_VALUE(count >= 0, kCountBigrams, ": expected counts >= 0, got ", count,
                                       " in row ", row, ", column ", column);
                     before = column;
-                    if (row == eot_) continue;
+                    if (count == 0 || row == eot_) continue;
                     append(format_, format_.key_of(row, column), count, end, *run);
                     run->num_pairs = sum_of_pairs(run->num_pairs, count);
                 }
@@ -369,6 +382,7 @@ void PairCounter::add_csr(const at::Tensor& crow_indices, const at::Tensor& col_
         });
     });
     merged(kMergeRatio);
+    SignalCheck().handle();  // what would raise behind this would raise too late
     const std::lock_guard lock(mutex_);
     add(added);
 }
@@ -382,7 +396,7 @@ std::vector<Runs> PairCounter::merged(int64_t ratio) {
         const std::lock_guard lock(mutex_);
         blocks = blocks_;
     }
-    for_each_task(format_.num_blocks, [&](int64_t block) {
+    for_each_task(format_.num_blocks, num_entries(blocks), [&](int64_t block) {
         Runs& runs = blocks[block];
         const Runs before = runs;
         merge_last_runs(format_, ratio, runs);
@@ -408,8 +422,7 @@ std::vector<Runs> PairCounter::released() {
         num_pairs_ = 0;
         scratch_.reset();
     }
-    for_each_task(format_.num_blocks,
-                  [&](int64_t block) { merge_last_runs(format_, kMergeAll, blocks[block]); });
+    merge_last_runs(format_, kMergeAll, blocks);
     return blocks;
 }
 
@@ -421,9 +434,7 @@ int64_t PairCounter::num_pairs() {
 
 int64_t PairCounter::num_distinct() {
     flush();
-    int64_t num_distinct = 0;
-    for (const Runs& runs : merged(kMergeAll)) num_distinct += runs.empty() ? 0 : runs[0]->entries.size();
-    return num_distinct;
+    return num_entries(merged(kMergeAll));
 }
 
 bool PairCounter::equals(PairCounter& other) {
@@ -432,7 +443,7 @@ bool PairCounter::equals(PairCounter& other) {
     other.flush();
     const std::vector<Runs> ours = merged(kMergeAll), theirs = other.merged(kMergeAll);
     std::atomic<bool> is_equal{true};
-    for_each_task(format_.num_blocks, [&](int64_t block) {
+    for_each_task(format_.num_blocks, num_entries(ours), [&](int64_t block) {
         const Runs &a = ours[block], &b = theirs[block];
         const bool is_same =
             a.size() == b.size() && (a.empty() || (a[0]->carries == b[0]->carries &&

@@ -31,7 +31,7 @@ class PairCounter {
     void merge(PairCounter& other);
 
     // Adds counts: crow_indices (V + 1) int64; col_indices and values, one for each pair, int32 or int64.
-    // Raises ValueError where the columns of a row do not ascend, or a count is not positive.
+    // Raises ValueError where the columns of a row do not ascend, or a count is negative.
     void add_csr(const at::Tensor& crow_indices, const at::Tensor& col_indices, const at::Tensor& values);
 
     int64_t num_pairs();
