@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.types import FileLike
 
 from bigramx import ops
-from bigramx.storage import name_of, read_tensors, write_tensors
+from bigramx.parts import read_counts
+from bigramx.storage import name_of, write_tensors
 
 if TYPE_CHECKING:
     from bigramx.shards import TokenShards
@@ -195,17 +196,18 @@ class BigramCounts:
 
     @classmethod
     def load(cls, path: FileLike) -> BigramCounts:
-        """Reads what ``save`` wrote.
+        """Reads what ``save`` wrote, or ``bigramx count`` in several processes.
 
         Args:
-            path: A path, or a binary file object, which is read to its end.
+            path: The path of a file, of the index of several, or of a folder with ``counts.safetensors`` or its index;
+                or a binary file object, which is read to its end.
 
         Raises:
-            ValueError: The file is damaged, cut short, or holds something else.
+            ValueError: A file is damaged, cut short, or holds something else, such as a part of other counts.
             OSError: It cannot be read, or is no regular file.
             MemoryError: The counts do not fit into memory.
         """
-        tensors, metadata = read_tensors(path, _KIND)
+        tensors, metadata = read_counts(path)
         try:
             if tensors.keys() != set(_PARTS) or any(part.dtype not in _INTEGERS for part in tensors.values()):
                 raise ValueError(f"expected {', '.join(_PARTS)}, of int32 or int64")

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from bigramx import data, parts, storage, token_files
 from bigramx.counts import BigramCounts
-from bigramx.data import Encoder
 from bigramx.parts import Part
 from bigramx.ranks import Ranks, join
 
-_PIECE_BYTES = 2**26  # of a file of tokens, which is one piece of work
+_PIECE_BYTES = 2**25  # of a file of tokens, which is one piece of work
 _BLOCK_PAIRS = 2**22  # distinct pairs that each rank receives at once
 _SAVE_SHARE = 20  # saving takes at most one of so many seconds
 _INTERVAL = 0.1  # seconds between two reports of progress
@@ -83,7 +82,7 @@ def count_shards(
     vocab_size: int | None = None,
     eot: int | None = None,
     dtype: torch.dtype | str | None = None,
-    tokenizer: Encoder | None = None,
+    tokenizer: Any = None,
     save_interval: float = 60.0,
     timeout: timedelta | None = None,
     progress: Callable[[CountProgress], object] | None = None,
@@ -128,7 +127,7 @@ class _Options(NamedTuple):
     vocab_size: int | None
     eot: int | None
     dtype: torch.dtype | str | None
-    tokenizer: Encoder | None
+    tokenizer: Any
 
     def open(self, piece: _Piece) -> Tensor:
         """The tokens of the shard that it is a piece of, (N)."""
@@ -210,8 +209,9 @@ class _Place:
         """The folder of what is counted so far."""
         return self.file.with_suffix(".partial")
 
-    def names_of_parts(self, num_parts: int, taken: set[str]) -> list[str]:
+    def names_of_parts(self, num_parts: int) -> list[str]:
         """Of the new parts; not those of the parts that an index names already, which stay until it is replaced."""
+        taken = self.named_parts()
         for generation in range(2):
             stem = self.file.stem + generation * "-new"
             names = [f"{stem}-{k:05}-of-{num_parts:05}.safetensors" for k in range(1, num_parts + 1)]
@@ -228,8 +228,8 @@ class _Place:
         with contextlib.suppress(OSError):  # there is none, or someone else has put something there
             self.partial.rmdir()
 
-    def old_parts(self) -> set[str]:
-        """The names of the parts of counts that are to be replaced."""
+    def named_parts(self) -> set[str]:
+        """The parts that the index names, if there is one."""
         try:
             return {part.file for part in parts.read_index(self.index)[0]}
         except (OSError, ValueError):
@@ -265,19 +265,41 @@ class _Partial(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- exchange
 
 
-def _tensors_of(rows: Tensor) -> dict[str, Tensor]:
-    """Some rows of counts, sparse CSR, in as few bytes as a file has them."""
-    values = rows.values()
-    is_small = len(values) == 0 or int(values.max()) < 2**31
-    tensors = (rows.crow_indices(), rows.col_indices().int(), values.int() if is_small else values)
-    return dict(zip(parts.NAMES, tensors, strict=True))
+class _Rows(NamedTuple):
+    """Some rows of counts, as a file has them.
 
+    Attributes:
+        begin: The first of them.
+        crow: (rows + 1) int64.
+        col: (n) int32.
+        values: (n) int32 or int64.
+    """
 
-def _lengths(counts: BigramCounts) -> Tensor:
-    """(V) int64, the number of distinct pairs in each row."""
-    step = -(-counts.vocab_size // 64)  # for the memory
-    ends = [*range(0, counts.vocab_size, step), counts.vocab_size]
-    return torch.cat([counts.rows(*rows).crow_indices().diff() for rows in pairwise(ends)])
+    begin: int
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, counts: BigramCounts) -> _Rows:
+        return cls(0, *counts._counter.parts())
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.crow) - 1
+
+    def between(self, begin: int, end: int) -> _Rows:
+        """Those of the rows from ``begin`` to before ``end`` that are among these; views."""
+        begin, end = (min(max(row, self.begin), self.end) for row in (begin, end))
+        crow = self.crow[begin - self.begin : end - self.begin + 1]
+        first, last = crow[[0, -1]].tolist()
+        return _Rows(begin, crow - first, self.col[first:last], self.values[first:last])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In as few bytes as can be."""
+        is_small = len(self.values) == 0 or int(self.values.max()) < 2**31
+        values = self.values.int() if is_small else self.values
+        return dict(zip(parts.NAMES, (self.crow, self.col, values), strict=True))
 
 
 def _borders(lengths: Tensor, begin: int, end: int, num_parts: int) -> list[int]:
@@ -291,54 +313,52 @@ def _borders(lengths: Tensor, begin: int, end: int, num_parts: int) -> list[int]
     return [begin, *(torch.searchsorted(before, wanted) + begin).tolist(), end]
 
 
-def _exchange(ranks: Ranks, counts: BigramCounts, lengths: Tensor, owned: Sequence[int]) -> BigramCounts:
-    """Sends each row to its owner; returns what all ranks together have of the rows that this one owns.
-
-    The owners' rows are cut into as many blocks each, of which all receive one at a time.
-
-    Args:
-        ranks: Those that exchange.
-        counts: What this rank has.
-        lengths: (V) int64, the number of pairs in each row, of all ranks together.
-        owned: Where the rows of each rank begin, and V.
-    """
-    most = max(int(lengths[begin:end].sum()) for begin, end in pairwise(owned))
-    num_blocks = max(-(-most // _BLOCK_PAIRS), 1)
-    borders = [list(pairwise(_borders(lengths, begin, end, num_blocks))) for begin, end in pairwise(owned)]
-    summed = BigramCounts(counts.vocab_size, eot=counts.eot)
-    for blocks, (begin, end) in zip(zip(*borders, strict=True), borders[ranks.rank], strict=True):
-        for crow, col, values in _all_to_all(ranks, [counts.rows(*rows) for rows in blocks], end - begin):
-            crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(counts.vocab_size - end)])
-            summed.merge(BigramCounts._of_parts(counts.vocab_size, counts.eot, crow, col, values))
-    return summed
-
-
-def _all_to_all(ranks: Ranks, rows: Sequence[Tensor], num_rows: int) -> Iterator[tuple[Tensor, ...]]:
-    """Sends rows, sparse CSR, to each rank; what each has sent here, of ``num_rows`` rows: crow, col, values."""
-    crows, cols, values = zip(*(_tensors_of(each).values() for each in rows), strict=True)
-    sizes = [int(size) for size in ranks.all_to_all([crow[-1:] for crow in crows], [1] * ranks.size)]
-    is_large = any(each.dtype == torch.int64 for each in values)
+def _all_to_all(ranks: Ranks, sent: Sequence[_Rows], begins: Sequence[int]) -> list[_Rows]:
+    """Sends rows to each rank; returns what each has sent here, whose first row is known."""
+    is_large = any(rows.values.dtype == torch.int64 for rows in sent)
     dtype = torch.int64 if ranks.max(torch.tensor(int(is_large))) > 0 else torch.int32
-    received = (
-        ranks.all_to_all(crows, [num_rows + 1] * ranks.size),
-        ranks.all_to_all(cols, sizes),
-        ranks.all_to_all([each.to(dtype) for each in values], sizes),
-    )
-    return zip(*received, strict=True)
+    sizes = torch.tensor([[len(rows.crow), len(rows.col)] for rows in sent])
+    sizes = torch.stack(ranks.all_to_all(list(sizes), [2] * ranks.size))
+    num_rows, num_pairs = sizes.T.tolist()
+    crows = ranks.all_to_all([rows.crow for rows in sent], num_rows)
+    cols = ranks.all_to_all([rows.col for rows in sent], num_pairs)
+    values = ranks.all_to_all([rows.values.to(dtype) for rows in sent], num_pairs)
+    return [_Rows(*each) for each in zip(begins, crows, cols, values, strict=True)]
 
 
-def _owned_rows(ranks: Ranks, counts: BigramCounts) -> tuple[int, Tensor]:
-    """The rows of this rank, and which is the first; the owners have about as many distinct pairs each.
+def _summed(ranks: Ranks, counts: BigramCounts) -> _Rows:
+    """Sends each row to its owner, who adds up what the ranks have of it; returns the rows of this rank.
 
-    How many a row has is known when it is summed. So rows are sent by an estimate first, and then a few go on: whose
-    they are depends on the counts alone.
+    All have about as many to receive. They receive them in as many blocks each.
     """
-    for _ in range(2):
-        lengths = ranks.sum(_lengths(counts))
-        owned = _borders(lengths, 0, counts.vocab_size, ranks.size)
-        counts = _exchange(ranks, counts, lengths, owned)
-    begin, end = owned[ranks.rank : ranks.rank + 2]
-    return begin, counts.rows(begin, end)
+    rows, vocab_size, eot = _Rows.of(counts), counts.vocab_size, counts.eot
+    lengths = ranks.sum(rows.crow.diff())
+    owned = list(pairwise(_borders(lengths, 0, vocab_size, ranks.size)))
+    most = max(int(lengths[begin:end].sum()) for begin, end in owned)
+    num_blocks = max(-(-most // _BLOCK_PAIRS), 1)
+    blocks = [list(pairwise(_borders(lengths, begin, end, num_blocks))) for begin, end in owned]
+    summed = BigramCounts(vocab_size, eot=eot)
+    for k, (begin, end) in enumerate(blocks[ranks.rank]):
+        sent = [rows.between(*of_owner[k]) for of_owner in blocks]
+        for _begin, crow, col, values in _all_to_all(ranks, sent, [begin] * ranks.size):
+            crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(vocab_size - end)])
+            summed.merge(BigramCounts._of_parts(vocab_size, eot, crow, col, values))
+    return _Rows.of(summed).between(*owned[ranks.rank])
+
+
+def _balanced(ranks: Ranks, rows: _Rows, vocab_size: int) -> _Rows:
+    """Sends some rows on, so that all ranks have about as many pairs; whose a row is depends on the counts alone."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    lengths[rows.begin : rows.end] = rows.crow.diff()
+    owned = list(pairwise(_borders(ranks.sum(lengths), 0, vocab_size, ranks.size)))
+    own = rows.between(*owned[ranks.rank])
+    sent = [rows.between(*of_owner) for of_owner in owned]
+    sent[ranks.rank] = rows.between(rows.begin, rows.begin)  # the own ones, most often nearly all, stay
+    received = _all_to_all(ranks, sent, [0] * ranks.size)
+    received[ranks.rank] = own
+    ends = torch.cat([each.crow.diff() for each in received]).cumsum(0)
+    col, values = torch.cat([each.col for each in received]), torch.cat([each.values for each in received])
+    return _Rows(owned[ranks.rank][0], torch.cat([ends.new_zeros(1), ends]), col, values)
 
 
 # ---------------------------------------------------------------------------------------------------------------- job
@@ -377,11 +397,11 @@ class _Job:
             self._advance(self._total_bytes - sum(piece.num_bytes for piece in pending))
         try:
             self._count(pending, options, running)
+            return self._write(running.counts)
         except BaseException:
             with contextlib.suppress(OSError):
                 running.save()
             raise
-        return self._write(running.counts)
 
     def _of_rank_0(self, make: Callable[[], object]) -> Any:
         """What rank 0 makes, which JSON can tell, on all ranks."""
@@ -479,30 +499,33 @@ class _Job:
     # ------------------------------------------------------------------------------------------------- writing
 
     def _write(self, counts: BigramCounts) -> CountResult:
-        vocab_size, eot, ranks = counts.vocab_size, counts.eot, self._ranks
-        old_parts, path = self._place.old_parts(), self._place.file
-        if ranks.size == 1:
-            self._enter("writing")
-            num_pairs, num_distinct = counts.num_pairs, counts.num_distinct
-            counts.save(path)
-            self._place.index.unlink(missing_ok=True)
-        else:
-            self._enter("exchanging")
-            begin, rows = _owned_rows(ranks, counts)
-            self._enter("writing")
-            names = self._of_rank_0(lambda: self._place.names_of_parts(ranks.size, old_parts))
-            part = parts.write_part(path.with_name(names[ranks.rank]), begin, _tensors_of(rows))
-            written = [Part(**json.loads(text)) for text in ranks.gather(json.dumps(asdict(part)))]
-            num_pairs = int(ranks.sum(rows.values().sum()))
-            num_distinct = sum(part.num_distinct for part in written)
-            old_parts -= {part.file for part in written}
-            path = self._place.index
-            if ranks.rank == 0:
-                parts.write_index(path, written, {"vocab_size": json.dumps(vocab_size), "eot": json.dumps(eot)})
-                self._place.file.unlink(missing_ok=True)
+        old_parts = self._place.named_parts()
+        result = self._write_file(counts) if self._ranks.size == 1 else self._write_parts(counts)
+        if self._ranks.rank == 0:
+            self._place.remove(old_parts - self._place.named_parts())
+        return result
+
+    def _write_file(self, counts: BigramCounts) -> CountResult:
+        self._enter("writing")
+        counts.save(self._place.file)
+        self._place.index.unlink(missing_ok=True)
+        return CountResult(
+            self._place.file, counts.vocab_size, counts.eot, counts.num_pairs, counts.num_distinct, num_ranks=1, rank=0
+        )
+
+    def _write_parts(self, counts: BigramCounts) -> CountResult:
+        ranks, place, vocab_size, eot = self._ranks, self._place, counts.vocab_size, counts.eot
+        self._enter("exchanging")
+        rows = _balanced(ranks, _summed(ranks, counts), vocab_size)
+        self._enter("writing")
+        names = self._of_rank_0(lambda: place.names_of_parts(ranks.size))
+        part = parts.write_part(place.file.with_name(names[ranks.rank]), rows.begin, rows.tensors())
+        written = [Part(**json.loads(text)) for text in ranks.gather(json.dumps(asdict(part)))]
         if ranks.rank == 0:
-            self._place.remove(old_parts)
-        return CountResult(path, vocab_size, eot, num_pairs, num_distinct, ranks.size, ranks.rank)
+            parts.write_index(place.index, written, {"vocab_size": json.dumps(vocab_size), "eot": json.dumps(eot)})
+            place.file.unlink(missing_ok=True)
+        num_pairs, num_distinct = int(ranks.sum(rows.values.sum())), sum(part.num_distinct for part in written)
+        return CountResult(place.index, vocab_size, eot, num_pairs, num_distinct, ranks.size, ranks.rank)
 
 
 class _Running:
@@ -560,8 +583,7 @@ class _Running:
             "options": json.dumps(self._options.described()),
             "pieces": json.dumps(sorted(self._pieces)),
         }
-        tensors = dict(zip(parts.NAMES, self.counts._counter.parts(), strict=True))
-        storage.write_tensors(self._path, _KIND, tensors, metadata)
+        storage.write_tensors(self._path, _KIND, _Rows.of(self.counts).tensors(), metadata)
         for path in self._superseded:
             if path != self._path:
                 path.unlink(missing_ok=True)

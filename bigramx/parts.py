@@ -55,7 +55,7 @@ def index_path(path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fsdecode(path)}{_INDEX}")
 
 
-def read(source: FileLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_counts(source: FileLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of counts, in one file or in parts.
 
     Args:

@@ -20,11 +20,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 
 from bigramx import BigramCounts, distributed_counts, parts
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
+from bigramx.ranks import Ranks
 
 V, EOT = 300, 7
 CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
@@ -117,8 +119,6 @@ def write_shards(folder: Path, sizes: Sequence[int] = (400, 1, 1500, 0, 700, 2, 
         tokens[-1:] = V - 1
         dtype = torch.uint16 if k % 2 else torch.int64
         path = folder / "shards" / f"{k}.npy"
-        import numpy
-
         numpy.save(path, tokens.to(dtype).numpy())
         counts.update(tokens)
     return counts
@@ -275,11 +275,30 @@ def a_second_start_counts_what_is_not_on_disk(folder: Path) -> None:
 
 
 @check
+def a_rank_killed_in_the_exchange(folder: Path) -> None:
+    """What the others have counted is on disk then."""
+    expected = write_shards(folder)
+    balance = distributed_counts._balanced
+
+    def kill_rank_1(ranks: Ranks, *args: Any) -> Any:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return balance(ranks, *args)
+
+    distributed_counts._balanced = kill_rank_1  # type: ignore[assignment]
+    outcomes = run_ranks(folder, 2, eot=EOT)
+    distributed_counts._balanced = balance
+    assert outcomes[0].raised.startswith("RankError: rank 1 died"), outcomes
+    outcomes = run_ranks(folder, 2, eot=EOT)
+    assert ended_well(outcomes), outcomes
+    assert re.match(r"[1-9]\d* of 34 pieces of shards taken from", outcomes[0].told[0])
+    assert BigramCounts.load(folder / "out") == expected
+
+
+@check
 def an_error_ends_all(folder: Path) -> None:
     expected = write_shards(folder)
     path = folder / "shards" / "2.npy"
-    import numpy
-
     tokens = numpy.load(path)
     damaged = tokens.copy()
     damaged[1234] = V
