@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple, Protocol
+from typing import IO, Annotated, Any, Protocol
 
 import torch
 import typer
@@ -169,7 +169,11 @@ class _Texts:
             yield self._kept[name] if name in self._kept else self._read(name)
 
     def _read(self, name: str) -> str:
-        text = data.read_text(name)
+        try:
+            text = data.read_text(name)
+        except ValueError as error:
+            hint = "; name what is text by a pattern, such as 'folder/**/*.txt'" if len(self.names) > 1 else ""
+            raise CommandError(f"{error}{hint}") from None
         if not stat.S_ISREG(os.stat(name).st_mode):
             self._kept[name] = text
         return text

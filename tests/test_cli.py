@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import pickle
@@ -364,14 +363,17 @@ def run(*arguments):
 
 run("train", "text.txt", "--steps", "20", "--eval-interval", "20", "--out", OUT)
 run("generate", f"{OUT}/model.safetensors", "--seed", "1", "-n", "20")
+run("count", "tokens.bin", "--out", f"{OUT}/counts.safetensors")
 run("generate", OUT + "\\x1b")
 os.mkdir("full")
 os.mkdir("fixed")
 if mounted("-t", "tmpfs", "-o", "size=8k", "tmpfs", "full") and mounted("--bind", "fixed", "fixed"):
     run("train", "text.txt", "--out", "full")
+    run("count", "tokens.bin", "--out", "full/counts.safetensors")
     if mounted("-o", "remount,bind,ro", "fixed"):
         os.chdir("fixed")
         run("train", "../text.txt")
+        run("count", "../tokens.bin")
         run("generate", f"../{OUT}/model.safetensors", "--seed", "1", "-n", "20")
 """
 
@@ -379,6 +381,7 @@ if mounted("-t", "tmpfs", "-o", "size=8k", "tmpfs", "full") and mounted("--bind"
 def test_harsh_places(tmp_path: Path, terminal: Terminal) -> None:
     """A dumb terminal, the C locale, no home, a full disk, a folder that cannot be written to."""
     (tmp_path / "text.txt").write_text(FOREIGN + "\x1b[31m", encoding="utf-8", newline="")
+    write_bin(tmp_path / "tokens.bin", torch.arange(3000))
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HOME": "/none"}
     env |= {"TERM": "dumb", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", IN_A_HARSH_PLACE]
@@ -394,14 +397,18 @@ def test_harsh_places(tmp_path: Path, terminal: Terminal) -> None:
     assert "\x1b" not in shown
     assert "step 20: train loss" in shown
     assert "wrote ???/table.png" in shown
-    expected = ["-> 0", r"bigramx: \[Errno 2\] No such file or directory: '.*x1b'", "-> 1"]
+    assert "wrote ???/counts.safetensors" in shown
+    expected = ["-> 0", "-> 0", r"bigramx: \[Errno 2\] No such file or directory: '.*x1b'", "-> 1"]
     if may_mount and "Errno 28" in errors:
         expected += [
             r"bigramx: \[Errno 28\] [\d,]+ bytes to write, [\d,]+ bytes free: 'full/model.safetensors'",
             "-> 1",
+            r"bigramx: \[Errno 28\] [^\n]*: 'full/counts.safetensors'",
+            "-> 1",
         ]
     if may_mount and "Errno 30" in errors:
-        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'runs'", "-> 1", "-> 0"]
+        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'runs'", "-> 1"]
+        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'counts.safetensors'", "-> 1", "-> 0"]
     assert re.fullmatch("".join(f"{line}\n" for line in expected), rest), errors
 
 
@@ -828,6 +835,10 @@ def test_a_loss_that_is_infinite_says_why(tmp_path: Path) -> None:
         (["count", "odd.bin"], "bigramx: odd.bin: expected a file of uint16 tokens, got 3 bytes"),
         (["count", "tokens.bin", "--dtype", "uint32", "--vocab-size", "5"], "bigramx: tokens.bin"),
         (["count", "tokens.bin", "--eot", "x"], "bigramx: expected --eot to be the number of a token, got 'x'"),
+        (
+            ["train", "mixed"],
+            "bigramx: mixed/b.png: expected UTF-8 text, got byte 0x89 at position 0; name what is text",
+        ),
         (["train", "--from-counts", "text.txt"], "bigramx: text.txt: damaged, cut short, or no safetensors file"),
         (["train", "--from-counts", "x", "text.txt"], "bigramx: --from-counts takes the place of a text"),
         (["train", "--smoothing", "add-k", "--resume"], "bigramx: --resume is for training by steps"),
@@ -842,6 +853,9 @@ def test_a_loss_that_is_infinite_says_why(tmp_path: Path) -> None:
 def test_errors_of_the_new_options_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "tokens.bin").write_bytes(struct.pack("<6H", *range(6)))
     (folder / "odd.bin").write_bytes(b"123")
+    (folder / "mixed").mkdir(exist_ok=True)
+    (folder / "mixed" / "a.txt").write_text("abc")
+    (folder / "mixed" / "b.png").write_bytes(b"\x89PNG")
     output = bigramx(*arguments, cwd=folder, code=1)
     assert output.startswith(message)
     assert output.count("\n") == 1
