@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple, Protocol
+from typing import IO, Annotated, Any, Protocol
 
 import torch
 import typer
@@ -169,7 +169,11 @@ class _Texts:
             yield self._kept[name] if name in self._kept else self._read(name)
 
     def _read(self, name: str) -> str:
-        text = data.read_text(name)
+        try:
+            text = data.read_text(name)
+        except ValueError as error:
+            hint = "; name what is text by a pattern, such as 'folder/**/*.txt'" if len(self.names) > 1 else ""
+            raise CommandError(f"{error}{hint}") from None
         if not stat.S_ISREG(os.stat(name).st_mode):
             self._kept[name] = text
         return text
@@ -208,40 +212,39 @@ class _Texts:
         return TokenShards.of(shards, eot)
 
 
-class _Source(NamedTuple):
-    """Where a command takes its tokens from."""
+class _Source:
+    """Where a command takes its tokens from.
 
-    paths: list[Path] | None  # None: the Python language reference
-    dtype: TokenType | None
-    eot: str | None
+    Args:
+        paths: Files, folders and patterns; None: the Python language reference.
+        dtype: What .bin files without a header hold.
 
-    def texts(self) -> _Texts | None:
-        """The texts; None: the files are those of tokens."""
-        if self.paths is None:
-            return _Texts(None)
-        files = [file for path in self.paths for file in files_of(path)]
-        return None if any(map(are_tokens, files)) else _Texts(files)
+    Attributes:
+        texts: The texts; None: the files are those of tokens.
+    """
 
-    def tokens(self, encoder: _Encoder | None) -> TokenShards:
+    def __init__(self, paths: list[Path] | None, dtype: TokenType | None) -> None:
+        self._paths, self._dtype = paths or [], dtype
+        files = [file for path in self._paths for file in files_of(path)]
+        self.texts = None if any(map(are_tokens, files)) else _Texts(files if paths else None)
+
+    def tokens(self, encoder: _Encoder | None, eot: int | None) -> TokenShards:
         """The tokens of the files, of which texts are encoded."""
-        texts = self.texts()
-        eot = _eot_of(self.eot, encoder)
-        if texts is not None and encoder is not None:
-            return texts.encoded(encoder, eot)
-        return data.read_tokens(self.paths or [], tokenizer=encoder, dtype=_name_of(self.dtype), eot=eot)
+        if self.texts is not None and encoder is not None:
+            return self.texts.encoded(encoder, eot)
+        return data.read_tokens(self._paths, tokenizer=encoder, dtype=_name_of(self._dtype), eot=eot)
 
     def tokenizer(self, path: Path | None, bpe: int | None) -> Tokenizer | None:
         """The tokenizer that is named, or one that is made of the texts; None for tokens without one."""
-        texts = self.texts()
         if path is not None:
             if bpe is not None:
                 raise CommandError("expected --tokenizer or --bpe, got both")
             return tokenizers.load(path)
-        if texts is not None:
-            return texts.characters() if bpe is None else texts.trained_bpe(bpe)
+        if self.texts is not None:
+            return self.texts.characters() if bpe is None else self.texts.trained_bpe(bpe)
         if bpe is not None:
             raise CommandError("--bpe is for texts: these are tokens already")
-        vocabularies = [path / "meta.pkl" for path in self.paths or []]  # in folders of nanoGPT's
+        vocabularies = [path / "meta.pkl" for path in self._paths]  # in folders of nanoGPT's
         return next((data.read_meta(path) for path in vocabularies if path.exists()), None)
 
 
@@ -345,7 +348,6 @@ def train(
 ) -> None:
     """Trains a model, and saves it: with its history, again and again while it trains, and two pictures of both."""
     torch.manual_seed(seed)
-    source = _Source(text or None, dtype, eot)
     method = Smoothing.kneser_ney if smoothing is None and from_counts is not None else smoothing
     if method is not None and resume:
         raise CommandError("--resume is for training by steps: a smoothed model is estimated at once")
@@ -353,25 +355,27 @@ def train(
         raise CommandError("--held-out is for --smoothing and --from-counts")
     if from_counts is not None and (text or bpe is not None or vocab_size is not None):
         raise CommandError("--from-counts takes the place of a text, --bpe and --vocab-size")
-    if from_counts is not None:
+    if method is not None and from_counts is not None:
         counts = BigramCounts.load(from_counts)
         made = None if tokenizer is None else tokenizers.load(tokenizer)
-        validation = source._replace(paths=held_out).tokens(made) if held_out else None
+        validation = _Source(held_out, dtype).tokens(made, counts.eot) if held_out else None
         _estimate(counts, method, made, validation, out, sample)
         return
-    if vocab_size is not None and source.texts() is not None:
+    source = _Source(text, dtype)
+    if vocab_size is not None and source.texts is not None:
         raise CommandError("--vocab-size is for .bin tokens: a text has the characters that it has")
     run = _load_run(out) if resume else None
     made = None if run is None or bpe is None else run[0].tokenizer  # to train it again would give the same
     made = source.tokenizer(tokenizer, bpe) if made is None else made
-    tokens = source.tokens(made)
+    end = _eot_of(eot, made)
+    tokens = source.tokens(made, end)
     if len(tokens) == 0:
         raise CommandError("the text is too short: 0 tokens")
     size = vocab_size or (data.token_range(tokens)[1] + 1 if made is None else made.vocab_size)
     if method is not None:
         train_tokens, validation = data.split(tokens)
         if held_out:
-            train_tokens, validation = tokens, source._replace(paths=held_out).tokens(made)
+            train_tokens, validation = tokens, _Source(held_out, dtype).tokens(made, end)
         print_line(_sizes(tokens, size, len(train_tokens)))
         _estimate(_counted(train_tokens, size), method, made, validation, out, sample)
         return
@@ -443,14 +447,13 @@ def _counted(tokens: TokenShards, vocab_size: int) -> BigramCounts:
 
 def _estimate(
     counts: BigramCounts,
-    method: Smoothing | None,
+    method: Smoothing,
     tokenizer: Tokenizer | None,
     validation: TokenShards | None,
     out: Path,
     sample: int,
 ) -> None:
     """Estimates a smoothed model, saves it, and measures it."""
-    assert method is not None
     path = out / _MODEL
     out.mkdir(parents=True, exist_ok=True)
     storage.check_writable(path, 8 * counts.num_distinct + 16 * counts.vocab_size)
@@ -725,10 +728,10 @@ def evaluate(
 ) -> None:
     """Prints the exact loss on a text, and the lowest loss that any bigram table can reach on it."""
     model = _load(model_path)
-    source = _Source(text or None, dtype, eot)
-    known = None if source.texts() is None else _Known(_need_tokenizer(model, model_path), model.vocab_size)
-    end = _eot_of(eot, model.tokenizer) if eot is not None else getattr(model, "eot", None)
-    tokens = source._replace(eot=None if end is None else str(end)).tokens(known)
+    source = _Source(text, dtype)
+    known = None if source.texts is None else _Known(_need_tokenizer(model, model_path), model.vocab_size)
+    end = getattr(model, "eot", None) if eot is None else _eot_of(eot, model.tokenizer)
+    tokens = source.tokens(known, end)
     if data.num_pairs(tokens) == 0:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, no pair")
     result = _evaluated(model, tokens, num_bytes, per_document)

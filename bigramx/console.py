@@ -87,7 +87,7 @@ class Bar:
         self._bar = Progress(*columns, console=_console, transient=True, auto_refresh=False)
         self._task = self._bar.add_task(title, total=total, done="", rate="")
         self._begin = time.monotonic()
-        self._next_time = 0.0
+        self._next_time = self._begin + _SHOWN_EVERY  # what takes no longer needs no bar
 
     def __enter__(self) -> Bar:
         return self
@@ -101,7 +101,7 @@ class Bar:
         self, done: int, num_tokens: int | None = None, *, title: str | None = None, total: int | None = None
     ) -> None:
         """Shows how much is done, and the rate at which so many tokens were. Many times a second: ten are shown."""
-        if (now := time.monotonic()) < self._next_time or not _console.is_terminal or _console.is_dumb_terminal:
+        if not _console.is_interactive or (now := time.monotonic()) < self._next_time:
             return
         self._next_time = now + _SHOWN_EVERY
         self._total = self._total if total is None else total

@@ -118,6 +118,8 @@ def evaluate(
         UserWarning: The notes of the result: the loss is infinite, tokens are out of the vocabulary.
     """
     tokenizer: Tokenizer | None = getattr(model, "tokenizer", None)
+    if num_bytes is not None and num_bytes <= 0:
+        raise ValueError(f"expected num_bytes > 0, got {num_bytes}")
     if isinstance(tokens, str):
         if tokenizer is None:
             raise TypeError("evaluate: expected tokens, got a text, and the model has no tokenizer")
@@ -129,8 +131,6 @@ def evaluate(
     eot = getattr(tokens, "eot", None) if eot is None else eot
     eot = getattr(model, "eot", None) if eot is None else eot
     num_bytes = getattr(tokens, "num_bytes", None) if num_bytes is None else num_bytes
-    if num_bytes is not None and num_bytes <= 0:
-        raise ValueError(f"expected num_bytes > 0, got {num_bytes}")
     counter = _ByteCounter(tokenizer, eot) if num_bytes is None and tokenizer is not None else None
     with evaluation_mode(model):
         tally = _Tally(model, eot, per_document)
