@@ -237,12 +237,9 @@ bool outgrows_float64(const at::Tensor& class_weight, const at::Tensor& weight) 
     if (!class_weight.is_cpu() || is_traced(class_weight)) return false;
     if (weight.dim() != 2 || class_weight.dim() != 1 || class_weight.size(0) != weight.size(1)) return false;
     check_tensor(kName, "class_weight", class_weight);
-    const at::Tensor weights = materialized(class_weight).contiguous();
-    const double* const first = weights.const_data_ptr<double>();
-    return std::any_of(first, first + weights.numel(), [](double number) {
-        const double size = std::abs(number);
-        return std::isfinite(size) && size != 0 && (size < kSmallest || size > kLargest);
-    });
+    const at::Tensor sizes = materialized(class_weight).abs();
+    const at::Tensor too_small = (sizes > 0).logical_and(sizes < kSmallest);
+    return too_small.logical_or(sizes.isfinite().logical_and(sizes > kLargest)).any().item<bool>();
 }
 
 // Whether the kernels do not know these targets, or this kind of differentiation: forward mode, torch.func;

@@ -180,7 +180,8 @@ def test_what_is_imported_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     core = {"torch", *names(setup_functions()["DEPENDENCIES"])}
     extras = read_configuration("pyproject.toml", expand=False)["project"]["optional-dependencies"]
     assert names(extras["plot"]) <= names(extras["cli"])
-    allowed = {"plots.py": core | names(extras["plot"]), "cli.py": core | names(extras["cli"])}
+    of_commands = core | names(extras["cli"])
+    allowed = {"plots.py": core | names(extras["plot"]), "cli.py": of_commands, "console.py": of_commands}
     for path in Path("bigramx").glob("*.py"):
         typing_only = {"typing_extensions"}  # torch requires it; imported under TYPE_CHECKING
         assert imports_of(path) - typing_only <= allowed.get(path.name, core), path
