@@ -37,6 +37,8 @@ def _padding_row(padding_idx: int | None, weight: Tensor) -> int:
         raise TypeError(f"expected weight to be a Tensor, got {type(weight).__name__}")
     if not isinstance(padding_idx, (int, torch.SymInt)):
         raise TypeError(f"expected padding_idx to be an int or None, got {type(padding_idx).__name__}")
+    if weight.dim() != 2:
+        raise RuntimeError(f"'weight' must be 2-D, got shape {list(weight.shape)}")
     num_embeddings = weight.size(0)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise AssertionError(

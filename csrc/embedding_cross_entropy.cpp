@@ -14,7 +14,6 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <mutex>
 #include <utility>
@@ -232,14 +231,11 @@ bool outgrows_memory(const at::Tensor& weight) {
 // Whether float64 may not hold sums of the class weights, so that the order of operations matters: PyTorch's
 // own. Not on a GPU, as the host would wait for the numbers.
 bool outgrows_float64(const at::Tensor& class_weight, const at::Tensor& weight) {
-    constexpr double kLargest = 0x1p900, kSmallest = 0x1p-900;
     if (!class_weight.defined() || class_weight.scalar_type() != at::kDouble) return false;
     if (!class_weight.is_cpu() || is_traced(class_weight)) return false;
     if (weight.dim() != 2 || class_weight.dim() != 1 || class_weight.size(0) != weight.size(1)) return false;
     check_tensor(kName, "class_weight", class_weight);
-    const at::Tensor sizes = materialized(class_weight).abs();
-    const at::Tensor too_small = (sizes > 0).logical_and(sizes < kSmallest);
-    return too_small.logical_or(sizes.isfinite().logical_and(sizes > kLargest)).any().item<bool>();
+    return outgrows_dtype_cpu(materialized(class_weight).contiguous());
 }
 
 // Whether the kernels do not know these targets, or this kind of differentiation: forward mode, torch.func;

@@ -84,6 +84,10 @@ at::Tensor embedding_cross_entropy_scale_gradient_cpu(const at::Tensor& gradient
 at::Tensor embedding_cross_entropy_scale_gradient_cuda(const at::Tensor& gradient,
                                                        const at::Tensor& grad_loss, SavedParams saved);
 
+// Whether some class weights, float32 or float64 and contiguous, are so large or small that their dtype may
+// not hold those of all pairs together, or the share that one has of them.
+bool outgrows_dtype_cpu(const at::Tensor& class_weight);
+
 // A 16-bit gradient has already lost the small values that a loss scale protects, so it must not be scaled.
 inline bool can_scale_gradient(const at::Tensor& gradient) {
     return gradient.scalar_type() == at::kFloat || gradient.scalar_type() == at::kDouble;

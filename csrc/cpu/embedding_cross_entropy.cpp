@@ -227,16 +227,20 @@ at::Tensor scalar_tensor(double value, const at::TensorOptions& options) {
     return at::scalar_tensor(is_float ? static_cast<double>(static_cast<float>(value)) : value, options);
 }
 
-// Whether float32 may not hold the class weights of all pairs together, or the share that one has of them.
-bool needs_float64(const EmbeddingCrossEntropyParams& params) {
-    constexpr float kLargest = 0x1p60f, kSmallest = 0x1p-60f;
-    const at::Tensor& class_weight = params.class_weight;
-    if (!class_weight.defined() || class_weight.scalar_type() != at::kFloat) return false;
-    const float* const weights = class_weight.const_data_ptr<float>();
-    return std::any_of(weights, weights + class_weight.numel(), [](float weight) {
-        const float size = std::abs(weight);
-        return std::isfinite(size) && size != 0 && (size < kSmallest || size > kLargest);
+// Whether a finite number other than 0 is larger than `largest`, or smaller than 1 / largest.
+template <typename T>
+bool any_beyond(const at::Tensor& numbers, T largest) {
+    const T* const first = numbers.const_data_ptr<T>();
+    return std::any_of(first, first + numbers.numel(), [largest, smallest = 1 / largest](T number) {
+        const T size = std::abs(number);
+        return std::isfinite(size) && size != 0 && (size < smallest || size > largest);
     });
+}
+
+bool needs_float64(const EmbeddingCrossEntropyParams& params) {
+    const at::Tensor& class_weight = params.class_weight;
+    return class_weight.defined() && class_weight.scalar_type() == at::kFloat &&
+           outgrows_dtype_cpu(class_weight);
 }
 
 EmbeddingCrossEntropyParams in_float64(const EmbeddingCrossEntropyParams& params) {
@@ -305,6 +309,11 @@ WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss,
     WeightGradient gradient;
     run(kernel, params, &gradient, workspace);
     return gradient;
+}
+
+bool outgrows_dtype_cpu(const at::Tensor& class_weight) {
+    const bool is_double = class_weight.scalar_type() == at::kDouble;
+    return is_double ? any_beyond(class_weight, 0x1p900) : any_beyond(class_weight, 0x1p60f);
 }
 
 at::Tensor embedding_cross_entropy_scale_gradient_cpu(const at::Tensor& gradient, const at::Tensor& grad_loss,

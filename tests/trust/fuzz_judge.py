@@ -299,9 +299,9 @@ def _adamw_step(step: Tensor, **arguments: Any) -> None:
 
 
 def _fit(beta2: float, **arguments: Any) -> int:
-    # Where a gradient is divided by itself, or is 0 but for rounding, as that of a single class is, the rounding error
-    # makes a whole step.
-    if not beta2 > 0.1 or arguments["weight"].size(-1) == 1:
+    # Where a gradient is divided by itself, or by what a negative eps leaves of it, or is 0 but for rounding, as that
+    # of a single class is, the rounding error makes a whole step.
+    if not beta2 > 0.1 or arguments["eps"] < 0 or arguments["weight"].size(-1) == 1:
         raise NoTwinError
     return reference.fit_(beta2=beta2, **arguments)
 
@@ -493,6 +493,9 @@ def _judge_raised(case: Case, error: BaseException, begin_stage: Callable[[str],
     verdict.findings += judge_error(case, error, twins_error, is_fake=has_fakes(arguments))
     # What generate returns begins with idx, however large.
     is_asked_for = case.target.op == "generate" or any(map(_asks_for_memory, arguments.values()))
+    if case.target.op.endswith(("_forward", "_backward")):  # the kernels take memory for each row
+        weight = arguments["weight"]
+        is_asked_for |= isinstance(weight, Tensor) and weight.dim() > 0 and weight.size(0) > 2**20
     if OUT_OF_MEMORY.search(str(error)) and isinstance(expected, Results) and not is_asked_for:
         verdict.findings.append(Finding("out of memory where plain PyTorch is not", str(error)[:160]))
     return verdict

@@ -136,6 +136,11 @@ FOUND: list[tuple[str, dict[str, str]]] = [
             "z_loss": "1.7e308",
         },
     ),
+    (
+        "torch.ops.bigramx.embedding_cross_entropy_backward.default",
+        {"weight": "huge(torch.randn(1, 1), 2**62, 1)", "targets": "0 * idx", "sparse": "True"},
+    ),
+    ("functional.embedding_cross_entropy", {"weight": "torch.randn(5, 5).sum()", "padding_idx": "0"}),
     ("functional.embedding_cross_entropy", {"reduction": "[1, 2]"}),
     ("functional.embedding_cross_entropy", {"padding_idx": "object()"}),
     ("torch.ops.bigramx.embedding_cross_entropy_forward.default", {"targets": "torch.rand(2, 3, 5).softmax(-1)"}),
