@@ -132,7 +132,8 @@ class HFTokenizer(Serialized):
         decoder = self._pipeline["decoder"]
         kinds = [step["type"] for step in _steps_of(decoder)]
         if kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}:
-            return ByteStream(lambda tokens: b"".join(map(self._bytes_of, ids(tokens))))
+            bytes_of = functools.cache(self._bytes_of)
+            return ByteStream(lambda tokens: b"".join(map(bytes_of, ids(tokens))))
         return ContextStream(ids, self._decode, _settled_by(decoder, self._is_byte))
 
     def _bytes_of(self, token: int) -> bytes:
