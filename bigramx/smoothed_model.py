@@ -356,12 +356,15 @@ class SmoothedBigramModel(nn.Module):
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
             TypeError: ``path`` is neither, or the tokenizer is none, or one that cannot be saved.
-            ValueError: The tokenizer has more tokens than the model.
+            ValueError: The tokenizer has more tokens than the model; or a buffer was changed, and a row is no
+                distribution any more.
         """
+        tensors = dict(zip(_BUFFERS, self._parts(), strict=True))
+        _check_parts(tensors)
         metadata = {} if self.method is None else {"method": self.method}
         if self.tokenizer is not None:
             metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
-        write_tensors(path, _KIND, dict(zip(_BUFFERS, self._parts(), strict=True)), metadata)
+        write_tensors(path, _KIND, tensors, metadata)
 
     @classmethod
     def load(cls, path: FileLike) -> SmoothedBigramModel:
@@ -459,8 +462,7 @@ def _check_parts(tensors: dict[str, Tensor]) -> None:
     for name in _BUFFERS[2:]:
         if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
             raise ValueError(f"expected {name} to be from 0 to 1")
-    cumulative = nn.functional.pad(pair_probs.cumsum(0, dtype=torch.float64), (1, 0))
-    sums = cumulative[crow].diff() + backoff * unigram.double().sum()
+    sums = smoothing.row_sums(crow, pair_probs) + backoff * unigram.double().sum()
     if not ((sums - 1).abs() <= _SUM_TOLERANCE).all():
         raise ValueError(f"expected the probabilities of a row to sum to 1 within {_SUM_TOLERANCE}")
 

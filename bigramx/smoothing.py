@@ -217,8 +217,16 @@ def _row_blocks(crow: Tensor) -> Iterator[tuple[slice, slice]]:
         begin = end
 
 
+def row_sums(crow: Tensor, values: Tensor) -> Tensor:
+    """The sum of the values of each row, (V) float64."""
+    sums = torch.zeros(len(crow) - 1, dtype=torch.float64, device=values.device)
+    for rows, entries in _row_blocks(crow):
+        sums[rows] = _sums_between(values[entries].double(), crow[rows.start : rows.stop + 1] - entries.start)
+    return sums
+
+
 def _sums_between(values: Tensor, borders: Tensor) -> Tensor:
-    """The sums of the integers from each border to the next."""
+    """The sums of the values from each border to the next."""
     cumulative = torch.cat((values.new_zeros(1), values.cumsum(0)))
     return cumulative[borders].diff()
 
