@@ -302,18 +302,18 @@ class SmoothedBigramModel(nn.Module):
         return self._loss_of(self._csr(counts))
 
     def _loss_of(self, counts: Tensor) -> float:
-        rows, columns, numbers = smoothing.entries(counts)
-        probs, _is_seen = self._probs(rows, columns)
-        losses = -probs.log_() * numbers
-        # So few at once are not divided among threads: their sums are the same for any number of these.
-        total = torch.stack([part.sum() for part in losses.split(2**14)]).sum()
-        return float(total / numbers.sum())
+        total = 0.0
+        for rows, columns, numbers in smoothing.entry_blocks(counts):
+            losses = self._probs(rows, columns)[0].log_().mul_(numbers)
+            # So few at once are not divided among threads: their sums are the same for any number of these.
+            total -= float(torch.stack([part.sum() for part in losses.split(2**14)]).sum())
+        num_pairs = int(counts.values().sum())
+        return total / num_pairs if num_pairs > 0 else float("nan")
 
     def num_unseen(self, counts: BigramCounts | Tensor) -> int:
         """How many pairs of these counts, (V, V), have no probability of their own, as they were not seen."""
-        rows, columns, numbers = smoothing.entries(self._csr(counts))
-        _probs, is_seen = self._probs(rows, columns)
-        return int(numbers[~is_seen].sum())
+        blocks = smoothing.entry_blocks(self._csr(counts))
+        return sum(int(numbers[~self._probs(rows, columns)[1]].sum()) for rows, columns, numbers in blocks)
 
     def _csr(self, counts: BigramCounts | Tensor) -> Tensor:
         csr = _csr(counts)

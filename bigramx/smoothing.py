@@ -330,6 +330,15 @@ def _fitted_pair_weight(counts: Tensor, sums: Tensor, unigram: Tensor, held_out:
     return float(_fitted_weight(frequencies, unigram[columns], numbers))
 
 
+def entry_blocks(counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows, the columns and the counts, a part at a time: what is computed from them stays in cache."""
+    crow, columns, values = counts.crow_indices(), counts.col_indices(), counts.values()
+    for rows, part in _row_blocks(crow):
+        of_rows = torch.arange(rows.start, rows.stop, device=crow.device)
+        sizes = crow[rows.start : rows.stop + 1].diff()
+        yield of_rows.repeat_interleave(sizes), columns[part].long(), values[part]
+
+
 def entries(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The row, the column and the count of each."""
     sizes = counts.crow_indices().diff()
