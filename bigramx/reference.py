@@ -173,14 +173,15 @@ def interpolated_bigram(
 def interpolated_bigram_rows(
     idx: Tensor, crow_indices: Tensor, col_indices: Tensor, pair_probs: Tensor, backoff: Tensor, unigram: Tensor
 ) -> Tensor:
-    """See functional.interpolated_bigram_rows."""
+    """P(j | i) of all j for each i of ``idx``: its shape and V, in the dtype of the parts."""
     rows = idx.reshape(-1).long()
     probs = backoff[rows, None] * unigram
     begins, sizes = crow_indices[rows], crow_indices.diff()[rows]
     of_row = torch.arange(len(rows), device=idx.device).repeat_interleave(sizes)
     ends = sizes.cumsum(0)
     places = torch.arange(len(of_row), device=idx.device) + (begins - ends + sizes)[of_row]
-    probs.index_put_((of_row, col_indices[places].long()), pair_probs[places], accumulate=True)
+    pairs = of_row, col_indices[places].long()  # each of them once
+    probs[pairs] = probs[pairs] + pair_probs[places]
     return probs.view(*idx.shape, len(unigram))
 
 
