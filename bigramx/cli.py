@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import stat
 import sys
 import time
@@ -417,7 +418,7 @@ def _split(tokens: TokenShards) -> tuple[TokenShards, TokenShards]:
 
     A file called validation.py is not for validation, where none is for training.
     """
-    are_named = any("train" in os.path.basename(name).lower() for name in tokens.names)
+    are_named = any("train" in re.split("[^a-z]+", os.path.basename(name).lower()) for name in tokens.names)
     train_tokens, val_tokens = data.split(tokens, None if are_named else 0.9)
     return train_tokens, val_tokens
 
