@@ -245,7 +245,8 @@ class BigramLanguageModel(nn.Module):
     def evaluate(self, tokens: Tensor | TokenShards) -> float:
         """The exact mean loss of each token of ``tokens``, (N), given the one before it, in nats.
 
-        Of shards the first token of each is given by none: no pair crosses from one to another.
+        Of shards the first token of each counts for nothing, nor does one that follows their ``eot``: no pair crosses
+        from one shard or document to another.
 
         All pairs count, not sampled batches, at the cost of their distinct rows. Where the table is small compared with
         the tokens, the pairs are counted and the loss is computed in float64; otherwise the rows that occur are read,
@@ -284,13 +285,15 @@ class BigramLanguageModel(nn.Module):
         makes_logits = not self._is_direct()
         options = {} if makes_logits else {"return_logits": False}  # which not every forward knows
         step = max(1, most_logits // (self.vocab_size if makes_logits else 8))
-        total, total_weight = 0.0, 0.0
+        total, total_weight, eot = 0.0, 0.0, getattr(tokens, "eot", None)
         chunks = (shard[n : n + step + 1] for shard in shards_of(tokens) for n in range(0, len(shard) - 1, step))
         for chunk in (chunk.to(device, torch.int64) for chunk in chunks):
-            targets = chunk[1:, None]
+            idx, targets = chunk[:-1, None], chunk[1:, None]
+            if eot is not None:
+                idx, targets = (side[chunk[:-1] != eot] for side in (idx, targets))
             weight = self._weight_of_mean(targets)
             if weight > 0:
-                total += weight * self(chunk[:-1, None], targets, **options)[1].item()
+                total += weight * self(idx, targets, **options)[1].item()
                 total_weight += weight
         return total / total_weight if total_weight > 0 else float("nan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import glob
 import os
@@ -24,6 +25,7 @@ _VERSIONS = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c'
 _OTHERS = {20240326: "a model", 20240327: "a debugging state", 20240328: "a tokenizer", 20240522: "an evaluation"}
 _SIGNATURES = {b"\x93NUMPY": "a NumPy array, expected to be named .npy", b"PK\x03\x04": "a zip archive"}
 _SUFFIXES = (".bin", ".npy")
+_BEGIN = 2**13  # bytes by which text is told from other files
 _NPY_DTYPES = {"|u1": torch.uint8, "<u2": torch.uint16, "<u4": torch.uint32, "<i4": torch.int32, "<i8": torch.int64}
 
 _MOST_OPCODES, _MOST_BYTES = 2**21, 2**25  # of a pickled vocabulary: there are fewer characters
@@ -42,15 +44,26 @@ def are_tokens(path: str) -> bool:
 def files_of(path: AnyPath) -> list[str]:
     """The files that a path names: a file, those in a folder and its folders, or those that match a pattern; sorted.
 
-    Of a folder with files of tokens these alone. Files and folders whose names begin with a dot are left out.
+    Of a folder with files of tokens these alone, of another what seems to be text. Files and folders whose names begin
+    with a dot are left out.
 
     Raises:
         FileNotFoundError: There is none.
+
+    Warns:
+        UserWarning: Files of a folder are no texts.
     """
     name = os.fsdecode(path)
     if os.path.isdir(name):
-        found = list(_walk(name, frozenset()))
-        found = [file for file in found if are_tokens(file)] or found
+        files = list(_walk(name, frozenset()))
+        found = [file for file in files if are_tokens(file)] or [file for file in files if _seems_text(file)]
+        if found and not are_tokens(found[0]) and len(found) < len(files):
+            others = sorted(set(files) - set(found))
+            warnings.warn(
+                f"{storage.printable(name)}: {len(others):,} files that are no UTF-8 text are left out, the first "
+                f"{storage.printable(others[0])}",
+                stacklevel=2,
+            )
     elif not os.path.lexists(name) and glob.has_magic(name):
         found = sorted(file for file in glob.iglob(name, recursive=True) if not os.path.isdir(file))
     else:
@@ -72,6 +85,16 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
             yield from _walk(entry.path, above | {real})
         else:
             yield entry.path
+
+
+def _seems_text(path: str) -> bool:
+    """Whether a file begins as UTF-8 text does."""
+    with storage.open_to_read(path) as file:
+        begin = file.read(_BEGIN)
+    try:
+        return b"\0" not in begin and codecs.getincrementaldecoder("utf-8")().decode(begin) is not None
+    except UnicodeDecodeError:
+        return False
 
 
 def open_tokens(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:

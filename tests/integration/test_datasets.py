@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bigramx
-from bigramx import data
+from bigramx import CharTokenizer, data
 from tests import processes
 from tests.integration import framework
 
@@ -75,6 +75,9 @@ def test_a_column_on_disk_is_not_copied(dataset: Any) -> None:
 def test_other_columns(dataset: Any) -> None:
     with pytest.raises(TypeError, match="hold integers or lists of them, without nulls, got string"):
         data.read_tokens(dataset["text"])
+    texts = data.read_tokens(dataset["text"], tokenizer=CharTokenizer("abcd"))
+    assert [shard.tolist() for shard in texts.shards] == [[0], [1], [2], [3]]
+    assert texts.num_bytes == 4
     for rows in ([[1], None], [[1, None], [2]]):
         with pytest.raises(TypeError, match="without nulls, got list"):
             data.read_tokens(datasets.Dataset.from_dict({"tokens": rows})["tokens"])
