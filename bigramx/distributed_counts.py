@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +29,14 @@ from bigramx import data, parts, storage, token_files
 from bigramx.counts import BigramCounts
 from bigramx.parts import Part
 from bigramx.ranks import Ranks, join
+from bigramx.tokenizer import Tokenizer, adapt
 
 _PIECE_BYTES = 2**25  # of a file of tokens, which is one piece of work
 _BLOCK_PAIRS = 2**22  # distinct pairs that each rank receives at once
 _SAVE_SHARE = 20  # saving takes at most one of so many seconds
 _INTERVAL = 0.1  # seconds between two reports of progress
 _PARTIALS = "rank-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_PART = r"{}-\d{{5}}-of-\d{{5}}(\.new)?\.safetensors"
 _KIND = "counts-partial"
 
 
@@ -100,7 +105,7 @@ def count_shards(
         vocab_size: V. None: that of the tokenizer; else the largest token + 1, found in one more pass over the shards.
         eot: The token that ends a document, as for ``BigramCounts``.
         dtype: What ``.bin`` files without a header hold, as for ``data.read_tokens``.
-        tokenizer: Encodes texts.
+        tokenizer: Encodes texts; a Tokenizer, or an object of a library that ``tokenizer.adapt`` takes.
         save_interval: Seconds between two savings of what is counted so far.
         timeout: How long a rank waits for the others; None: PyTorch's default, 30 minutes.
         progress: Called on rank 0, about ten times a second. A KeyboardInterrupt ends the job.
@@ -115,7 +120,8 @@ def count_shards(
     """
     with join(timeout) as ranks:
         job = _Job(ranks, _Place.of(output), progress, report)
-        return job.run(paths, _Options(vocab_size, eot, dtype, tokenizer), save_interval)
+        adapted = None if tokenizer is None else adapt(tokenizer)
+        return job.run(paths, _Options(vocab_size, eot, dtype, adapted), save_interval)
 
 
 # ------------------------------------------------------------------------------------------------------------- shards
@@ -127,7 +133,7 @@ class _Options(NamedTuple):
     vocab_size: int | None
     eot: int | None
     dtype: torch.dtype | str | None
-    tokenizer: Any
+    tokenizer: Tokenizer | None
 
     def open(self, piece: _Piece) -> Tensor:
         """The tokens of the shard that it is a piece of, (N)."""
@@ -141,8 +147,7 @@ class _Options(NamedTuple):
     def described(self) -> dict[str, object]:
         """All that counts depend on beside the shards, for a file."""
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        to_json = getattr(self.tokenizer, "to_json", lambda: repr(self.tokenizer))
-        tokenizer = None if self.tokenizer is None else zlib.crc32(to_json().encode())
+        tokenizer = None if self.tokenizer is None else zlib.crc32(self.tokenizer.to_json().encode())
         return {"vocab_size": self.vocab_size, "eot": self.eot, "dtype": dtype, "tokenizer": tokenizer}
 
 
@@ -211,24 +216,26 @@ class _Place:
 
     def names_of_parts(self, num_parts: int) -> list[str]:
         """Of the new parts; not those of the parts that an index names already, which stay until it is replaced."""
-        taken = self.named_parts()
-        for generation in range(2):
-            stem = self.file.stem + generation * "-new"
-            names = [f"{stem}-{k:05}-of-{num_parts:05}.safetensors" for k in range(1, num_parts + 1)]
+        taken = self._named_parts()
+        for ending in (".safetensors", ".new.safetensors"):
+            names = [f"{self.file.stem}-{k:05}-of-{num_parts:05}{ending}" for k in range(1, num_parts + 1)]
             if taken.isdisjoint(names):
                 break
         return names
 
-    def remove(self, old_parts: set[str]) -> None:
-        """Removes these parts, and what was counted so far."""
-        for name in old_parts:
-            self.file.with_name(name).unlink(missing_ok=True)
+    def clean(self) -> None:
+        """Removes what was counted so far, and parts that no index names: of counts before, or of a job that died."""
+        named = self._named_parts()
+        for path in self.file.parent.iterdir():
+            is_part = re.fullmatch(_PART.format(re.escape(self.file.stem)), path.name) is not None
+            if is_part and path.name not in named and parts.is_part(path):
+                path.unlink(missing_ok=True)
         for path in self.partial.glob(_PARTIALS):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # there is none, or someone else has put something there
             self.partial.rmdir()
 
-    def named_parts(self) -> set[str]:
+    def _named_parts(self) -> set[str]:
         """The parts that the index names, if there is one."""
         try:
             return {part.file for part in parts.read_index(self.index)[0]}
@@ -326,10 +333,11 @@ def _all_to_all(ranks: Ranks, sent: Sequence[_Rows], begins: Sequence[int]) -> l
     return [_Rows(*each) for each in zip(begins, crows, cols, values, strict=True)]
 
 
-def _summed(ranks: Ranks, counts: BigramCounts) -> _Rows:
+def _summed(ranks: Ranks, counts: BigramCounts, progress: Callable[[float], object]) -> _Rows:
     """Sends each row to its owner, who adds up what the ranks have of it; returns the rows of this rank.
 
-    All have about as many to receive. They receive them in as many blocks each.
+    All have about as many to receive. They receive them in as many blocks each. ``progress`` is called with the
+    fraction done since its last call.
     """
     rows, vocab_size, eot = _Rows.of(counts), counts.vocab_size, counts.eot
     lengths = ranks.sum(rows.crow.diff())
@@ -343,6 +351,7 @@ def _summed(ranks: Ranks, counts: BigramCounts) -> _Rows:
         for _begin, crow, col, values in _all_to_all(ranks, sent, [begin] * ranks.size):
             crow = torch.cat([crow.new_zeros(begin), crow, crow[-1].expand(vocab_size - end)])
             summed.merge(BigramCounts._of_parts(vocab_size, eot, crow, col, values))
+        progress(1 / num_blocks)
     return _Rows.of(summed).between(*owned[ranks.rank])
 
 
@@ -353,7 +362,7 @@ def _balanced(ranks: Ranks, rows: _Rows, vocab_size: int) -> _Rows:
     owned = list(pairwise(_borders(ranks.sum(lengths), 0, vocab_size, ranks.size)))
     own = rows.between(*owned[ranks.rank])
     sent = [rows.between(*of_owner) for of_owner in owned]
-    sent[ranks.rank] = rows.between(rows.begin, rows.begin)  # the own ones, most often nearly all, stay
+    sent[ranks.rank] = rows.between(rows.begin, rows.begin)  # those that it keeps are not sent
     received = _all_to_all(ranks, sent, [0] * ranks.size)
     received[ranks.rank] = own
     ends = torch.cat([each.crow.diff() for each in received]).cumsum(0)
@@ -386,9 +395,10 @@ class _Job:
         """Counts, and writes; see ``count_shards``."""
         pieces = [_Piece(*piece) for piece in self._of_rank_0(lambda: self._start(paths))]
         self._total_bytes = sum(piece.num_bytes for piece in pieces)
+        storage.check_writable(self._place.file if self._ranks.size == 1 else self._place.index, 0)
         if options.vocab_size is None:
-            vocab_size = getattr(options.tokenizer, "vocab_size", None) or self._largest_token(pieces, options) + 1
-            options = options._replace(vocab_size=vocab_size)
+            vocab_size = options.tokenizer.vocab_size if options.tokenizer else self._largest_token(pieces, options) + 1
+            options = options._replace(vocab_size=max(vocab_size, (options.eot or 0) + 1))
         self._enter("counting")
         saved = [_Partial.of(Path(path)) for path in self._of_rank_0(lambda: self._usable(pieces, options))]
         running = _Running(self._place, self._ranks, options, saved, save_interval)
@@ -399,7 +409,7 @@ class _Job:
             self._count(pending, options, running)
             return self._write(running.counts)
         except BaseException:
-            with contextlib.suppress(OSError):
+            with _without_interrupts(), contextlib.suppress(OSError):
                 running.save()
             raise
 
@@ -409,7 +419,6 @@ class _Job:
 
     def _start(self, paths: Sequence[str | os.PathLike[str]]) -> list[_Piece]:
         self._place.file.parent.mkdir(parents=True, exist_ok=True)
-        storage.check_writable(self._place.file if self._ranks.size == 1 else self._place.index, 0)
         return _pieces_of(paths)
 
     # ------------------------------------------------------------------------------------------------ progress
@@ -426,7 +435,7 @@ class _Job:
         self._num_tokens += num_tokens
         if (now := time.monotonic()) < self._next_time:
             return
-        self._next_time = now + _INTERVAL
+        self._next_time = now + _INTERVAL * max(self._ranks.size / 32, 1)  # the store answers all of them
         self._ranks.check()
         num_bytes = self._ranks.add(f"{self._stage}/bytes", self._num_bytes)
         num_tokens = self._ranks.add(f"{self._stage}/tokens", self._num_tokens)
@@ -499,10 +508,9 @@ class _Job:
     # ------------------------------------------------------------------------------------------------- writing
 
     def _write(self, counts: BigramCounts) -> CountResult:
-        old_parts = self._place.named_parts()
         result = self._write_file(counts) if self._ranks.size == 1 else self._write_parts(counts)
         if self._ranks.rank == 0:
-            self._place.remove(old_parts - self._place.named_parts())
+            self._place.clean()
         return result
 
     def _write_file(self, counts: BigramCounts) -> CountResult:
@@ -516,7 +524,9 @@ class _Job:
     def _write_parts(self, counts: BigramCounts) -> CountResult:
         ranks, place, vocab_size, eot = self._ranks, self._place, counts.vocab_size, counts.eot
         self._enter("exchanging")
-        rows = _balanced(ranks, _summed(ranks, counts), vocab_size)
+        share = self._total_bytes / ranks.size
+        rows = _summed(ranks, counts, progress=lambda fraction: self._advance(int(share * fraction)))
+        rows = _balanced(ranks, rows, vocab_size)
         self._enter("writing")
         names = self._of_rank_0(lambda: place.names_of_parts(ranks.size))
         part = parts.write_part(place.file.with_name(names[ranks.rank]), rows.begin, rows.tensors())
@@ -592,6 +602,20 @@ class _Running:
 
 def _shown(options: dict[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignores Ctrl-C: under torchrun each process gets a second one, from torchrun itself."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

@@ -93,6 +93,14 @@ def _name(name: str, begin: int) -> str:
     return f"{name}.{begin}"
 
 
+def is_part(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one that ``write_part`` wrote."""
+    try:
+        return read_metadata(path).get("kind") == _PART_KIND
+    except (OSError, ValueError):
+        return False
+
+
 def write_index(index: Path, parts: list[Part], metadata: dict[str, str]) -> None:
     """Ties the parts, in the order of their rows.
 

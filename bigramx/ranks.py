@@ -167,7 +167,9 @@ class Ranks:
     def _fail(self, error: BaseException) -> None:
         """Lets the other ranks raise what this one raises."""
         with contextlib.suppress(RankError):  # the store is gone
-            lost = self._post(": ".join(filter(None, [f"rank {self.rank}", type(error).__name__, str(error)])))
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            what = " was interrupted" if is_interrupt else f": {type(error).__name__}: {error}"
+            lost = self._post(f"rank {self.rank}{what}")
             self._leave(set(range(self.size)).difference(lost))
 
     def _leave(self, alive: Iterable[int]) -> None:
@@ -223,6 +225,7 @@ def join(timeout: timedelta | None = None) -> Iterator[Ranks]:
         ranks._fail(error)
         raise
     finally:
+        ranks._group = ranks._store = None  # their threads end with them, and not while Python ends
         if is_own:
             dist.destroy_process_group()
         elif not is_gloo:

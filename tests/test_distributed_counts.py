@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigramx import BigramCounts, data, distributed_counts, parts
+from bigramx import BigramCounts, CharTokenizer, data, distributed_counts, parts
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
 from tests import processes
 from tests.tree import ROOT, TESTS
@@ -76,6 +76,21 @@ def test_ranks(name: str, problems: dict[str, str]) -> None:
     assert problems.get(name, "the checks did not get this far") == ""
 
 
+@needs_gloo
+def test_the_command_under_torchrun(shards: Path, tmp_path: Path) -> None:
+    """Rank 0 alone prints."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+    command = ["-m", "bigramx", "count", str(shards), "-o", str(tmp_path / "out"), "--eot", "3"]
+    ended = processes.run(
+        [*torchrun, "--nproc-per-node=2", *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.findall("wrote (.*)", ended.stdout) == [str(tmp_path / "out" / "counts.safetensors.index.json")]
+    assert BigramCounts.load(tmp_path / "out") == counts_of(shards, eot=3)
+
+
 # --------------------------------------------------------------------------------------------------------- one process
 
 
@@ -92,20 +107,17 @@ def test_the_counts_are_those_of_the_shards(shards: Path, tmp_path: Path, eot: i
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.safetensors", "shards"]
 
 
-class Letters:
-    """A tokenizer: a to z."""
-
-    vocab_size = 26
-
-    def encode(self, text: str) -> Tensor:
-        return torch.tensor([ord(letter) - ord("a") for letter in text])
+def test_a_token_that_ends_documents_and_never_occurs(shards: Path, tmp_path: Path) -> None:
+    assert count_shards([shards], tmp_path / "out", eot=V + 5).vocab_size == V + 6
 
 
 def test_texts(tmp_path: Path) -> None:
     for k, text in enumerate(["hello", "", "z"]):
         (tmp_path / f"{k}.txt").write_text(text)
-    result = count_shards([tmp_path / f"{k}.txt" for k in range(3)], tmp_path / "out", tokenizer=Letters())
-    assert result.vocab_size == 26
+    result = count_shards(
+        [tmp_path / f"{k}.txt" for k in range(3)], tmp_path / "out", tokenizer=CharTokenizer.from_text("zhelo")
+    )
+    assert result.vocab_size == 5
     assert BigramCounts.load(result.path).num_pairs == 4
 
 
@@ -314,6 +326,15 @@ def test_damaged_parts(index: Path, damage: Callable[[Path], object]) -> None:
         BigramCounts.load(index)
 
 
+def test_an_index_is_not_written_before_its_parts(index: Path) -> None:
+    written, metadata = parts.read_index(index)
+    index.with_name("1.safetensors").replace(index.with_name("2.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"1\.safetensors"):
+        parts.write_index(index, written, metadata)
+    with pytest.raises(ValueError, match=r"2\.safetensors: not the part"):
+        parts.write_index(index, written[1:], metadata)
+
+
 def test_missing_parts(index: Path) -> None:
     index.with_name("2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.safetensors"):
@@ -321,6 +342,19 @@ def test_missing_parts(index: Path) -> None:
 
 
 def test_one_file_replaces_parts(index: Path, shards: Path) -> None:
+    """Those of the index, and those that a job left which died before it wrote one; no others."""
+    left = ["counts-00001-of-00002.safetensors", "counts-00002-of-00002.new.safetensors"]
+    for name in left:
+        shutil.copyfile(index.with_name("1.safetensors"), index.with_name(name))
+    others = ["counts-00003-of-00003.safetensors", "counts-new-00001-of-00002.safetensors", "model.safetensors"]
+    for name in others:
+        index.with_name(name).write_text("of someone else")
     count_shards([shards], index.parent)
-    assert sorted(path.name for path in index.parent.glob("*.safetensors*")) == ["counts.safetensors"]
+    names = {path.name for path in index.parent.glob("*.safetensors*")}
+    assert names == {
+        "counts.safetensors",
+        "1.safetensors",
+        "2.safetensors",
+        *others,
+    }  # its parts have names of their own
     assert BigramCounts.load(index.parent) == counts_of(shards)
