@@ -322,9 +322,12 @@ def generate(
     if fusion.any_dtensor(idx, weight):
         on_shards: Tensor = _on_shards("generate", locals())
         return on_shards
-    first, *more = _stop_tokens(stop) or (None,)
+    first: Any = stop
+    more_stop: Sequence[int] = ()
+    if stop is not None and not isinstance(stop, int):
+        first, *more_stop = _stop_tokens(stop) or (None,)
     tokens: Tensor = ops.generate(
-        idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, first, sampler, generator, more
+        idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, first, sampler, generator, more_stop
     )
     return tokens
 
