@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Function
-from bigramx import CharTokenizer, data
+from bigramx import CharTokenizer, SmoothedBigramModel, data
 
 GetBatch = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
@@ -35,21 +34,6 @@ def zipf_tokens(num_tokens: int, vocab_size: int = 8192) -> Tensor:
     """(N) int64 tokens of which token k is about as frequent as 1 / (k + 1): as words are, and byte pairs."""
     ranks = (torch.rand(num_tokens, dtype=torch.float64) * math.log(vocab_size + 1)).exp().long()
     return ranks.clamp_(max=vocab_size) - 1
-
-
-def chain_tokens(num_tokens: int, vocab_size: int) -> Tensor:
-    """(N) uint16 or int32 tokens of chains: token k as frequent as for ``zipf_tokens``, and pairs far from independent.
-
-    Two out of three tokens follow from the one before and a rank, which is low mostly, as the successors of a word do.
-    """
-    num_chains = 1 + num_tokens // 1000
-    chains, last = [], torch.zeros(num_chains, dtype=torch.int64)
-    for _ in range(-(-num_tokens // num_chains)):
-        mixed = (last * 1000 + zipf_tokens(num_chains, 300)) * 0x9E3779B97F4A7C1 & (1 << 53) - 1
-        bound = (mixed.double() / (1 << 53) * math.log(vocab_size + 1)).exp().long().clamp_(max=vocab_size) - 1
-        last = torch.where(torch.rand(num_chains) < 2 / 3, bound, zipf_tokens(num_chains, vocab_size))
-        chains.append(last.to(torch.uint16 if vocab_size <= 2**16 else torch.int32))
-    return torch.stack(chains, dim=1).view(-1)[:num_tokens].clone()
 
 
 def in_powers_of_ten(count: int) -> str:
@@ -180,38 +164,49 @@ def numpy_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
     return count
 
 
-def numpy_unique(tokens: Tensor, vocab_size: int) -> Function:
-    """The numbers of the distinct pairs, ascending, and how often each occurs."""
+def numpy_kneser_ney(counts: Tensor) -> Function:
+    """Interpolated modified Kneser-Ney of a CSR matrix, by reduceat and bincount; no row is empty."""
     import numpy
 
+    crow, columns, values = (part.numpy() for part in (counts.crow_indices(), counts.col_indices(), counts.values()))
+    vocab_size = counts.size(0)
+
+    def discounts(counts: Any) -> Any:
+        n = numpy.bincount(numpy.minimum(counts, 5), minlength=6).astype(float)
+        y = n[1] / (n[1] + 2 * n[2])
+        of = numpy.array([0, 1 - 2 * y * n[2] / n[1], 2 - 3 * y * n[3] / n[2], 3 - 4 * y * n[4] / n[3]])
+        return of if ((of[1:] > 0) & (of[1:] <= (1, 2, 3))).all() else numpy.array([0, 0.5, 1, 1.5])
+
+    def estimate() -> object:
+        removed = discounts(values)[numpy.minimum(values, 3)]
+        sums = numpy.add.reduceat(values, crow[:-1])
+        pair_probs = (values - removed) / numpy.repeat(sums, numpy.diff(crow))
+        backoff = numpy.add.reduceat(removed, crow[:-1]) / sums
+        continuations = numpy.bincount(columns, minlength=vocab_size)
+        removed = discounts(continuations)[numpy.minimum(continuations, 3)]
+        unigram = (continuations - removed + removed.sum() / vocab_size) / continuations.sum()
+        return pair_probs.astype("float32"), backoff.astype("float32"), unigram.astype("float32")
+
+    return estimate
+
+
+def numpy_smoothed_loss(model: SmoothedBigramModel, tokens: Tensor) -> Function:
+    """The pairs by numpy.unique, sought among the model's by searchsorted."""
+    import numpy
+
+    crow, columns, pair_probs, backoff, unigram = (part.numpy() for part in model._parts())
+    vocab_size = model.vocab_size
+    keys = numpy.repeat(numpy.arange(vocab_size), numpy.diff(crow)) * vocab_size + columns
     array = tokens.numpy()
-    return lambda: numpy.unique(array[:-1] * numpy.int64(vocab_size) + array[1:], return_counts=True)
 
+    def evaluate() -> float:
+        pairs, numbers = numpy.unique(array[:-1] * vocab_size + array[1:], return_counts=True)
+        places = numpy.minimum(numpy.searchsorted(keys, pairs), len(keys) - 1)
+        own = numpy.where(keys[places] == pairs, pair_probs[places], 0).astype("float64")
+        probs = own + backoff[pairs // vocab_size].astype("float64") * unigram[pairs % vocab_size]
+        return float(-(numpy.log(probs) * numbers).sum() / numbers.sum())
 
-def scipy_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
-    """Ones in COO, added up as that becomes CSR."""
-    numpy, sparse = importlib.import_module("numpy"), importlib.import_module("scipy.sparse")
-    array = tokens.numpy()
-
-    def count() -> object:
-        ones = numpy.ones(len(array) - 1, dtype=numpy.int64)
-        csr = sparse.coo_matrix((ones, (array[:-1], array[1:])), shape=(vocab_size, vocab_size)).tocsr()
-        csr.sum_duplicates()
-        return csr
-
-    return count
-
-
-def polars_count_bigrams(tokens: Tensor) -> Function:
-    """Groups of equal pairs, in no order."""
-    polars = importlib.import_module("polars")
-    array = tokens.numpy()
-    return lambda: polars.DataFrame({"row": array[:-1], "column": array[1:]}).group_by("row", "column").len()
-
-
-def counter_of_pairs(tokens: Tensor) -> Function:
-    """A dictionary: what people write."""
-    return lambda: Counter(zip(values := tokens.tolist(), values[1:], strict=False))
+    return evaluate
 
 
 def numpy_encode(text: str) -> Function:
