@@ -750,12 +750,21 @@ def evaluate(
     if known is not None and known.unknown:
         characters = ", ".join(f"{text!r} ({n:,})" for text, n in known.unknown.most_common(_UNKNOWN_SHOWN))
         print_line(f"characters that the model does not know: {characters}")
-    print_line(f"the optimum on this text: {optimal_loss(tokens):.4f}")
+    print_line(f"the optimum on this text: {_optimum(tokens, model.vocab_size):.4f}")
     if result.documents is not None:
         losses = result.documents.tolist()
         names = tokens.names if end is None else [f"document {n}" for n in range(1, len(losses) + 1)]
         for name, loss in zip(names, losses, strict=True):
             print_line(f"{name}: loss {loss:.4f}")
+
+
+def _optimum(tokens: TokenShards, vocab_size: int) -> float:
+    counts = BigramCounts(vocab_size, eot=tokens.eot)
+    try:
+        counts.update(tokens)
+    except IndexError:  # some are out of the vocabulary
+        return optimal_loss(tokens)
+    return optimal_loss(counts)
 
 
 class _Known:
