@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import stat
 import sys
 import time
@@ -373,7 +374,7 @@ def train(
         raise CommandError("the text is too short: 0 tokens")
     size = vocab_size or (data.token_range(tokens)[1] + 1 if made is None else made.vocab_size)
     if method is not None:
-        train_tokens, validation = data.split(tokens)
+        train_tokens, validation = _split(tokens)
         if held_out:
             train_tokens, validation = tokens, _Source(held_out, dtype).tokens(made, end)
         print_line(_sizes(tokens, size, len(train_tokens)))
@@ -410,6 +411,16 @@ def _model_of_size(vocab_size: int) -> BigramLanguageModel:
     except MemoryError as error:
         raise CommandError(f"{error}; --smoothing kneser-ney takes memory for the pairs that occur alone") from None
     return BigramLanguageModel(vocab_size)
+
+
+def _split(tokens: TokenShards) -> tuple[TokenShards, TokenShards]:
+    """The tokens to train on, and those to validate on: as the files are called, if any is for training; else a tenth.
+
+    A file called validation.py is not for validation, where none is for training.
+    """
+    are_named = any("train" in re.split("[^a-z]+", os.path.basename(name).lower()) for name in tokens.names)
+    train_tokens, val_tokens = data.split(tokens, None if are_named else 0.9)
+    return train_tokens, val_tokens
 
 
 def _sizes(tokens: TokenShards, vocab_size: int, num_train: int) -> str:
@@ -497,7 +508,7 @@ def _take_steps(
     schedule: dict[str, Any],
 ) -> History:
     """Trains a model by ``fit``, and saves it in the folder."""
-    train_tokens, val_tokens = (_in_one(part) for part in data.split(tokens))
+    train_tokens, val_tokens = (_in_one(part) for part in _split(tokens))
     block_size, steps = schedule["block_size"], schedule["max_steps"]
     if min(len(train_tokens), len(val_tokens)) <= block_size:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")
@@ -739,12 +750,21 @@ def evaluate(
     if known is not None and known.unknown:
         characters = ", ".join(f"{text!r} ({n:,})" for text, n in known.unknown.most_common(_UNKNOWN_SHOWN))
         print_line(f"characters that the model does not know: {characters}")
-    print_line(f"the optimum on this text: {optimal_loss(tokens):.4f}")
+    print_line(f"the optimum on this text: {_optimum(tokens, model.vocab_size):.4f}")
     if result.documents is not None:
         losses = result.documents.tolist()
         names = tokens.names if end is None else [f"document {n}" for n in range(1, len(losses) + 1)]
         for name, loss in zip(names, losses, strict=True):
             print_line(f"{name}: loss {loss:.4f}")
+
+
+def _optimum(tokens: TokenShards, vocab_size: int) -> float:
+    counts = BigramCounts(vocab_size, eot=tokens.eot)
+    try:
+        counts.update(tokens)
+    except IndexError:  # some are out of the vocabulary
+        return optimal_loss(tokens)
+    return optimal_loss(counts)
 
 
 class _Known:

@@ -43,8 +43,10 @@ _SAMPLE_STEP = 2**10  # every so many values of a run are in the sample by which
 
 # Reads a run, (2, n): n distinct values in ascending order, and how often each occurs.
 _StoredRun = Callable[[], Tensor]
-# The losses, (n) float64, of pairs, (n) and (n) int64; and which of them were never seen, where that is known.
+# The losses, (n) float64, of pairs, (n) and (n) int64; and which of them have been seen, where that is known.
 _Losses = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+_Sequences = list[tuple[str, Tensor]]  # and the names of their files
+_Report = Callable[[int], object] | None
 
 
 @dataclass(frozen=True)
@@ -128,29 +130,23 @@ def evaluate(
     if per_document and eot is None and isinstance(tokens, Tensor):
         raise ValueError("evaluate: per_document needs eot, the token that ends a document")
     sequences = _named_sequences(tokens)
-    eot = getattr(tokens, "eot", None) if eot is None else eot
-    eot = getattr(model, "eot", None) if eot is None else eot
+    for owner in (tokens, model):
+        eot = getattr(owner, "eot", None) if eot is None else eot
     num_bytes = getattr(tokens, "num_bytes", None) if num_bytes is None else num_bytes
-    counter = _ByteCounter(tokenizer, eot) if num_bytes is None and tokenizer is not None else None
+    if num_bytes is None and tokenizer is not None:
+        num_bytes = _num_bytes_of(sequences, tokenizer, eot, progress)
+        progress = None
     with evaluation_mode(model):
         tally = _Tally(model, eot, per_document)
-        for name, sequence in sequences:
-            tally.begin(name, sequence)
-            for chunk in _overlapping(sequence, _CHUNK):
-                new = tally.add(chunk)
-                if counter is not None:
-                    counter.add(new)
-                if progress is not None:
-                    progress(len(new))
-            if counter is not None:
-                counter.end_text()
-    result = tally.result(num_bytes if counter is None else counter.num_bytes)
+        if per_document or not tally.add_counted(sequences, progress):
+            tally.add_all(sequences, progress)
+    result = tally.result(num_bytes)
     for note in result.notes:
         warnings.warn(f"evaluate: {note}", stacklevel=2)
     return result
 
 
-def _named_sequences(tokens: Tensor | TokenShards) -> list[tuple[str, Tensor]]:
+def _named_sequences(tokens: Tensor | TokenShards) -> _Sequences:
     if isinstance(tokens, Tensor):
         check_tokens(tokens)
         return [("", tokens)]
@@ -184,40 +180,88 @@ class _Tally:
         self._unknown, self._impossible = _Finds(), _Finds()
         self._documents = _Documents() if per_document else None
 
-    def begin(self, name: str, sequence: Tensor) -> None:
+    def add_counted(self, sequences: _Sequences, progress: _Report) -> bool:
+        """Adds the distinct pairs of sequences, by their counts: there are far fewer of them than tokens.
+
+        Returns:
+            False, with nothing added, where something is to be told of single tokens: that they are out of the
+            vocabulary, or that they have probability 0.
+        """
+        if self._eot is not None and not 0 <= self._eot < self._vocab_size:
+            return False
+        counts = BigramCounts(self._vocab_size, eot=self._eot)
+        try:
+            for _name, sequence in sequences:
+                counts.update(sequence, progress=progress)
+        except IndexError:
+            return False
+        total, num_unseen = 0.0, None
+        for rows, columns, pair_counts in _entries(counts.to_csr(), self._device):
+            losses, is_seen = self._losses(rows, columns)
+            total += _sum(losses.mul_(pair_counts))
+            if is_seen is not None:
+                num_unseen = (num_unseen or 0) + int(pair_counts[~is_seen].sum())
+        if total == math.inf:
+            return False
+        self._total, self._num_pairs, self._num_unseen = total, counts.num_pairs, num_unseen
+        self._num_tokens = sum(len(sequence) for _name, sequence in sequences)
+        return True
+
+    def add_all(self, sequences: _Sequences, progress: _Report) -> None:
+        """Adds sequences pair by pair."""
+        for name, sequence in sequences:
+            self._begin(name, sequence)
+            for chunk in _overlapping(sequence, _CHUNK):
+                num_tokens = self._num_tokens
+                self._add(chunk)
+                if progress is not None:
+                    progress(self._num_tokens - num_tokens)
+
+    def _begin(self, name: str, sequence: Tensor) -> None:
         """What is added from here on belongs to this sequence."""
         self._place = f" of {name}" if name else ""
         self._position = 0
         if self._documents is not None and len(sequence) > 0:
             self._documents.begin(is_open=int(sequence[0]) == self._eot)
 
-    def add(self, chunk: Tensor) -> Tensor:
-        """Adds the pairs of a chunk, whose first token is the last one of the chunk before; returns the new tokens."""
+    def _add(self, chunk: Tensor) -> None:
+        """Adds the pairs of a chunk, whose first token is the last one of the chunk before."""
         tokens = chunk.to(self._device).long()
-        idx, targets = tokens[:-1], tokens[1:]
-        is_end = torch.zeros_like(idx, dtype=torch.bool) if self._eot is None else idx == self._eot
-        is_counted = ~is_end
         num_known = min(self._position, 1)
-        if len(tokens) > 0 and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            is_unknown = (tokens < 0) | (tokens >= self._vocab_size)
-            self._unknown.add(is_unknown[num_known:], lambda n: f"{tokens[num_known + n]} {self._at(num_known + n)}")
-            is_counted &= ~(is_unknown[:-1] | is_unknown[1:])
-        if not is_counted.all():
-            idx, targets = idx[is_counted], targets[is_counted]
-        losses, is_unseen = self._losses(idx, targets)
-        self._total += _sum(losses)
-        self._num_pairs += len(idx)
-        if is_unseen is not None:
-            self._num_unseen = (self._num_unseen or 0) + int(is_unseen.sum())
-        self._impossible.add(
-            losses == math.inf,
-            lambda n: f"{targets[n]} after {idx[n]} {self._at(1 + int(is_counted.nonzero()[n]))}",
-        )
+        is_counted = self._which_count(tokens, num_known)
+        if is_counted is None:
+            idx, targets = tokens[:-1], tokens[1:]
+        else:
+            idx, targets = tokens[:-1][is_counted], tokens[1:][is_counted]
+        losses, is_seen = self._losses(idx, targets)
+        total = _sum(losses)
+        if not total < math.inf:
+            places = torch.arange(len(tokens) - 1) if is_counted is None else is_counted.nonzero()[:, 0]
+            self._impossible.add(
+                losses == math.inf, lambda n: f"{targets[n]} after {idx[n]} {self._at(1 + int(places[n]))}"
+            )
+        if is_seen is not None:
+            self._num_unseen = (self._num_unseen or 0) + len(idx) - int(is_seen.sum())
         if self._documents is not None:
-            self._documents.add(is_end, is_counted, losses)
+            self._documents.add(tokens[:-1] == (-1 if self._eot is None else self._eot), is_counted, losses)
+        self._total += total
+        self._num_pairs += len(idx)
         self._num_tokens += len(tokens) - num_known
         self._position += max(len(tokens) - 1, 0)
-        return chunk[num_known:]
+
+    def _which_count(self, tokens: Tensor, num_known: int) -> Tensor | None:
+        """Which pairs of a chunk count; None: all of them."""
+        is_counted = None if self._eot is None else tokens[:-1] != self._eot
+        if len(tokens) > 0:
+            smallest, largest = tokens.aminmax()
+            if smallest < 0 or largest >= self._vocab_size:
+                is_unknown = (tokens < 0) | (tokens >= self._vocab_size)
+                self._unknown.add(
+                    is_unknown[num_known:], lambda n: f"{tokens[num_known + n]} {self._at(num_known + n)}"
+                )
+                are_known = ~(is_unknown[:-1] | is_unknown[1:])
+                is_counted = are_known if is_counted is None else is_counted & are_known
+        return is_counted
 
     def _at(self, n: int) -> str:
         return f"at position {self._position + n}{self._place}"
@@ -277,15 +321,15 @@ class _Documents:
         """A sequence begins; where it is open, its first token opens a document by itself."""
         self._size += not is_open
 
-    def add(self, is_end: Tensor, is_counted: Tensor, losses: Tensor) -> None:
-        """Adds the losses of the pairs that count; after each pair that is an end another document begins."""
+    def add(self, is_end: Tensor, is_counted: Tensor | None, losses: Tensor) -> None:
+        """Adds the losses of the pairs that count, or all; after each pair that is an end another document begins."""
         numbers = self._size - 1 + is_end.cumsum(0).cpu()
         if len(numbers) == 0:
             return
         self._size = int(numbers[-1]) + 1
         if self._size > self._sums.size(1):
             self._sums = nn.functional.pad(self._sums, (0, self._size))
-        numbers = numbers[is_counted.cpu()]
+        numbers = numbers if is_counted is None else numbers[is_counted.cpu()]
         self._sums[0].index_add_(0, numbers, losses.cpu())
         self._sums[1].index_add_(0, numbers, torch.ones_like(numbers, dtype=torch.float64))
 
@@ -293,6 +337,18 @@ class _Documents:
         """The loss of each, (D)."""
         sums, counts = self._sums[:, : self._size].unbind()
         return sums / counts
+
+
+def _num_bytes_of(sequences: _Sequences, tokenizer: Tokenizer, eot: int | None, progress: _Report) -> int | None:
+    """The bytes of the texts that tokens stand for; None where some tokens are not the tokenizer's."""
+    counter = _ByteCounter(tokenizer, eot)
+    for _name, sequence in sequences:
+        for chunk in sequence.split(_CHUNK):
+            counter.add(chunk)
+            if progress is not None:
+                progress(len(chunk))
+        counter.end_text()
+    return counter.num_bytes
 
 
 class _ByteCounter:
@@ -353,7 +409,7 @@ def _losses_under(model: nn.Module) -> _Losses:
 
 def _losses_of_probs(model: SmoothedBigramModel, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     probs, is_seen = model._probs(idx, targets)
-    return probs.log_().neg_(), ~is_seen
+    return probs.log_().neg_(), is_seen
 
 
 class _TableLosses:

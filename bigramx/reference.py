@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -140,12 +141,21 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
     """See functional.count_bigrams."""
     tokens = tokens.long()
     pairs = tokens[:-1] * vocab_size + tokens[1:]
-    if layout is torch.sparse_csr:
-        distinct, counts = pairs.unique(return_counts=True)
-        crow_indices = torch.searchsorted(distinct, torch.arange(vocab_size + 1) * vocab_size)
-        size = (vocab_size, vocab_size)
-        return torch.sparse_csr_tensor(crow_indices, distinct % vocab_size, counts, size, check_invariants=False)
+    if layout == torch.sparse_csr:
+        return _csr_of_pairs(pairs, vocab_size)
+    if layout != torch.strided:
+        raise NotImplementedError(f"count_bigrams: not implemented for layout {layout}")
     return torch.bincount(pairs, minlength=vocab_size * vocab_size).view(vocab_size, vocab_size)
+
+
+def _csr_of_pairs(pairs: Tensor, vocab_size: int) -> Tensor:
+    """Pairs, row * V + column -> (V, V) counts."""
+    distinct, counts = pairs.unique(return_counts=True)
+    borders = torch.arange(vocab_size + 1, device=pairs.device) * vocab_size
+    crow_indices, size = torch.searchsorted(distinct, borders), (vocab_size, vocab_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(crow_indices, distinct % vocab_size, counts, size, check_invariants=False)
 
 
 def interpolated_bigram(

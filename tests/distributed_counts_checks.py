@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from bigramx import BigramCounts, distributed_counts, parts, storage
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
-from bigramx.ranks import Ranks
+from bigramx.ranks import Ranks, join
 
 V, EOT = 300, 7
 CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
@@ -188,6 +188,23 @@ def in_a_process_group_that_exists(folder: Path) -> None:
     assert ended_well(outcomes), outcomes
     for k in range(2):
         assert BigramCounts.load(folder / f"out {k}") == expected
+
+
+@check
+def counts_of_more_than_32_bits(folder: Path) -> None:
+    """Of one rank; beside which the other's have to be sent in 64 bits, too."""
+    tensors = torch.tensor([0, 2, 2, 3]), torch.tensor([0, 2, 1], dtype=torch.int32)
+
+    def count(_paths: Any, _output: Any, **_options: Any) -> list[Any]:
+        with join() as ranks:
+            counts = BigramCounts._of_parts(3, None, *tensors, torch.tensor([2**40, 5, 7]) ** (1 - ranks.rank))
+            rows = distributed_counts._summed(ranks, counts, progress=lambda _fraction: None)
+            rows = distributed_counts._balanced(ranks, rows, 3)
+            return [rows.begin, *(tensor.tolist() for tensor in rows.tensors().values())]
+
+    outcomes = run_ranks(folder, 2, count=count)
+    expected = [[0, [0, 2], [0, 2], [2**40 + 1, 6]], [1, [0, 0, 1], [1], [8]]]
+    assert [outcome.returned for outcome in outcomes] == list(map(repr, expected)), outcomes
 
 
 @check
@@ -365,6 +382,7 @@ def interrupts(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Runs the checks, and writes what went wrong."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this
     distributed_counts._PIECE_BYTES = 1000  # several pieces of a shard
     distributed_counts._BLOCK_PAIRS = 500  # several blocks of an owner
     problems = {}
@@ -372,12 +390,10 @@ def main(folder: Path) -> None:
         own_folder = folder / name
         own_folder.mkdir()
         problems[name] = ""
-        begin = time.monotonic()
         try:
             function(own_folder)
         except Exception:
             problems[name] = traceback.format_exc()
-        print(name, time.monotonic() - begin, file=sys.stderr)
         (folder / "problems.json").write_text(json.dumps(problems))
 
 

@@ -747,7 +747,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "texts" / "more").mkdir(parents=True)
-    for n, name in enumerate(("a.txt", "b.md", "more/c.txt")):
+    for n, name in enumerate(("a.txt", "b.md", "more/validation.txt")):
         (folder / "texts" / name).write_text(f"{n} día 日本 \U0001f600 " + TEXT[n:] + FOREIGN, encoding="utf-8")
     command = ["train", "texts", "--bpe", "300", "--smoothing", "kneser-ney"]
     output = bigramx(*command, "--held-out", "texts/a.txt", cwd=folder)
@@ -795,7 +795,9 @@ def test_steps_with_a_bpe_and_their_resumption(corpus: Path, monkeypatch: pytest
     for name in ("plot_losses", "plot_table"):  # which take long
         monkeypatch.setattr(plots, name, lambda _what, _path: None)
     command = ["train", "texts", "--bpe", "280", "--eval-interval", "10"]
-    bigramx(*command, "--steps", "10", "--out", "part", cwd=corpus)
+    output = bigramx(*command, "--steps", "10", "--out", "part", cwd=corpus)
+    num_tokens, num_train = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", output)[:2])
+    assert num_train == int(0.9 * num_tokens)  # for all that a file is called validation.txt
     bigramx(*command, "--steps", "20", "--out", "part", "--resume", cwd=corpus)
     model = BigramLanguageModel.load(corpus / "part" / "model.safetensors")
     assert isinstance(model.tokenizer, Tokenizer)

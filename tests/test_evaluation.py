@@ -505,12 +505,11 @@ class TestEvaluate:
         assert evaluate(model, torch.tensor([0, 1, 3]), eot=3).num_bytes == 2
 
     def test_progress(self) -> None:
-        done: list[int] = []
-        evaluate(
-            BigramLanguageModel(3), shards_of(torch.zeros(10).byte(), torch.zeros(600_000).byte()), progress=done.append
-        )
-        assert sum(done) == 600_010
-        assert len(done) > 2
+        shards = shards_of(torch.zeros(10).byte(), torch.zeros(600_000).byte())
+        for per_document in (False, True):
+            done: list[int] = []
+            evaluate(BigramLanguageModel(3), shards, per_document=per_document, progress=done.append)
+            assert sum(done) == 600_010
 
     def test_bad_arguments(self) -> None:
         model = BigramLanguageModel(3)
