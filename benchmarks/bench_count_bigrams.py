@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +20,15 @@ from benchmarks.comparison import (
     Result,
     RunConfig,
     Target,
+    assert_equal,
     faster_than,
     ns_per_token,
     percent_of,
+    within,
 )
-from benchmarks.timing import rotating
-from bigramx import functional, reference
+from benchmarks.timing import Function, rotating
+from bigramx import BigramCounts, data, functional, reference
+from bigramx.shards import TokenShards
 
 
 def count(
@@ -55,6 +61,80 @@ def count(
     return comparison.run(config)
 
 
+UNIQUE, NUMPY, SCIPY = "torch.unique", "NumPy's unique", "SciPy's COO to CSR"
+IN_MEMORY = "the same, in memory"
+
+
+def count_sparse(
+    config: RunConfig,
+    num_tokens: int,
+    quick_tokens: int,
+    targets: Callable[[int], Sequence[Target]],
+    peers_of: Sequence[str] = (),
+    vocab_size: int = 50257,
+) -> Result:
+    """The pairs of a real vocabulary as a CSR tensor; peers give the pairs' numbers, or a form of their own."""
+    num_tokens = quick_tokens if config.quick else num_tokens
+    tokens = peers.chain_tokens(num_tokens, vocab_size)
+
+    def unique() -> object:
+        wide = tokens.long()
+        return (wide[:-1] * vocab_size + wide[1:]).unique(return_counts=True)
+
+    others: dict[str, Callable[[], Function]] = {
+        UNIQUE: lambda: unique,
+        NUMPY: lambda: peers.numpy_unique(tokens, vocab_size),
+        SCIPY: lambda: peers.scipy_count_bigrams(tokens, vocab_size),
+        "Polars": lambda: peers.polars_count_bigrams(tokens),
+        "Counter": lambda: peers.counter_of_pairs(tokens),
+    }
+    name = f"count_bigrams, sparse, {peers.in_powers_of_ten(num_tokens)} tokens of uint16, V={vocab_size}"
+    comparison = Comparison(name, targets(num_tokens), bytes_moved=tokens.nbytes, check=_same_counts)
+    comparison.add(OURS, lambda: functional.count_bigrams(tokens, vocab_size, torch.sparse_csr))
+    for peer in peers_of:
+        comparison.add_peer(peer, others[peer])
+    return comparison.run(config, memory=config.device.peak_resident_bytes, memory_of=(OURS, *peers_of))
+
+
+def _same_counts(actual: Any, csr: Tensor) -> None:
+    """Whether a peer's counts, in whatever form, have the sum and the number of ours, or are the same counts."""
+    values = csr.values()
+    if hasattr(actual, "indptr"):
+        assert_equal((actual.indptr, actual.indices, actual.data), (csr.crow_indices(), csr.col_indices(), values))
+    elif isinstance(actual, tuple):
+        rows = torch.repeat_interleave(torch.arange(csr.size(0)), csr.crow_indices().diff())
+        assert_equal(actual, (rows * csr.size(1) + csr.col_indices(), values))
+    else:
+        counts = list(actual.values()) if isinstance(actual, dict) else actual["len"].to_list()
+        assert sorted(counts) == values.sort()[0].tolist()
+
+
+def count_shards(config: RunConfig, num_tokens: int, quick_tokens: int, vocab_size: int = 50257) -> Result:
+    """From ten memory-mapped files, which the system has in memory as they were just written."""
+    num_tokens = quick_tokens if config.quick else num_tokens
+    in_memory = TokenShards(peers.chain_tokens(num_tokens, vocab_size).chunk(10))
+    comparison = Comparison(
+        f"count_bigrams, sparse, 10 memory-mapped shards of {peers.in_powers_of_ten(num_tokens // 10)} tokens",
+        [within(IN_MEMORY, 1.3)],
+        bytes_moved=2 * num_tokens,
+    )
+
+    def count_of(shards: TokenShards) -> BigramCounts:
+        counts = BigramCounts(vocab_size)
+        counts.update(shards)
+        return counts
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{k}.bin") for k in range(10)]
+        for path, shard in zip(paths, in_memory.shards, strict=True):
+            path.write_bytes(shard.numpy().tobytes())
+        mapped = data.read_tokens(paths, dtype=torch.uint16)
+        assert count_of(mapped) == count_of(in_memory)
+        comparison.add(OURS, lambda: count_of(mapped).num_pairs)
+        comparison.add_lower_bound(IN_MEMORY, lambda: count_of(in_memory).num_pairs)
+        return comparison.run(config, memory=config.device.peak_resident_bytes, memory_of=(OURS,))
+
+
 CASES = [
     Case(
         count,
@@ -70,6 +150,29 @@ CASES = [
         dtype=torch.uint16,
         targets=[faster_than("torch.bincount", 20), ns_per_token(2 * 10**7, 0.6)],
     ),
+    Case(
+        count_sparse,
+        num_tokens=10**6,
+        quick_tokens=10**5,
+        targets=lambda _n: [],
+        peers_of=("Counter", NUMPY, SCIPY, "Polars"),
+    ),
+    Case(
+        count_sparse,
+        num_tokens=10**7,
+        quick_tokens=2 * 10**6,
+        targets=lambda _n: [faster_than(NUMPY, 20), faster_than(SCIPY, 20), faster_than(UNIQUE, 12)],
+        peers_of=(NUMPY, SCIPY, UNIQUE, "Polars"),
+    ),
+    Case(
+        count_sparse,
+        headline="sparse counts of the pairs of 100 million tokens, V=50257",
+        num_tokens=10**8,
+        quick_tokens=10**7,
+        targets=lambda n: [faster_than(UNIQUE, 12), ns_per_token(n, 8)],
+        peers_of=(UNIQUE,),
+    ),
+    Case(count_shards, num_tokens=10**8, quick_tokens=10**7),
 ]
 
 CUDA_CASES = [

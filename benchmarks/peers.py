@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,6 +35,21 @@ def zipf_tokens(num_tokens: int, vocab_size: int = 8192) -> Tensor:
     """(N) int64 tokens of which token k is about as frequent as 1 / (k + 1): as words are, and byte pairs."""
     ranks = (torch.rand(num_tokens, dtype=torch.float64) * math.log(vocab_size + 1)).exp().long()
     return ranks.clamp_(max=vocab_size) - 1
+
+
+def chain_tokens(num_tokens: int, vocab_size: int) -> Tensor:
+    """(N) uint16 or int32 tokens of chains: token k as frequent as for ``zipf_tokens``, and pairs far from independent.
+
+    Two out of three tokens follow from the one before and a rank, which is low mostly, as the successors of a word do.
+    """
+    num_chains = 1 + num_tokens // 1000
+    chains, last = [], torch.zeros(num_chains, dtype=torch.int64)
+    for _ in range(-(-num_tokens // num_chains)):
+        mixed = (last * 1000 + zipf_tokens(num_chains, 300)) * 0x9E3779B97F4A7C1 & (1 << 53) - 1
+        bound = (mixed.double() / (1 << 53) * math.log(vocab_size + 1)).exp().long().clamp_(max=vocab_size) - 1
+        last = torch.where(torch.rand(num_chains) < 2 / 3, bound, zipf_tokens(num_chains, vocab_size))
+        chains.append(last.to(torch.uint16 if vocab_size <= 2**16 else torch.int32))
+    return torch.stack(chains, dim=1).view(-1)[:num_tokens].clone()
 
 
 def in_powers_of_ten(count: int) -> str:
@@ -162,6 +178,40 @@ def numpy_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
         return numpy.bincount(pairs, minlength=vocab_size**2).reshape(vocab_size, vocab_size)
 
     return count
+
+
+def numpy_unique(tokens: Tensor, vocab_size: int) -> Function:
+    """The numbers of the distinct pairs, ascending, and how often each occurs."""
+    import numpy
+
+    array = tokens.numpy()
+    return lambda: numpy.unique(array[:-1] * numpy.int64(vocab_size) + array[1:], return_counts=True)
+
+
+def scipy_count_bigrams(tokens: Tensor, vocab_size: int) -> Function:
+    """Ones in COO, added up as that becomes CSR."""
+    numpy, sparse = importlib.import_module("numpy"), importlib.import_module("scipy.sparse")
+    array = tokens.numpy()
+
+    def count() -> object:
+        ones = numpy.ones(len(array) - 1, dtype=numpy.int64)
+        csr = sparse.coo_matrix((ones, (array[:-1], array[1:])), shape=(vocab_size, vocab_size)).tocsr()
+        csr.sum_duplicates()
+        return csr
+
+    return count
+
+
+def polars_count_bigrams(tokens: Tensor) -> Function:
+    """Groups of equal pairs, in no order."""
+    polars = importlib.import_module("polars")
+    array = tokens.numpy()
+    return lambda: polars.DataFrame({"row": array[:-1], "column": array[1:]}).group_by("row", "column").len()
+
+
+def counter_of_pairs(tokens: Tensor) -> Function:
+    """A dictionary: what people write."""
+    return lambda: Counter(zip(values := tokens.tolist(), values[1:], strict=False))
 
 
 def numpy_encode(text: str) -> Function:

@@ -2,10 +2,11 @@
 
 from bigramx import data, functional, optim, reference
 from bigramx.counts import BigramCounts
-from bigramx.evaluation import optimal_loss
+from bigramx.evaluation import Evaluation, evaluate, optimal_loss
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.ops import build_info
+from bigramx.smoothed_model import SmoothedBigramModel
 from bigramx.tokenizer import CharTokenizer
 from bigramx.training import fit
 
@@ -15,9 +16,12 @@ __all__ = [
     "BigramCounts",
     "BigramLanguageModel",
     "CharTokenizer",
+    "Evaluation",
     "History",
+    "SmoothedBigramModel",
     "build_info",
     "data",
+    "evaluate",
     "fit",
     "functional",
     "optim",

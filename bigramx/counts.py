@@ -21,14 +21,14 @@ _KIND = "counts"
 _PARTS = ("crow_indices", "col_indices", "values")
 _INTEGERS = (torch.int32, torch.int64)
 _FEW = 2**18  # tokens that are kept until there are more
-_CHUNK = 2**24  # pairs that are counted at once
+_CHUNK = 3 * 2**23  # pairs that are counted at once
 
 
 class BigramCounts:
     """How often each token follows each other token, of a vocabulary whose table (V, V) would not fit into memory.
 
     Counts are exact, and the same for any order of the shards and any number of threads. They take some 8 to 16 bytes
-    for each distinct pair; counting takes 150 MB beside. Several threads may use one object at once.
+    for each distinct pair; counting takes 210 MB beside. Several threads may use one object at once.
 
     An error, or Ctrl-C, leaves the counts as they were before the call.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.types import FileLike
 
 from bigramx import evaluation, functional, fusion, reference
+from bigramx.counts import BigramCounts
 from bigramx.data import TokenShards, are_worth_counting, check_tokens, shards_of
 from bigramx.functional import Sampler
 from bigramx.history import PREFIX, History
@@ -54,18 +54,6 @@ def _number_in(
     if type(value) is not kind or not least <= value <= most:
         raise ValueError(f"expected {name} to be of type {kind.__name__} and between {least} and {most}")
     return value
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()``, and the mode that each module had afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class BigramLanguageModel(nn.Module):
@@ -276,7 +264,7 @@ class BigramLanguageModel(nn.Module):
             IndexError: A token is out of range.
         """
         if not self._is_plain_cross_entropy():
-            with _evaluation_mode(self):
+            with evaluation.evaluation_mode(self):
                 return self._evaluate_by_calls(tokens)
         counts = self.count_pairs(tokens)
         if counts is not None:
@@ -331,19 +319,23 @@ class BigramLanguageModel(nn.Module):
         return evaluation.count_pairs(tokens, self.vocab_size, self.device)
 
     @torch.no_grad()
-    def evaluate_counts(self, counts: Tensor) -> float:
+    def evaluate_counts(self, counts: Tensor | BigramCounts) -> float:
         """What ``evaluate`` gives for tokens with these pair counts, (V, V), in float64. NaN for no pairs.
+
+        Args:
+            counts: (V, V), dense or sparse (CSR or COO), or BigramCounts.
 
         Raises:
             RuntimeError: ``counts`` is not (V, V), or lies on another device than the table.
         """
+        counts = counts.to_csr() if isinstance(counts, BigramCounts) else counts
         if counts.shape != (self.vocab_size, self.vocab_size):
             raise RuntimeError(f"expected counts to be (V, V) with V = {self.vocab_size}, got {tuple(counts.shape)}")
         weight = self.token_embedding_table.weight
         if fusion.any_dtensor(weight):
             from bigramx import distributed
 
-            return distributed.loss_of_counts(weight, counts)
+            return distributed.loss_of_counts(weight, counts.to_dense())
         return evaluation.loss_of_counts(weight, counts)
 
     @classmethod

@@ -85,6 +85,8 @@ embedding_cross_entropy = _op("embedding_cross_entropy")
 fit_ = _op("fit_")
 generate = _op("generate")
 get_batch = _op("get_batch")
+interpolated_bigram = _op("interpolated_bigram")
+interpolated_bigram_generate = _op("interpolated_bigram_generate")
 multinomial = _op("multinomial")
 Alphabet = _C.Alphabet
 PairCounter = _C.PairCounter
@@ -231,6 +233,42 @@ def _(
 def _(tokens: Tensor, vocab_size: int) -> Tensor:
     _check_dims("count_bigrams", "tokens", tokens, 1)
     return tokens.new_empty((vocab_size, vocab_size), dtype=torch.int64)
+
+
+@_fake("interpolated_bigram")
+def _(
+    idx: Tensor,
+    targets: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pair_probs: Tensor,
+    backoff: Tensor,
+    unigram: Tensor,
+) -> tuple[Tensor, Tensor]:
+    _check_same_device("interpolated_bigram", idx=idx, targets=targets, pair_probs=pair_probs, unigram=unigram)
+    return idx.new_empty(idx.shape, dtype=torch.float64), idx.new_empty(idx.shape, dtype=torch.bool)
+
+
+@_fake("interpolated_bigram_generate")
+def _(
+    idx: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pair_probs: Tensor,
+    backoff: Tensor,
+    unigram: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    _check_same_device("interpolated_bigram_generate", idx=idx, pair_probs=pair_probs, unigram=unigram)
+    _check_dims("generate", "idx", idx, 2)
+    length = library.get_ctx().new_dynamic_size(min=0) if stop else idx.shape[1] + max_new_tokens
+    return idx.new_empty((idx.shape[0], length), dtype=torch.int64)
 
 
 @_fake("adamw_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -140,12 +141,172 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
     """See functional.count_bigrams."""
     tokens = tokens.long()
     pairs = tokens[:-1] * vocab_size + tokens[1:]
-    if layout is torch.sparse_csr:
-        distinct, counts = pairs.unique(return_counts=True)
-        crow_indices = torch.searchsorted(distinct, torch.arange(vocab_size + 1) * vocab_size)
-        size = (vocab_size, vocab_size)
-        return torch.sparse_csr_tensor(crow_indices, distinct % vocab_size, counts, size, check_invariants=False)
+    if layout == torch.sparse_csr:
+        return _csr_of_pairs(pairs, vocab_size)
+    if layout != torch.strided:
+        raise NotImplementedError(f"count_bigrams: not implemented for layout {layout}")
     return torch.bincount(pairs, minlength=vocab_size * vocab_size).view(vocab_size, vocab_size)
+
+
+def _csr_of_pairs(pairs: Tensor, vocab_size: int) -> Tensor:
+    """Pairs, row * V + column -> (V, V) counts."""
+    distinct, counts = pairs.unique(return_counts=True)
+    borders = torch.arange(vocab_size + 1, device=pairs.device) * vocab_size
+    crow_indices, size = torch.searchsorted(distinct, borders), (vocab_size, vocab_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(crow_indices, distinct % vocab_size, counts, size, check_invariants=False)
+
+
+def interpolated_bigram(
+    idx: Tensor,
+    targets: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pair_probs: Tensor,
+    backoff: Tensor,
+    unigram: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See functional.interpolated_bigram; takes 16 bytes of memory for each of the nnz pairs."""
+    rows, columns = idx.long(), targets.long()
+    vocab_size = len(unigram)
+    all_rows = torch.arange(vocab_size, device=idx.device).repeat_interleave(crow_indices.diff())
+    # With one pair more, beyond all others, for the search to end at.
+    keys = F.pad(all_rows * vocab_size + col_indices, (0, 1), value=vocab_size**2)
+    wanted = rows * vocab_size + columns
+    places = torch.searchsorted(keys, wanted)
+    is_seen = keys[places] == wanted
+    own = F.pad(pair_probs, (0, 1))[places].double().where(is_seen, 0)
+    return own + backoff[rows].double() * unigram[columns].double(), is_seen
+
+
+def interpolated_bigram_rows(
+    idx: Tensor, crow_indices: Tensor, col_indices: Tensor, pair_probs: Tensor, backoff: Tensor, unigram: Tensor
+) -> Tensor:
+    """See functional.interpolated_bigram_rows."""
+    rows = idx.reshape(-1).long()
+    probs = backoff[rows, None] * unigram
+    begins, sizes = crow_indices[rows], crow_indices.diff()[rows]
+    of_row = torch.arange(len(rows), device=idx.device).repeat_interleave(sizes)
+    ends = sizes.cumsum(0)
+    places = torch.arange(len(of_row), device=idx.device) + (begins - ends + sizes)[of_row]
+    probs.index_put_((of_row, col_indices[places].long()), pair_probs[places], accumulate=True)
+    return probs.view(*idx.shape, len(unigram))
+
+
+def interpolated_bigram_generate(
+    idx: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    pair_probs: Tensor,
+    backoff: Tensor,
+    unigram: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """See functional.interpolated_bigram_generate; sorts a row of V weights at each step where there are filters."""
+    parts = (crow_indices, col_indices, pair_probs.double(), backoff.double(), unigram.double())
+    seed = _draw_seed(generator) if temperature > 0 and idx.size(0) > 0 and max_new_tokens > 0 else 0
+    rows = _InterpolatedRows(*parts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    stops = set(_stop_tokens(stop))
+    sequences: list[list[int]] = idx.tolist()
+    for t in range(max_new_tokens):
+        stopped = [t > 0 and tokens[-1] in stops for tokens in sequences]
+        if stops and all(stopped):
+            break
+        for b, tokens in enumerate(sequences):
+            tokens.append(tokens[-1] if stopped[b] else rows.draw(tokens[-1], seed, b, t))
+    return torch.tensor(sequences, dtype=torch.int64, device=idx.device).view(idx.size(0), -1)
+
+
+class _InterpolatedRows:
+    """What csrc/cpu/interpolated_bigram_rows.h prepares, anew for each draw."""
+
+    def __init__(
+        self,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        pair_probs: Tensor,
+        backoff: Tensor,
+        unigram: Tensor,
+        *,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+    ) -> None:
+        self.crow_indices, self.col_indices = crow_indices.tolist(), col_indices.long()
+        self.pair_probs, self.backoff, self.unigram = pair_probs, backoff, unigram
+        self.exponent = 1 / temperature if temperature > 0 else 1.0
+        self.is_argmax = temperature == 0
+        self.top_k = 1 if self.is_argmax else min(top_k or len(unigram), len(unigram))
+        self.top_p, self.min_p = 1.0 if top_p is None else top_p, min_p or 0.0
+        self.largest = unigram.amax()
+        self.weights = (unigram / self.largest) ** self.exponent
+        self.order = unigram.argsort(descending=True, stable=True)
+        self.ranks = torch.empty_like(self.order).index_copy_(0, self.order, torch.arange(len(unigram)))
+        integers = weights_of_probs(self.weights[self.order])
+        self.cdf = fixed_point_cdf(integers)
+        total = sum(integers.tolist())
+        self.unit = 2.0 ** (max(total.bit_length() - 63, 0) - 54)
+
+    def draw(self, last: int, seed: int, sequence: int, step: int) -> int:
+        tokens, weights, unigram_weight, count = self.row(last)
+        all_weights = weights_of_probs(torch.cat((weights, unigram_weight[None])))
+        of_sequence = torch.tensor([sequence])
+        place = int(tokens_of_draws(all_weights, draws(seed, of_sequence, step)))
+        if place < len(tokens):
+            return int(tokens[place])
+        other = of_sequence | 2**62
+        r = philox(seed, other, 4 * step) >> 1 << 32 | philox(seed, other, 4 * step + 1)
+        target = share_of_total(r, self.cdf[count - 1])
+        return int(self.order[torch.searchsorted(self.cdf, target, right=True)])
+
+    def row(self, last: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The tokens with weights of their own, these, that of the unigram, and how many tokens it draws from."""
+        begin, end = self.crow_indices[last], self.crow_indices[last + 1]
+        tokens, own, backoff = self.col_indices[begin:end], self.pair_probs[begin:end], self.backoff[last]
+        whole = own + backoff * self.unigram[tokens]
+        largest = torch.cat((whole, backoff * self.largest[None])).amax()
+        scaled_backoff = (backoff * self.largest / largest) ** self.exponent
+        weights = scaled_backoff * self.weights
+        powers = (whole / largest) ** self.exponent
+        own = own / largest if self.exponent == 1 else (powers - weights[tokens]).clamp(min=0)
+        count = len(self.unigram)
+        total = sum(own.tolist()) + scaled_backoff * self.unigram_sum(count)
+        if self.top_k == count and self.top_p == 1 and self.min_p == 0:
+            return tokens, own, scaled_backoff * self.unigram_sum(count), count
+        is_unseen = torch.ones(count, dtype=torch.bool).index_fill_(0, tokens, False)
+        weights[tokens] = powers
+        is_kept = self.keep(weights, total)
+        count = int((self.ranks[is_kept & is_unseen] + 1).amax()) if bool((is_kept & is_unseen).any()) else 0
+        of_unigram = torch.where(self.ranks[tokens] < count, scaled_backoff * self.weights[tokens], 0)
+        own = (powers - of_unigram).clamp(min=0)
+        return tokens[is_kept[tokens]], own[is_kept[tokens]], scaled_backoff * self.unigram_sum(count), count
+
+    def unigram_sum(self, count: int) -> Tensor:
+        return self.cdf[count - 1].double() * self.unit if count > 0 else torch.zeros((), dtype=torch.float64)
+
+    def keep(self, weights: Tensor, total: Tensor) -> Tensor:
+        """Which tokens the filters keep."""
+        by_weight, order = weights.sort(descending=True, stable=True)
+        kept = torch.ones_like(order, dtype=torch.bool)
+        if self.is_argmax:
+            kept[1:] = False
+        elif self.top_k < len(weights):
+            kept = by_weight >= by_weight[self.top_k - 1]
+            total = by_weight[kept].cumsum(0)[-1]
+        before = F.pad(by_weight.cumsum(0), (1, 0))[:-1]
+        if self.top_p < 1:
+            kept &= before < self.top_p * total
+        kept &= by_weight >= self.min_p * by_weight[0]
+        return torch.zeros_like(kept).index_copy_(0, order, kept)
 
 
 def filter_logits(

@@ -398,6 +398,10 @@ def _write_safetensors(file: IO[bytes], tensors: dict[str, Tensor], metadata: di
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
+    if len(header) > _MOST_HEADER:
+        raise ValueError(
+            f"expected metadata of {_MOST_HEADER:,} bytes at most, the format's limit, got {len(header):,}"
+        )
     file.write(len(header).to_bytes(8, "little") + header)
     for _name, tensor in ordered:
         file.write(_bytes_of(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import sys
@@ -53,6 +54,7 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 _FORMAT = "bigramx.CharTokenizer"
+_MOST_TRAINED = 2**24
 
 
 class CharTokenizer(Serialized):
@@ -288,7 +290,9 @@ def _read_any(content: bytes, pattern: str | None, special_tokens: Mapping[str, 
         if pattern is None:
             raise ValueError("a .tiktoken file lacks the pattern that cuts a text into words: expected pattern=")
         return TiktokenTokenizer.of_parts(pattern, parse_ranks(content), special_tokens)
-    return SentencePieceTokenizer(content)
+    if content.startswith(b"\n"):  # the tag of the first piece
+        return SentencePieceTokenizer(content)
+    raise ValueError("not a tokenizer: no JSON, no .model of SentencePiece or minbpe, no .tiktoken file")
 
 
 def train_bpe(
@@ -301,6 +305,8 @@ def train_bpe(
 ) -> HFTokenizer:
     """Trains a byte-level BPE, as GPT-2's, by the library ``tokenizers``: the same for the same texts.
 
+    While the library merges, which it does in its own threads, Ctrl-C waits for it.
+
     Args:
         texts: Texts, as str, and files of UTF-8 text, as ``pathlib.Path``; one, or several, which are read once.
         vocab_size: How many tokens: the special ones, the 256 bytes, and the merges.
@@ -312,14 +318,19 @@ def train_bpe(
         The tokenizer. Its ``vocab_size`` is smaller than asked, with a warning, where the texts have fewer merges.
 
     Raises:
-        ValueError: ``vocab_size`` is too small for the bytes and the special tokens; a text is no Unicode.
+        ValueError: ``vocab_size`` is too small for the bytes and the special tokens, or larger than 2^24; a special
+            token is empty, or occurs twice; a text has a lone surrogate.
         OSError: A file cannot be read.
         ImportError: ``tokenizers`` is not installed.
     """
     library = import_library("tokenizers", "tokenizers")
-    least = 256 + len(special_tokens)
+    vocab_size, least = operator.index(vocab_size), 256 + len(special_tokens)
     if vocab_size < least:
         raise ValueError(f"expected vocab_size >= {least}, for the bytes and the special tokens, got {vocab_size}")
+    if vocab_size > _MOST_TRAINED:  # the library allocates memory for all of them
+        raise ValueError(f"expected vocab_size <= {_MOST_TRAINED:,}, got {vocab_size}")
+    if isinstance(special_tokens, str) or "" in special_tokens or len(set(special_tokens)) < len(special_tokens):
+        raise ValueError(f"expected special_tokens to be distinct texts, none of them empty, got {special_tokens!r}")
     words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = words, library.decoders.ByteLevel()
@@ -343,7 +354,7 @@ def train_bpe(
 def _pieces_to_train_on(
     texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], special_tokens: Sequence[str]
 ) -> Iterator[str]:
-    from bigramx import data  # which imports much
+    from bigramx import data  # which reads texts by tokenizers
 
     for text in [texts] if isinstance(texts, (str, os.PathLike)) else texts:
         content = text if isinstance(text, str) else data.read_text(text)

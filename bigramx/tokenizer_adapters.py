@@ -130,8 +130,10 @@ class HFTokenizer(Serialized):
         """By the kind of the decoder; of one that is unknown all text comes at the end."""
         ids = functools.partial(ids_of, vocab_size=self.vocab_size)
         decoder = self._pipeline["decoder"]
-        if decoder is not None and decoder["type"] == "ByteLevel":
-            return ByteStream(lambda tokens: b"".join(map(self._bytes_of, ids(tokens))))
+        kinds = [step["type"] for step in _steps_of(decoder)]
+        if kinds[:1] == ["ByteLevel"] and set(kinds[1:]) <= {"Fuse"}:
+            bytes_of = functools.cache(self._bytes_of)
+            return ByteStream(lambda tokens: b"".join(map(bytes_of, ids(tokens))))
         return ContextStream(ids, self._decode, _settled_by(decoder, self._is_byte))
 
     def _bytes_of(self, token: int) -> bytes:
@@ -248,11 +250,18 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
+def _steps_of(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return steps
+
+
 def _settled_by(decoder: dict[str, Any] | None, is_byte: Callable[[int], bool]) -> Callable[[list[int]], int]:
     """How many of the first tokens decode to the same text whatever follows, by the decoder of a tokenizer.json."""
     if decoder is None:  # tokens with spaces between
         return len
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    steps = _steps_of(decoder)
     kinds = [step["type"] for step in steps]
     end = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
     after = steps[end + 1 :]
@@ -437,6 +446,7 @@ class TiktokenTokenizer(_ByteTokenizer):
             raise not_known(encoding)
         self._encoding = encoding
         self._ranks, self._special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+        check_text(encoding.name)
         _check_ranks(self._ranks)
         check_special_tokens(self._special_tokens, self._ranks.values())
         self._bytes = {rank: piece for piece, rank in self._ranks.items()}
@@ -547,6 +557,7 @@ class MinBPETokenizer(_ByteTokenizer):
     def __init__(
         self, merges: Sequence[tuple[int, int]], pattern: str = "", special_tokens: Mapping[str, int] | None = None
     ) -> None:
+        check_text(pattern)
         self._pattern, self._special_tokens = pattern, dict(special_tokens or {})
         self._merges = {(left, right): 256 + k for k, (left, right) in enumerate(merges)}
         lengths = [1] * 256

@@ -17,6 +17,7 @@
 #include "fit.h"
 #include "generate.h"
 #include "get_batch.h"
+#include "interpolated_bigram.h"
 #include "multinomial.h"
 #include "tokenizer.h"
 
@@ -58,6 +59,20 @@ TORCH_LIBRARY(bigramx, m) {
 
     // (N) tokens -> (V, V) int64: how often token j follows token i.
     m.def("count_bigrams(Tensor tokens, int vocab_size) -> Tensor");
+
+    // p(targets | idx), float64, and whether these pairs were seen, in the shape of idx, by
+    // pair_probs[i, j] + backoff[i] * unigram[j]: CSR, (V), (V).
+    m.def(
+        "interpolated_bigram(Tensor idx, Tensor targets, Tensor crow_indices, Tensor col_indices, "
+        "Tensor pair_probs, Tensor backoff, Tensor unigram) -> (Tensor probs, Tensor is_seen)");
+
+    // As generate, from these probabilities, by the sampler "philox".
+    m.def(
+        "interpolated_bigram_generate(Tensor idx, Tensor crow_indices, Tensor col_indices, "
+        "Tensor pair_probs, Tensor backoff, Tensor unigram, int max_new_tokens, float temperature=1.0, "
+        "int? top_k=None, float? top_p=None, float? min_p=None, int[] stop=[], Generator? generator=None) "
+        "-> Tensor",
+        {at::Tag::nondeterministic_seeded});
 
     // (N) tokens -> idx, targets (B, T) int64, drawn as in the lecture's get_batch.
     m.def(
@@ -108,6 +123,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     DirectOp<decltype(fit)>::define(m, "bigramx", kFit);
     DirectOp<decltype(generate)>::define(m, "bigramx", kGenerate);
     DirectOp<decltype(get_batch)>::define(m, "bigramx", kGetBatch);
+    DirectOp<decltype(interpolated_bigram)>::define(m, "bigramx", kInterpolatedBigram);
+    DirectOp<decltype(interpolated_bigram_generate)>::define(m, "bigramx", kInterpolatedBigramGenerate);
     DirectOp<decltype(multinomial)>::define(m, "bigramx", kMultinomial);
     py::class_<Alphabet>(m, "Alphabet")
         .def(py::init<py::handle>())

@@ -70,22 +70,40 @@ StopTokens stop_tokens(std::optional<int64_t> stop, at::IntArrayRef more_stop, i
 }
 
 // Without the filters that keep all tokens of any row.
-GenerateParams drop_idle_filters(GenerateParams params) {
-    if (params.top_k.value_or(0) >= params.weight.size(0)) params.top_k.reset();
+GenerateParams drop_idle_filters(GenerateParams params, int64_t vocab_size) {
+    if (params.top_k.value_or(0) >= vocab_size) params.top_k.reset();
     if (params.top_p == 1) params.top_p.reset();
     if (params.min_p == 0) params.min_p.reset();
     return params;
 }
 
-void check_idx(const at::Tensor& idx, const at::Tensor& weight) {
+void check_idx(const at::Tensor& idx) {
     check_dtype(kGenerate, "idx", idx, {at::kLong, at::kInt});
-    check_same_device(kGenerate, "idx", idx, "weight", weight);
     TORCH_CHECK(idx.dim() == 2, kGenerate, ": expected idx to be 2-D, (B, T), got shape ", idx.sizes());
     TORCH_CHECK_INDEX(idx.size(1) > 0 || idx.size(0) == 0, kGenerate,
                       ": expected idx to hold at least one token a sequence, got shape ", idx.sizes());
 }
 
 }  // namespace
+
+at::Tensor generate_by(const FillTokens& fill, GenerateParams params, const at::Tensor& idx,
+                       int64_t vocab_size, int64_t max_new_tokens, std::optional<int64_t> stop,
+                       at::IntArrayRef more_stop) {
+    check_idx(idx);
+    const int64_t batch_size = idx.size(0);
+    params.prompt_length = idx.size(1);
+    check_options(params);
+    params.stop = stop_tokens(stop, more_stop, vocab_size);
+    TORCH_CHECK_VALUE(max_new_tokens >= 0, kGenerate, ": expected max_new_tokens >= 0, got ", max_new_tokens);
+    const int64_t length = checked_sum(kGenerate, "T + max_new_tokens", params.prompt_length, max_new_tokens);
+    checked_product(kGenerate, "B * (T + max_new_tokens)", batch_size, length);
+    const at::Tensor tokens = at::empty({batch_size, length}, idx.options().dtype(at::kLong));
+    BIGRAMX_DISPATCH_DEVICE(idx, copy_prompt, contiguous_int64(idx), vocab_size, tokens);
+    int64_t num_steps = params.stop.any() ? 0 : max_new_tokens;
+    if (batch_size > 0 && max_new_tokens > 0) num_steps = fill(drop_idle_filters(params, vocab_size), tokens);
+    if (num_steps == max_new_tokens) return tokens;
+    return tokens.narrow(1, 0, params.prompt_length + num_steps).clone(at::MemoryFormat::Contiguous);
+}
 
 at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,
                     double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
@@ -98,22 +116,12 @@ at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max
     const Sampler chosen = choose_sampler(kGenerate, sampler, /*on_gpu=*/uses_cuda_kernels(weight));
     check_square(kGenerate, "weight", weight);
     check_floating(kGenerate, "weight", weight);
-    check_idx(idx, weight);
-    const int64_t batch_size = idx.size(0), prompt_length = idx.size(1);
-    GenerateParams params{weight, prompt_length, temperature, top_k, top_p, min_p, {}, chosen, generator};
-    check_options(params);
-    params.stop = stop_tokens(stop, more_stop, weight.size(0));
-    TORCH_CHECK_VALUE(max_new_tokens >= 0, kGenerate, ": expected max_new_tokens >= 0, got ", max_new_tokens);
-    const int64_t length = checked_sum(kGenerate, "T + max_new_tokens", prompt_length, max_new_tokens);
-    checked_product(kGenerate, "B * (T + max_new_tokens)", batch_size, length);
-    const at::Tensor tokens = at::empty({batch_size, length}, idx.options().dtype(at::kLong));
-    BIGRAMX_DISPATCH_DEVICE(weight, copy_prompt, contiguous_int64(idx), weight.size(0), tokens);
-    int64_t num_steps = params.stop.any() ? 0 : max_new_tokens;
-    if (batch_size > 0 && max_new_tokens > 0) {
-        num_steps = BIGRAMX_DISPATCH_DEVICE(weight, generate, drop_idle_filters(params), tokens);
-    }
-    if (num_steps == max_new_tokens) return tokens;
-    return tokens.narrow(1, 0, prompt_length + num_steps).clone(at::MemoryFormat::Contiguous);
+    check_same_device(kGenerate, "idx", idx, "weight", weight);
+    const auto fill = [](const GenerateParams& params, const at::Tensor& tokens) {
+        return BIGRAMX_DISPATCH_DEVICE(params.weight, generate, params, tokens);
+    };
+    const GenerateParams params{weight, 0, temperature, top_k, top_p, min_p, {}, chosen, generator};
+    return generate_by(fill, params, idx, weight.size(0), max_new_tokens, stop, more_stop);
 }
 
 BIGRAMX_REGISTER(kGenerate, &generate)

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -60,6 +61,15 @@ void copy_prompt_cuda(const at::Tensor& idx, int64_t vocab_size, const at::Tenso
 // the last are filled with it.
 int64_t generate_cpu(const GenerateParams& params, const at::Tensor& tokens);
 int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens);
+
+// One of the two, or that of an op that generates from something else than a table.
+using FillTokens = std::function<int64_t(const GenerateParams& params, const at::Tensor& tokens)>;
+
+// What ops that generate have in common: checks all but the weight, and lets `fill` continue the prompts idx.
+// It is given no filters that keep all tokens of any row.
+at::Tensor generate_by(const FillTokens& fill, GenerateParams params, const at::Tensor& idx,
+                       int64_t vocab_size, int64_t max_new_tokens, std::optional<int64_t> stop,
+                       at::IntArrayRef more_stop);
 
 // The op.
 at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,

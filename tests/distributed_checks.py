@@ -359,7 +359,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"top_p": 0.7, "min_p": 0.05},
     {"stop": 2},
-    {"sampler": "philox", "top_k": 4, "stop": 2},
+    {"sampler": "philox", "top_k": 4, "stop": [2, 3]},
 ]
 
 

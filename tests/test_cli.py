@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
+import pickle
 import pty
 import re
 import select
@@ -21,12 +23,25 @@ from typing import Any
 import pytest
 import torch
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, __version__
+from bigramx import (
+    BigramCounts,
+    BigramLanguageModel,
+    CharTokenizer,
+    History,
+    SmoothedBigramModel,
+    __version__,
+    data,
+    evaluate,
+    functional,
+    optimal_loss,
+)
 from bigramx.__main__ import main
+from bigramx.tokenizer import Tokenizer
 from tests import processes
 
 pytest.importorskip("typer")
 cli = pytest.importorskip("bigramx.cli")
+console = pytest.importorskip("bigramx.console")
 plots = pytest.importorskip("bigramx.plots")
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
@@ -348,14 +363,17 @@ def run(*arguments):
 
 run("train", "text.txt", "--steps", "20", "--eval-interval", "20", "--out", OUT)
 run("generate", f"{OUT}/model.safetensors", "--seed", "1", "-n", "20")
+run("count", "tokens.bin", "--out", f"{OUT}/counts.safetensors")
 run("generate", OUT + "\\x1b")
 os.mkdir("full")
 os.mkdir("fixed")
 if mounted("-t", "tmpfs", "-o", "size=8k", "tmpfs", "full") and mounted("--bind", "fixed", "fixed"):
     run("train", "text.txt", "--out", "full")
+    run("count", "tokens.bin", "--out", "full/counts.safetensors")
     if mounted("-o", "remount,bind,ro", "fixed"):
         os.chdir("fixed")
         run("train", "../text.txt")
+        run("count", "../tokens.bin")
         run("generate", f"../{OUT}/model.safetensors", "--seed", "1", "-n", "20")
 """
 
@@ -363,6 +381,7 @@ if mounted("-t", "tmpfs", "-o", "size=8k", "tmpfs", "full") and mounted("--bind"
 def test_harsh_places(tmp_path: Path, terminal: Terminal) -> None:
     """A dumb terminal, the C locale, no home, a full disk, a folder that cannot be written to."""
     (tmp_path / "text.txt").write_text(FOREIGN + "\x1b[31m", encoding="utf-8", newline="")
+    write_bin(tmp_path / "tokens.bin", torch.arange(3000))
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HOME": "/none"}
     env |= {"TERM": "dumb", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", IN_A_HARSH_PLACE]
@@ -378,14 +397,18 @@ def test_harsh_places(tmp_path: Path, terminal: Terminal) -> None:
     assert "\x1b" not in shown
     assert "step 20: train loss" in shown
     assert "wrote ???/table.png" in shown
-    expected = ["-> 0", r"bigramx: \[Errno 2\] No such file or directory: '.*x1b'", "-> 1"]
+    assert "wrote ???/counts.safetensors" in shown
+    expected = ["-> 0", "-> 0", r"bigramx: \[Errno 2\] No such file or directory: '.*x1b'", "-> 1"]
     if may_mount and "Errno 28" in errors:
         expected += [
             r"bigramx: \[Errno 28\] [\d,]+ bytes to write, [\d,]+ bytes free: 'full/model.safetensors'",
             "-> 1",
+            r"bigramx: \[Errno 28\] [^\n]*: 'full/counts.safetensors'",
+            "-> 1",
         ]
     if may_mount and "Errno 30" in errors:
-        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'runs'", "-> 1", "-> 0"]
+        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'runs'", "-> 1"]
+        expected += [r"bigramx: \[Errno 30\] Read-only file system: 'counts.safetensors'", "-> 1", "-> 0"]
     assert re.fullmatch("".join(f"{line}\n" for line in expected), rest), errors
 
 
@@ -620,3 +643,291 @@ def test_without_typer(tmp_path: Path) -> None:
     result = processes.run([sys.executable, "-c", script])
     assert result.returncode == 1
     assert result.stderr == "bigramx: the command line needs typer; type: pip install typer rich matplotlib\n"
+
+
+# ------------------------------------------------------------------------------- real vocabularies, shards, smoothing
+
+
+def write_bin(path: Path, tokens: torch.Tensor) -> None:
+    path.write_bytes(tokens.to(torch.uint16).numpy().tobytes())
+
+
+def chain(vocab_size: int, num_tokens: int) -> torch.Tensor:
+    """Tokens of which each has few that follow it."""
+    steps = torch.randint(1, 5, (num_tokens,)) ** 2
+    return steps.cumsum(0) % vocab_size
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards to train on and one to validate on, of 300 tokens of which 0 ends documents."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("shards")
+    for name in ("train_0", "train_1", "val_0"):
+        write_bin(folder / f"{name}.bin", chain(300, 4000))
+    return folder
+
+
+def test_count_train_evaluate_and_generate_from_shards(shards: Path, tmp_path: Path) -> None:
+    output = bigramx("count", f"{shards}/train_*.bin", "-o", "counts.safetensors", cwd=tmp_path)
+    counts, expected = BigramCounts.load(tmp_path / "counts.safetensors"), BigramCounts(300)
+    expected.update(data.read_tokens(f"{shards}/train_*.bin"))
+    assert counts == expected
+    assert output.startswith(f"7,998 pairs, {expected.num_distinct:,} of them distinct, of a vocabulary of 300\n")
+    assert output.endswith("wrote counts.safetensors\n")
+    output = bigramx("train", "--from-counts", "counts.safetensors", "--held-out", f"{shards}/val_0.bin", cwd=tmp_path)
+    assert "kneser-ney on held-out tokens\n3,999 pairs: loss " in output
+    model = SmoothedBigramModel.load(tmp_path / "runs" / "model.safetensors")
+    assert model.method == "kneser-ney"
+    assert torch.equal(model.pair_probs, SmoothedBigramModel.from_counts(expected).pair_probs)
+    result = evaluate(model, data.read_bin(shards / "val_0.bin"))
+    line = f"3,999 pairs: loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.3f}\n"
+    assert line in output
+    output = bigramx("evaluate", "runs/model.safetensors", f"{shards}/val*", cwd=tmp_path)
+    assert output.startswith(f"{line}{result.num_unseen_pairs:,} of the pairs, ")
+    assert f"the optimum on this text: {optimal_loss(data.read_bin(shards / 'val_0.bin')):.4f}\n" in output
+    command = ["generate", "-n", "40", "--seed", "3", "--tokens-only"]
+    written = bigramx(*command, "--prompt", "7 9", "--stop", "5", "--stop", "6", cwd=tmp_path)
+    numbers = [int(word) for word in written.split()]
+    assert numbers[:2] == [7, 9]
+    assert not {5, 6} & set(numbers[2:-1])
+    assert bigramx(*command, "--prompt", "7 9", "--stop", "5", "--stop", "6", cwd=tmp_path) == written
+    message = "bigramx: expected numbers of tokens, got 'a b'\n"
+    assert bigramx(*command, "--prompt", "a b", cwd=tmp_path, code=1) == message
+
+
+def test_methods_of_smoothing(shards: Path, tmp_path: Path) -> None:
+    losses = []
+    for method in ("kneser-ney", "witten-bell", "absolute-discounting", "jelinek-mercer", "add-k"):
+        output = bigramx("train", str(shards), "--smoothing", method, "--sample", "0", cwd=tmp_path)
+        assert output.startswith("12,000 tokens, a vocabulary of 300; the first 8,000 to train on\n")  # val_0 is not
+        assert SmoothedBigramModel.load(tmp_path / "runs" / "model.safetensors").method == method
+        losses.append(re.search(r"3,999 pairs: loss ([\d.]+) nats", output)[1])  # type: ignore[index]
+    assert len(set(losses)) == 5
+
+
+def test_ends_of_documents(shards: Path, tmp_path: Path) -> None:
+    tokens = data.read_bin(shards / "val_0.bin")
+    bigramx("count", f"{shards}/val_0.bin", "--eot", "0", "--vocab-size", "300", cwd=tmp_path)
+    counts = BigramCounts(300, eot=0)
+    counts.update(tokens)
+    assert BigramCounts.load(tmp_path / "counts.safetensors") == counts
+    bigramx("train", "--from-counts", "counts.safetensors", cwd=tmp_path)
+    model = SmoothedBigramModel.load(tmp_path / "runs" / "model.safetensors")
+    result = evaluate(model, tokens, eot=0, per_document=True)
+    output = bigramx(
+        "evaluate", "runs/model.safetensors", f"{shards}/val_0.bin", "--eot", "0", "--per-document", cwd=tmp_path
+    )
+    assert output.startswith(f"{counts.num_pairs:,} pairs: loss {result.loss:.4f} nats")
+    assert result.documents is not None
+    assert output.endswith(f"document {len(result.documents)}: loss {result.documents[-1]:.4f}\n")
+    assert f"the optimum on this text: {optimal_loss(counts):.4f}\n" in output
+
+
+def test_a_folder_of_nanogpt(tmp_path: Path) -> None:
+    """With its vocabulary, which is a pickle; val.bin is for validation."""
+    characters = "\n abcdefghij"
+    tokens = {"train": torch.randint(len(characters), (500,)), "val": torch.randint(len(characters), (70,))}
+    for name, values in tokens.items():
+        write_bin(tmp_path / f"{name}.bin", values)
+    stoi = {character: token for token, character in enumerate(characters)}
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": stoi}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    output = bigramx("train", ".", "--steps", "4", "--eval-interval", "4", cwd=tmp_path)
+    assert output.startswith("570 tokens, a vocabulary of 12; the first 500 to train on\n")
+    model = BigramLanguageModel.load(tmp_path / "runs" / "model.safetensors")
+    assert model.tokenizer == CharTokenizer(characters)
+    assert f"val loss {model.evaluate(tokens['val']):.4f}" in output
+    assert "70 tokens" not in bigramx("generate", "-n", "5", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts, of characters of several bytes, and a model of a BPE that was trained on them."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "texts" / "more").mkdir(parents=True)
+    for n, name in enumerate(("a.txt", "b.md", "more/validation.txt")):
+        (folder / "texts" / name).write_text(f"{n} día 日本 \U0001f600 " + TEXT[n:] + FOREIGN, encoding="utf-8")
+    command = ["train", "texts", "--bpe", "300", "--smoothing", "kneser-ney"]
+    output = bigramx(*command, "--held-out", "texts/a.txt", cwd=folder)
+    assert "tokens, a vocabulary of 300; the first " in output
+    assert "bits a byte" in output
+    assert "A sample" in output
+    return folder
+
+
+def test_bits_per_byte_of_a_bpe(corpus: Path) -> None:
+    model = SmoothedBigramModel.load(corpus / "runs" / "model.safetensors")
+    assert model.tokenizer is not None
+    texts = [(corpus / "texts" / name).read_bytes().decode() for name in ("a.txt", "b.md")]
+    nats = num_pairs = 0.0
+    for text in texts:
+        tokens = model.tokenizer.encode(text)
+        nats -= model.log_probs(tokens[:-1], tokens[1:]).double().sum().item()
+        num_pairs += len(tokens) - 1
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    output = bigramx("evaluate", "runs/model.safetensors", "texts/a.txt", "texts/*.md", "--per-document", cwd=corpus)
+    assert f"loss {nats / num_pairs:.4f} nats a token" in output
+    assert f", {bits:.4f} bits a byte\n" in output
+    assert re.search(r"\ntexts/a.txt: loss [\d.]+\ntexts/b.md: loss [\d.]+\n$", output)
+
+
+def test_generate_with_a_bpe(corpus: Path) -> None:
+    """Characters of several tokens are printed whole."""
+    command = ["generate", "-n", "600", "--seed", "1", "--top-k", "3", "--prompt", "día "]
+    output = bigramx(*command, cwd=corpus)
+    assert output.startswith("día ")
+    assert "\ufffd" not in output[:-2]
+    assert "日本" in output
+    assert len(bigramx(*command, "--stop", "z", "--stop", "q", cwd=corpus)) <= len(output)
+    message = "bigramx: expected --stop to be one token, got 'zqzqzq'\n"
+    assert bigramx(*command, "--stop", "zqzqzq", cwd=corpus, code=1) == message
+    (corpus / "prompts.txt").write_text("the quick\n\nlazy 日本\n", encoding="utf-8")
+    lines = bigramx(
+        "generate", "--prompt-file", "prompts.txt", "-n", "20", "--stop", "\n", "--stop", ".", cwd=corpus
+    ).split("\n")
+    assert lines[0].startswith("the quick")
+    assert any(line.startswith("lazy 日本") for line in lines[2:])
+
+
+def test_steps_with_a_bpe_and_their_resumption(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plot_losses", "plot_table"):  # which take long
+        monkeypatch.setattr(plots, name, lambda _what, _path: None)
+    command = ["train", "texts", "--bpe", "280", "--eval-interval", "10"]
+    output = bigramx(*command, "--steps", "10", "--out", "part", cwd=corpus)
+    num_tokens, num_train = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", output)[:2])
+    assert num_train == int(0.9 * num_tokens)  # for all that a file is called validation.txt
+    bigramx(*command, "--steps", "20", "--out", "part", "--resume", cwd=corpus)
+    model = BigramLanguageModel.load(corpus / "part" / "model.safetensors")
+    assert isinstance(model.tokenizer, Tokenizer)
+    (corpus / "tokenizer.json").write_text(model.tokenizer.to_json())
+    command = ["train", "texts", "--tokenizer", "tokenizer.json", "--eval-interval", "10"]
+    bigramx(*command, "--steps", "20", "--out", "whole", cwd=corpus)
+    assert_same_run(corpus / "whole" / "model.safetensors", corpus / "part" / "model.safetensors")
+    output = bigramx("count", "texts", "--tokenizer", "tokenizer.json", cwd=corpus)
+    assert "of a vocabulary of 280\n" in output
+    output = bigramx("train", "texts", "--bpe", "300", "--out", "runs", "--resume", cwd=corpus, code=1)
+    assert output == "bigramx: runs/model.safetensors: a smoothed model has neither steps nor a table\n"
+
+
+def test_characters_that_the_model_lacks(folder: Path) -> None:
+    (folder / "new.txt").write_text("the fox XX jumps 日.\n" * 2)
+    output = bigramx("evaluate", "runs/model.safetensors", "new.txt", cwd=folder)
+    assert "6 of 40 tokens are out of the model's vocabulary of 29, the first 29 at position 8 of new.txt: " in output
+    assert "characters that the model does not know: 'X' (4), '日' (2)\n" in output
+    assert "bits a byte" not in output
+
+
+def test_a_loss_that_is_infinite_says_why(tmp_path: Path) -> None:
+    write_bin(tmp_path / "train.bin", torch.tensor([0, 1, 2, 0, 1]))
+    model = BigramLanguageModel.from_counts(functional.count_bigrams(torch.tensor([0, 1, 2, 0, 1]), 3), smoothing=0)
+    model.save(tmp_path / "model")
+    write_bin(tmp_path / "val.bin", torch.tensor([0, 1, 0]))
+    output = bigramx("evaluate", "model", "val.bin", cwd=tmp_path)
+    assert output.startswith("2 pairs: loss inf nats a token, perplexity inf\n")
+    assert "1 of 2 pairs have probability 0, the first 0 after 1 at position 2 of val.bin: the loss is inf" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["count", "none*.bin"], "bigramx: [Errno 2] no file is there: 'none*.bin'"),
+        (["count", "text.txt"], "bigramx: text.txt: expected a tokenizer for a text, or a .bin or .npy file"),
+        (["count", "odd.bin"], "bigramx: odd.bin: expected a file of uint16 tokens, got 3 bytes"),
+        (["count", "tokens.bin", "--dtype", "uint32", "--vocab-size", "5"], "bigramx: tokens.bin"),
+        (["count", "tokens.bin", "--eot", "x"], "bigramx: expected --eot to be the number of a token, got 'x'"),
+        (
+            ["train", "mixed"],
+            "bigramx: mixed/b.png: expected UTF-8 text, got byte 0x89 at position 0; name what is text",
+        ),
+        (["train", "--from-counts", "text.txt"], "bigramx: text.txt: damaged, cut short, or no safetensors file"),
+        (["train", "--from-counts", "x", "text.txt"], "bigramx: --from-counts takes the place of a text"),
+        (["train", "--smoothing", "add-k", "--resume"], "bigramx: --resume is for training by steps"),
+        (["train", "--held-out", "text.txt"], "bigramx: --held-out is for --smoothing and --from-counts"),
+        (["train", "tokens.bin", "--bpe", "300"], "bigramx: --bpe is for texts: these are tokens already"),
+        (["train", "--bpe", "300", "--tokenizer", "x"], "bigramx: expected --tokenizer or --bpe, got both"),
+        (["train", "--tokenizer", "text.txt"], "bigramx: "),
+        (["train", "text.txt", "--vocab-size", "9"], "bigramx: --vocab-size is for .bin tokens"),
+        (["generate", "--prompt", "a", "--prompt-file", "x"], "bigramx: expected --prompt or --prompt-file, got both"),
+    ],
+)
+def test_errors_of_the_new_options_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
+    (folder / "tokens.bin").write_bytes(struct.pack("<6H", *range(6)))
+    (folder / "odd.bin").write_bytes(b"123")
+    (folder / "mixed").mkdir(exist_ok=True)
+    (folder / "mixed" / "a.txt").write_text("abc")
+    (folder / "mixed" / "b.png").write_bytes(b"\x89PNG")
+    output = bigramx(*arguments, cwd=folder, code=1)
+    assert output.startswith(message)
+    assert output.count("\n") == 1
+
+
+def test_a_table_that_cannot_fit_names_what_does(folder: Path) -> None:
+    write_bin(folder / "wide.bin", torch.tensor([0, 65_535] * 20))
+    message = bigramx("train", "wide.bin", "--vocab-size", str(2**24), cwd=folder, code=1)
+    assert message.endswith("--smoothing kneser-ney takes memory for the pairs that occur alone\n")
+    bigramx("train", "wide.bin", "--vocab-size", str(2**17), "--smoothing", "kneser-ney", cwd=folder)
+
+
+def test_bars_show_rate_and_remaining_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console._console, "is_interactive", True)
+    monkeypatch.setattr(console, "_SHOWN_EVERY", 0)
+    output = bigramx("train", "text.txt", "--steps", "90", "--out", "bar", cwd=folder, on_terminal=True)
+    assert re.search(r"90/90 steps\S* \S*[\d.]+[kMG]? tokens/s\S* \S*0:00:00", output)
+    output = bigramx("evaluate", "bar/model.safetensors", "text.txt", cwd=folder, on_terminal=True)
+    assert re.search(r"1,800/1,800 tokens\S* \S*[\d.]+[kMG]? tokens/s", output)
+    write_bin(folder / "bar.bin", torch.arange(5000))
+    output = bigramx("count", "bar.bin", cwd=folder, on_terminal=True)
+    assert re.search(r"counting.*10,000/10,000 bytes", output)
+
+
+def signalled_count(number: int) -> Callable[..., Any]:
+    """As count_shards, but for two signals to the process while it counts."""
+    real_count: Callable[..., Any] = cli.count_shards
+
+    def count_shards(*arguments: Any, progress: Callable[[Any], None], **options: Any) -> Any:
+        def signalling(state: Any) -> None:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            progress(state)
+
+        return real_count(*arguments, progress=signalling, **options)
+
+    return count_shards
+
+
+@pytest.mark.usefixtures("keyboard_interrupt")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_count_in_one_line(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The old file stays, and the same command goes on."""
+    bigramx("count", f"{shards}/val_0.bin", cwd=tmp_path)
+    old = (tmp_path / "counts.safetensors").read_bytes()
+    handler = signal.signal(number, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(cli, "count_shards", signalled_count(number))
+        output = bigramx("count", f"{shards}/train_*.bin", cwd=tmp_path, code=128 + number)
+        assert output == "bigramx: interrupted: the same command goes on from what is counted so far\n"
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, handler)
+    monkeypatch.undo()
+    assert (tmp_path / "counts.safetensors").read_bytes() == old
+    bigramx("count", f"{shards}/train_*.bin", cwd=tmp_path)
+    expected = BigramCounts(300)
+    expected.update(data.read_tokens(f"{shards}/train_*.bin"))
+    assert BigramCounts.load(tmp_path / "counts.safetensors") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["counts.safetensors"]
+
+
+def test_texts_from_a_pipe(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, TEXT.encode())
+    os.close(writing)
+    bigramx("train", f"/dev/fd/{reading}", "--steps", "2", "--sample", "0", cwd=tmp_path)
+    os.close(reading)
+    model = BigramLanguageModel.load(tmp_path / "runs" / "model.safetensors")
+    assert model.tokenizer == CharTokenizer.from_text(TEXT)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import Tensor
 
 from bigramx import functional, reference
+from tests import processes
 from tests.devices import on_device, raises_in_kernel, skip_if_long
 from tests.interrupts import SOME, call_with_handlers
 
@@ -152,3 +154,96 @@ def test_token_out_of_range(dtype: torch.dtype, values: list[int], num_tokens: i
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         functional.count_bigrams(*map(on_device, arguments))
+
+
+# ---------------------------------------------------------------------------------------------------------- sparse
+
+
+def assert_same_csr(actual: Tensor, expected: Tensor) -> None:
+    assert actual.layout == torch.sparse_csr
+    assert actual.shape == expected.shape
+    for part in ("crow_indices", "col_indices", "values"):
+        assert getattr(actual, part)().dtype == torch.int64
+        assert torch.equal(getattr(actual, part)(), getattr(expected, part)().to(actual.device))
+
+
+@pytest.mark.cpu_only
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.sampled_from([1, 2, 65, 127, 1000]),
+    num_tokens=st.sampled_from([0, 1, 2, 3, 100, 4097]),
+    dtype=st.sampled_from([*DTYPES, torch.uint32]),
+    step=st.sampled_from([1, 2]),
+)
+def test_sparse_equals_dense(seed: int, vocab_size: int, num_tokens: int, dtype: torch.dtype, step: int) -> None:
+    torch.manual_seed(seed)
+    vocab_size = min(vocab_size, torch.iinfo(dtype).max)
+    tokens = torch.randint(vocab_size, (num_tokens * step,)).to(dtype)[::step]
+    counts = functional.count_bigrams(tokens, vocab_size, torch.sparse_csr)
+    assert_same_csr(counts, reference.count_bigrams(tokens, vocab_size, layout=torch.sparse_csr))
+    assert torch.equal(counts.to_dense(), functional.count_bigrams(tokens, vocab_size))
+    assert torch.equal(counts.to_dense(), counted(tokens, vocab_size))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("vocab_size", [1, 300, 50257, 200_000])
+def test_large_sparse(vocab_size: int, num_threads: int) -> None:
+    tokens = torch.randint(vocab_size, (700_000,)) // torch.randint(1, 50, (700_000,))
+    counts = functional.count_bigrams(tokens.int(), vocab_size, layout=torch.sparse_csr)
+    assert_same_csr(counts, reference.count_bigrams(tokens, vocab_size, torch.sparse_csr))
+    tokens[600_000] = vocab_size
+    with pytest.raises(IndexError, match=f"tokens holds {vocab_size} at position 600000, expected 0 <= token"):
+        functional.count_bigrams(tokens, vocab_size, layout=torch.sparse_csr)
+
+
+@pytest.mark.cpu_only
+def test_the_first_sparse_counts_warn_of_nothing() -> None:
+    """PyTorch says once in each process that CSR tensors are in beta state."""
+    code = (
+        "import torch; from bigramx import functional as f; f.count_bigrams(torch.tensor([0, 1]), 2, torch.sparse_csr)"
+    )
+    result = processes.run([sys.executable, "-W", "error", "-c", code], check=True)
+    assert result.stderr == ""
+
+
+@pytest.mark.cpu_only
+def test_sparse_counts_under_compile() -> None:
+    """The graph is broken: it has no sparse tensors."""
+
+    def count(tokens: Tensor) -> Tensor:
+        return functional.count_bigrams(tokens + 1, 9, torch.sparse_csr)
+
+    tokens = torch.tensor([0, 1, 0, 1])
+    compiled = torch.compile(count, backend="eager")
+    assert_same_csr(compiled(tokens), count(tokens))
+
+
+@pytest.mark.parametrize("function", [functional.count_bigrams, reference.count_bigrams])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csc, torch.sparse_bsr])
+def test_other_layouts(function: Any, layout: torch.layout) -> None:
+    with pytest.raises(NotImplementedError, match=f"not implemented for layout {layout}"):
+        function(on_device(torch.tensor([0, 1])), 2, layout)
+
+
+def test_no_layout() -> None:
+    with pytest.raises(TypeError, match=r"argument 'layout' must be torch.layout, not str"):
+        functional.count_bigrams(on_device(torch.tensor([0, 1])), 2, "sparse_csr")  # type: ignore[arg-type]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.tensor([0.0]), 5), RuntimeError, r"dtypes.*got Float"),
+        ((torch.tensor([[0]]), 5), RuntimeError, r"1-D, got shape \[1, 1\]"),
+        ((torch.tensor([0]), 0), ValueError, r"0 < vocab_size <= 2\^31, got 0"),
+        ((torch.tensor([0]), 2**32), ValueError, r"0 < vocab_size <= 2\^31, got 4294967296"),
+        ((torch.tensor([0]), 2**63), TypeError, "incompatible"),
+        (([0], 5), TypeError, r"expected tokens to be a Tensor or TokenShards, got list"),
+    ],
+)
+def test_bad_arguments_of_sparse_counts(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    tokens, vocab_size = arguments
+    with pytest.raises(error, match=message):
+        functional.count_bigrams(tokens, vocab_size, torch.sparse_csr)

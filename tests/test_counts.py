@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 DTYPES = [torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64]
 FEW = 2**18  # tokens that are kept until there are more
 TASK = 2**20  # pairs that a thread takes at once
-CHUNK = 2**24  # pairs between two calls of progress
+CHUNK = 3 * 2**23  # pairs between two calls of progress
 
 
 def counter_of(tokens: Tensor, eot: int | None = None) -> Counter[tuple[int, int]]:
@@ -64,7 +64,7 @@ def zipf(num_tokens: int, vocab_size: int) -> Tensor:
     return ranks.clamp(max=vocab_size) - 1
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     vocab_size=st.sampled_from([1, 2, 65, 127, 1000, 1024, 50257, 2**16, 200_000, 2**21, 2**31 - 5]),
@@ -121,7 +121,7 @@ def test_several_chunks(vocab_size: int) -> None:
 
 
 def test_any_order_and_any_number_of_threads() -> None:
-    shards = [zipf(size, 5000).to(torch.int32) for size in (3, 2 * FEW, 1000, FEW + 5, 0, 70_000)]
+    shards = [zipf(size, 5000).to(torch.int32) for size in (3, FEW + 7, 1000, FEW + 5, 0, 70_000)]
     expected = counted(*shards, vocab_size=5000, eot=3)
     for num_threads, order in ((1, shards), (2, shards[::-1])):
         torch.set_num_threads(num_threads)
@@ -179,9 +179,9 @@ def test_merge() -> None:
 
 
 # Counts need more bits than are left beside a pair, of which there are 11 for the largest V.
-@pytest.mark.parametrize("vocab_size", [7, 50257, 2**24, 2**31])
+@pytest.mark.parametrize("vocab_size", [7, 50257, 2**22, 2**31])
 def test_huge_counts(vocab_size: int, tmp_path: Path) -> None:
-    if vocab_size > 2**24:  # a CSR tensor of all rows would take 16 GB
+    if vocab_size > 2**22:  # a CSR tensor of all rows would take 16 GB
         tokens = torch.full((2**13,), vocab_size - 1)
         counts = counted(tokens, vocab_size=vocab_size)
         for _ in range(40):
@@ -234,12 +234,14 @@ def test_counts_of_tensors() -> None:
             assert torch.equal(
                 BigramCounts.from_csr(given_counts, eot=5).to_dense()[4:7], dense[4:7] * torch.tensor([[1], [0], [1]])
             )
-    uncoalesced = torch.sparse_coo_tensor([[2, 1, 2], [0, 1, 0]], [1, 2, 3], (3, 3), check_invariants=True)
+    uncoalesced = torch.sparse_coo_tensor(
+        torch.tensor([[2, 1, 2], [0, 1, 0]]), torch.tensor([1, 2, 3]), (3, 3), check_invariants=True
+    )
     assert as_counter(BigramCounts.from_csr(uncoalesced)) == {(2, 0): 4, (1, 1): 2}
 
 
 def unchecked_csr(crow: list[int], columns: list[int], values: list[int], vocab_size: int = 3) -> Tensor:
-    parts = (torch.tensor(part, dtype=torch.int64) for part in (crow, columns, values))
+    parts = torch.tensor(crow), torch.tensor(columns), torch.tensor(values)
     return torch.sparse_csr_tensor(*parts, (vocab_size, vocab_size), check_invariants=False)
 
 

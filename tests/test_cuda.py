@@ -124,7 +124,7 @@ def test_all_ops_equal_the_cpus(vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("num_chains", "num_tokens"), [(1, 40_000), (64, 300), (5000, 20)])
 def test_chains_equal_the_cpus(vocab_size: int, filters: dict[str, Any], num_chains: int, num_tokens: int) -> None:
     weight, idx = 2 * torch.randn(vocab_size, vocab_size), torch.randint(vocab_size, (num_chains, 3))
-    for stop in (None, 0):
+    for stop in (None, 0, [0, vocab_size - 1]):
         options = {**filters, "stop": stop, "sampler": "philox"}
         expected = functional.generate(idx, weight, num_tokens, generator=seeded(), **options)
         actual = functional.generate(idx.to(GPU), weight.to(GPU), num_tokens, generator=seeded(), **options)

@@ -16,7 +16,18 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from bigramx import BigramLanguageModel, CharTokenizer, data, evaluation, functional, optimal_loss, reference
+from bigramx import (
+    BigramCounts,
+    BigramLanguageModel,
+    CharTokenizer,
+    SmoothedBigramModel,
+    data,
+    evaluate,
+    evaluation,
+    functional,
+    optimal_loss,
+    reference,
+)
 from tests import processes
 from tests.devices import on_device, raises_in_kernel
 
@@ -313,3 +324,271 @@ def test_memory_whatever_the_number_of_tokens(tmp_path: Path) -> None:
     assert processes.run([sys.executable, "-c", MEMORY_CASES, *paths], env=environment, check=True).stdout.endswith(
         "all\n"
     )
+
+
+def dense_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of each token but the first, float64, in plain PyTorch."""
+    tokens = tokens.to(logits.device).long()
+    return -logits.double().log_softmax(dim=1)[tokens[:-1], tokens[1:]]
+
+
+class Plain(torch.nn.Module):
+    """A module that nobody knows, which returns logits alone or first in a tuple."""
+
+    def __init__(self, vocab_size: int, returns_tuple: bool) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+        self.drop = torch.nn.Dropout()  # off while it is evaluated
+        self.returns_tuple = returns_tuple
+
+    def forward(self, idx: Tensor) -> Tensor | tuple[Tensor, None]:
+        logits = self.drop(self.table(idx))
+        return (logits, None) if self.returns_tuple else logits
+
+
+def shards_of(*shards: Tensor, eot: int | None = None) -> data.TokenShards:
+    return data.TokenShards(
+        [on_device(shard) for shard in shards], names=[f"{n}.bin" for n in range(len(shards))], eot=eot
+    )
+
+
+class TestEvaluate:
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("num_tokens", [2, CHUNK, CHUNK + 1, CHUNK + 2, 500])
+    def test_equals_the_dense_formula(self, num_tokens: int) -> None:
+        model = BigramLanguageModel(65)
+        table = model.token_embedding_table.weight.detach()
+        for dtype in (torch.uint8, torch.uint16, torch.int64):
+            tokens = torch.randint(65, (num_tokens,)).to(dtype)
+            result = evaluate(model, tokens, num_bytes=1000)
+            losses = dense_losses(table, tokens)
+            assert result.loss == pytest.approx(losses.mean().item(), rel=1e-12)
+            assert result.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-12)
+            assert result.bits_per_byte == pytest.approx(losses.sum().item() / math.log(2) / 1000, rel=1e-12)
+            assert (result.num_tokens, result.num_pairs, result.num_bytes) == (num_tokens, num_tokens - 1, 1000)
+            assert (result.num_unseen_pairs, result.num_out_of_vocabulary, result.notes) == (None, 0, ())
+            assert result.documents is None
+
+    @pytest.mark.parametrize("returns_tuple", [False, True])
+    def test_any_module(self, returns_tuple: bool) -> None:
+        model = Plain(40, returns_tuple)
+        tokens = torch.randint(40, (300,))
+        result = evaluate(model, tokens)
+        assert result.loss == pytest.approx(dense_losses(model.table.weight.detach(), tokens).mean().item(), rel=1e-12)
+        assert result.bits_per_byte is None
+        assert model.training
+        assert model.drop.training
+
+    def test_many_calls_of_a_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(evaluation, "_CALLED_AT_ONCE", 40 * 7)
+        model, tokens = Plain(40, True), torch.randint(40, (300,))
+        expected = dense_losses(model.table.weight.detach(), tokens).mean().item()
+        assert evaluate(model, tokens).loss == pytest.approx(expected, rel=1e-12)
+
+    def test_options_of_the_loss_do_not_count(self) -> None:
+        """Perplexities are of probabilities."""
+        model = BigramLanguageModel(9, label_smoothing=0.1, class_weight=torch.rand(9), ignore_index=3)
+        tokens = torch.randint(9, (200,))
+        expected = dense_losses(model.token_embedding_table.weight.detach(), tokens).mean().item()
+        assert evaluate(model, tokens).loss == pytest.approx(expected, rel=1e-12)
+        model.token_embedding_table.register_forward_hook(lambda _module, _idx, logits: 2 * logits)
+        expected = dense_losses(2 * model.token_embedding_table.weight.detach(), tokens).mean().item()
+        assert evaluate(model, tokens).loss == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.usefixtures("small_chunks")
+    def test_no_pair_crosses_two_shards(self) -> None:
+        model = BigramLanguageModel(20)
+        table = model.token_embedding_table.weight.detach()
+        shards = [torch.randint(20, (n,)).to(torch.uint16) for n in (50, 1, 0, 2, CHUNK + 1)]
+        result = evaluate(model, shards_of(*shards))
+        losses = torch.cat([dense_losses(table, shard) for shard in shards])
+        assert result.loss == pytest.approx(losses.mean().item(), rel=1e-12)
+        assert result.num_tokens == sum(map(len, shards))
+        assert result.num_pairs == len(losses)
+        assert evaluate(model, shards_of(*reversed(shards))).loss == pytest.approx(result.loss, rel=1e-12)
+
+    def test_nothing_to_predict(self) -> None:
+        for tokens in (torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), shards_of()):
+            result = evaluate(BigramLanguageModel(3), tokens)
+            assert math.isnan(result.loss)
+            assert math.isnan(result.perplexity)
+            assert result.num_pairs == 0
+
+    @pytest.mark.usefixtures("small_chunks")
+    @pytest.mark.parametrize("eot_first", [False, True])
+    def test_documents(self, eot_first: bool) -> None:
+        """Nothing is predicted after the token that ends one; that token itself is."""
+        eot = 6
+        model = BigramLanguageModel(7)
+        table = model.token_embedding_table.weight.detach()
+        documents = [torch.randint(6, (n,)) for n in (1, 5, 2, 40, 3)]
+        end = torch.tensor([eot])
+        parts = [torch.cat([end, part] if eot_first else [part, end]) for part in documents]
+        tokens, last = torch.cat(parts), torch.randint(6, (4,))
+        for tokens_of, option in ((shards_of(tokens, last), eot), (shards_of(tokens, last, eot=eot), None)):
+            result = evaluate(model, tokens_of, eot=option, per_document=True)
+            assert result.documents is not None
+            ended = [torch.cat([part, end]) for part in documents]
+            if eot_first:
+                ended[-1] = documents[-1]  # no eot follows it
+            expected = [dense_losses(table, part) for part in [*ended, last]]
+            means = torch.stack([losses.mean() for losses in expected]).cpu()
+            torch.testing.assert_close(result.documents, means, rtol=1e-12, atol=0)
+            assert result.loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-12)
+        each = evaluate(model, shards_of(*parts), per_document=True).documents
+        assert each is not None
+        assert len(each) == len(parts)
+        with pytest.raises(ValueError, match="per_document needs eot"):
+            evaluate(model, tokens, per_document=True)
+
+    def test_more_documents_than_there_was_room_for(self) -> None:
+        tokens = torch.tensor([1, 0]).repeat(5000)
+        result = evaluate(BigramLanguageModel(2), tokens, eot=0, per_document=True)
+        assert result.documents is not None
+        assert len(result.documents) == 5000
+        assert (result.documents == result.documents[0]).all()
+
+    def test_pairs_of_probability_0_are_named(self) -> None:
+        tokens = torch.tensor([0, 1, 2, 0, 2, 1, 0])
+        counts = functional.count_bigrams(on_device(tokens[:4]), 3)
+        model = BigramLanguageModel.from_counts(counts, smoothing=0)
+        message = "3 of 6 pairs have probability 0, the first 2 after 0 at position 4: the loss is infinite"
+        with pytest.warns(UserWarning, match=message):
+            result = evaluate(model, tokens, num_bytes=7)
+        assert result.loss == result.perplexity == result.bits_per_byte == math.inf
+        with pytest.warns(UserWarning, match="the first 2 after 0 at position 4 of 1.bin: "):
+            evaluate(model, shards_of(tokens[:2], tokens))
+
+    @pytest.mark.usefixtures("small_chunks")
+    def test_tokens_out_of_the_vocabulary_are_named_and_left_out(self) -> None:
+        model = BigramLanguageModel(5)
+        table = model.token_embedding_table.weight.detach()
+        tokens = torch.randint(5, (100,))
+        tokens[[CHUNK, CHUNK + 1, 99]] = torch.tensor([7, -2, 2**40])
+        message = f"3 of 100 tokens are out of the model's vocabulary of 5, the first 7 at position {CHUNK}: pairs with"
+        with pytest.warns(UserWarning, match=message):
+            result = evaluate(model, tokens, num_bytes=50)
+        losses = torch.cat([dense_losses(table, part) for part in (tokens[:CHUNK], tokens[CHUNK + 2 : 99])])
+        assert result.loss == pytest.approx(losses.mean().item(), rel=1e-12)
+        assert (result.num_tokens, result.num_pairs, result.num_out_of_vocabulary) == (100, len(losses), 3)
+        assert result.bits_per_byte is None  # it would look better than it is
+
+    def test_perplexities_that_no_float_holds(self) -> None:
+        model = BigramLanguageModel(2, dtype=torch.float64)
+        with torch.no_grad():
+            model.token_embedding_table.weight.copy_(torch.tensor([[0.0, 2000.0], [2000.0, 0.0]]))
+        result = evaluate(model, torch.zeros(3, dtype=torch.int64))
+        assert (result.loss, result.perplexity) == (2000, math.inf)
+
+    def test_bytes_of_a_text(self) -> None:
+        text = "día 日本 \U0001f600\n" * 30
+        model = BigramLanguageModel(len(set(text)))
+        with pytest.raises(TypeError, match="got a text, and the model has no tokenizer"):
+            evaluate(model, text)
+        model.tokenizer = tokenizer = CharTokenizer.from_text(text)
+        result = evaluate(model, text)
+        tokens = on_device(tokenizer.encode(text))
+        losses = dense_losses(model.token_embedding_table.weight.detach(), tokens)
+        bits = losses.sum().item() / math.log(2) / len(text.encode())
+        assert result.bits_per_byte == pytest.approx(bits, rel=1e-12)
+        assert evaluate(model, tokens) == result  # decoded
+        eot = int(tokenizer.encode("\n"))
+        assert evaluate(model, tokens, eot=eot).num_bytes == len(text.replace("\n", "").encode())
+        assert evaluate(model, tokens, num_bytes=3).num_bytes == 3
+        with pytest.raises(ValueError, match="expected num_bytes > 0, got 0"):
+            evaluate(model, tokens, num_bytes=0)
+
+    def test_bytes_are_unknown_where_the_tokenizer_lacks_a_token(self) -> None:
+        model = BigramLanguageModel(4)
+        model.tokenizer = CharTokenizer("abc")
+        assert evaluate(model, torch.tensor([0, 1, 3])).bits_per_byte is None
+        assert evaluate(model, torch.tensor([0, 1, 3]), eot=3).num_bytes == 2
+
+    def test_progress(self) -> None:
+        shards = shards_of(torch.zeros(10).byte(), torch.zeros(600_000).byte())
+        for per_document in (False, True):
+            done: list[int] = []
+            evaluate(BigramLanguageModel(3), shards, per_document=per_document, progress=done.append)
+            assert sum(done) == 600_010
+
+    def test_bad_arguments(self) -> None:
+        model = BigramLanguageModel(3)
+        with pytest.raises(TypeError, match="expected tokens to be a Tensor, TokenShards or a str, got float"):
+            evaluate(model, 3.0)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="expected tokens to be 1-D"):
+            evaluate(model, torch.zeros(2, 2, dtype=torch.int64))
+
+
+def csr_of(counts: Tensor) -> Tensor:
+    return BigramCounts.from_csr(counts.cpu()).to_csr()
+
+
+class TestSparseCounts:
+    @pytest.mark.usefixtures("small_chunks")
+    def test_losses(self) -> None:
+        for vocab_size, num_tokens in ((1, 5), (20, 500), (20, 3), (200, 100)):
+            tokens = torch.randint(vocab_size, (num_tokens,))
+            dense = functional.count_bigrams(tokens, vocab_size)
+            model = BigramLanguageModel(vocab_size)
+            counts = BigramCounts(vocab_size)
+            counts.update(tokens.cpu())
+            expected = dense_losses(model.token_embedding_table.weight.detach(), tokens).mean().item()
+            optimum = conditional_entropy(tokens.tolist())
+            for sparse in (counts, csr_of(dense), dense.cpu().to_sparse_coo(), dense):
+                assert model.evaluate_counts(sparse) == pytest.approx(expected, rel=1e-12)
+                assert optimal_loss(sparse) == pytest.approx(optimum, rel=1e-12, abs=1e-12)
+            shards = shards_of(tokens[: num_tokens // 2], tokens[num_tokens // 2 :])
+            halves = BigramCounts(vocab_size)
+            halves.update(shards)
+            assert optimal_loss(shards) == pytest.approx(optimal_loss(halves), rel=1e-12, nan_ok=True)
+
+    def test_no_pairs(self) -> None:
+        assert math.isnan(optimal_loss(BigramCounts(5)))
+        assert math.isnan(BigramLanguageModel(5).evaluate_counts(BigramCounts(5)))
+        with pytest.raises(RuntimeError, match=r"expected counts to be \(V, V\) with V = 5, got \(4, 4\)"):
+            BigramLanguageModel(5).evaluate_counts(BigramCounts(4))
+
+    def test_documents_of_shards(self) -> None:
+        tokens = torch.tensor([1, 2, 0, 1, 2, 0, 2, 1])
+        counts = BigramCounts(3, eot=0)
+        counts.update(tokens.cpu())
+        assert optimal_loss(shards_of(tokens, eot=0)) == pytest.approx(optimal_loss(counts), rel=1e-12)
+
+
+@pytest.mark.cpu_only
+class TestSmoothedModel:
+    @pytest.mark.usefixtures("small_chunks")
+    def test_equals_its_dense_table(self) -> None:
+        tokens, held_out = torch.randint(30, (400,)), torch.randint(30, (300,))
+        counts = BigramCounts(30)
+        counts.update(tokens)
+        model = SmoothedBigramModel.from_counts(counts)
+        logits = model(torch.arange(30)[None])[0]
+        assert isinstance(logits, Tensor)
+        losses = dense_losses(logits[0], held_out)
+        result = evaluate(model, shards_of(held_out[:100], held_out[99:]), num_bytes=700)
+        assert result.loss == pytest.approx(losses.mean().item(), rel=1e-6)
+        assert result.loss == pytest.approx(model.evaluate(held_out), rel=1e-12)
+        assert result.bits_per_byte == pytest.approx(losses.sum().item() / math.log(2) / 700, rel=1e-6)
+        seen = functional.count_bigrams(tokens, 30)[held_out[:-1], held_out[1:]] > 0
+        assert result.num_unseen_pairs == int((~seen).sum()) > 0
+        assert evaluate(model, tokens).num_unseen_pairs == 0
+
+    def test_what_stands_before_its_probabilities_is_honoured(self) -> None:
+        counts = BigramCounts(30)
+        counts.update(tokens := torch.randint(30, (400,)))
+        model = SmoothedBigramModel.from_counts(counts)
+        expected = evaluate(model, tokens).loss
+        model.register_forward_hook(lambda _module, _idx, output: (0 * output[0], None))
+        result = evaluate(model, tokens)
+        assert result.loss == pytest.approx(math.log(30), rel=1e-9)
+        assert result.loss != pytest.approx(expected, rel=1e-3)
+        assert result.num_unseen_pairs is None
+
+    def test_documents_end_with_the_token_that_the_model_knows(self) -> None:
+        model = SmoothedBigramModel.from_counts(torch.ones(3, 3, dtype=torch.int64))
+        tokens = torch.tensor([1, 2, 0, 1, 2])
+        assert evaluate(model, tokens).num_pairs == 4
+        model.eot = 0  # type: ignore[assignment, unused-ignore]
+        assert evaluate(model, tokens).num_pairs == 3
+        assert evaluate(model, shards_of(tokens, eot=2)).num_pairs == 3

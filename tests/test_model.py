@@ -267,6 +267,8 @@ def test_probabilities_as_targets() -> None:
         {"top_p": 0.8, "min_p": 0.01},
         {"temperature": 0.0},
         {"sampler": "philox", "stop": 3},
+        {"stop": [3, 4, 5]},
+        {"sampler": "philox", "stop": range(3)},
     ],
     ids=str,
 )
@@ -288,6 +290,8 @@ def test_a_touched_model_generates_the_same(options: dict[str, Any]) -> None:
         ({"temperature": -1.0}, ValueError, "temperature to be finite and >= 0, got -1"),
         ({"top_k": 0}, ValueError, "top_k >= 1, got 0"),
         ({"stop": 5}, ValueError, "0 <= stop < 5, got 5"),
+        ({"stop": [1, 5]}, ValueError, "0 <= stop < 5, got 5"),
+        ({"stop": "a"}, TypeError, "stop to be an int or a sequence of ints"),
         ({"max_new_tokens": -1}, ValueError, "max_new_tokens >= 0, got -1"),
         ({"sampler": "foo"}, ValueError, "foo"),
         ({"idx": torch.zeros(2, dtype=torch.long)}, RuntimeError, "2-D"),

@@ -62,6 +62,7 @@ def test_opcheck_others() -> None:
     library.opcheck(OPS.multinomial.default, (certain, 1), {"sampler": "philox"})
     library.opcheck(OPS.generate.default, (idx, weight(False), 4, 0.0))
     library.opcheck(OPS.generate.default, (idx, weight(False), 4, 0.0, None, None, None, 3))
+    library.opcheck(OPS.generate.default, (idx, weight(False), 4, 0.0), {"more_stop": [3, 1]})
     library.opcheck(OPS.count_bigrams.default, (idx[0], 5))
     library.opcheck(OPS.get_batch.default, (torch.arange(5), 2, 4))  # only one block is possible
     state = [torch.rand(3) for _ in range(4)]

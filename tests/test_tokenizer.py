@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
+import json
 import pickle
 import re
 import sys
@@ -17,12 +20,13 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from bigramx import CharTokenizer
+from bigramx import BigramLanguageModel, CharTokenizer, storage, tokenizer
 from tests.interrupts import SOME, call_beside, call_until_handled, call_with_handlers
+from tests.tokenizer_checks import TEXTS, check_stream, check_tokenizer
 
 # All characters that a str can hold, including lone surrogates and NUL.
 CHARACTERS = st.characters(codec=None, categories=None, exclude_characters=None)
-TEXTS = st.text(CHARACTERS, max_size=100)  # no more characters than int8 has tokens
+TEXTS_OF_CHARACTERS = st.text(CHARACTERS, max_size=100)  # no more characters than int8 has tokens
 
 INTEGERS = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64
@@ -32,7 +36,7 @@ INTEGERS = (
 WIDTHS = "\x7f\x80\xff\u0100\uffff\U00010000\U0010ffff"
 
 
-@given(text=TEXTS)
+@given(text=TEXTS_OF_CHARACTERS)
 def test_decodes_what_it_encodes(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text)
     tokens = tokenizer.encode(text)
@@ -42,7 +46,7 @@ def test_decodes_what_it_encodes(text: str) -> None:
     assert CharTokenizer.from_json(tokenizer.to_json()) == tokenizer
 
 
-@given(text=TEXTS)
+@given(text=TEXTS_OF_CHARACTERS)
 def test_numbers_as_the_lecture_does(text: str) -> None:
     chars = sorted(set(text))
     stoi = {ch: i for i, ch in enumerate(chars)}
@@ -172,7 +176,7 @@ def test_an_empty_tokenizer_knows_no_token() -> None:
             empty.decode(tokens)
 
 
-@given(text=TEXTS, dtype=st.sampled_from(INTEGERS))
+@given(text=TEXTS_OF_CHARACTERS, dtype=st.sampled_from(INTEGERS))
 def test_decodes_every_dtype(text: str, dtype: torch.dtype) -> None:
     tokenizer = CharTokenizer.from_text(text)
     assert tokenizer.decode(tokenizer.encode(text).to(dtype)) == text
@@ -337,3 +341,207 @@ def test_foreign_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer"):
         CharTokenizer.load(tmp_path / "tokenizer.json")
+
+
+# ---------------------------------------------------------------------------------- any tokenizer, and models
+
+
+class Bytes:
+    """A tokenizer of somebody's own."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(list(text.encode()), dtype=torch.int64)
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        return bytes(torch.as_tensor(tokens).flatten().tolist()).decode(errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"format": "tests.Bytes"})
+
+
+class Shouting(CharTokenizer):
+    """Of one's own, and read again as what it derives from."""
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_READERS", dict(tokenizer._READERS))
+    tokenizer.register("tests.Bytes", lambda _text: Bytes())
+
+
+def saved_with(made: Any, path: Path, vocab_size: int = 256) -> BigramLanguageModel:
+    model = BigramLanguageModel(vocab_size)
+    model.tokenizer = made
+    model.save(path)
+    return BigramLanguageModel.load(path)
+
+
+def test_the_protocol(tmp_path: Path) -> None:
+    assert isinstance(CharTokenizer("ab"), tokenizer.Tokenizer)
+    assert isinstance(Bytes(), tokenizer.Tokenizer)
+    assert not isinstance("ab", tokenizer.Tokenizer)
+    check_tokenizer(CharTokenizer("".join(sorted(set("".join(TEXTS))))), tmp_path)
+
+
+def test_the_format_of_characters() -> None:
+    """That of earlier versions."""
+    text = '{"format": "bigramx.CharTokenizer", "code_points": [98, 97, 128512]}'
+    assert CharTokenizer("ba\U0001f600").to_json() == text
+    assert tokenizer.from_json(text.encode()) == CharTokenizer("ba\U0001f600")
+
+
+def test_own_tokenizers_are_used_as_they_are() -> None:
+    own = Bytes()
+    assert tokenizer.adapt(own) is own
+    model = BigramLanguageModel(256)
+    model.tokenizer = own
+    assert model.tokenizer is own
+
+
+def test_own_tokenizers_that_cannot_be_read_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    saved_with(None, path)
+    before = path.read_bytes()
+    wrong: list[tuple[Any, str]] = [
+        (Bytes(), "a Bytes could not be loaded again .*register"),
+        (object(), "expected a tokenizer: .* got object"),
+        (Bytes, "expected a tokenizer: .* got type"),
+        ("tokenizer.json", "expected a tokenizer: .* got str"),
+        (b"", "got bytes"),
+    ]
+    for own, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            saved_with(own, path)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("registered")
+def test_registered_tokenizers(tmp_path: Path) -> None:
+    assert isinstance(saved_with(Bytes(), tmp_path / "model").tokenizer, Bytes)
+    (tmp_path / "own.json").write_text(Bytes().to_json())
+    assert isinstance(tokenizer.load(tmp_path / "own.json"), Bytes)
+
+    class Other(Bytes):
+        def to_json(self) -> str:
+            return CharTokenizer("ab").to_json()
+
+    with pytest.raises(TypeError, match="a Other would be loaded as a CharTokenizer"):
+        saved_with(Other(), tmp_path / "model")
+
+
+def test_a_derived_tokenizer_is_read_as_its_base(tmp_path: Path) -> None:
+    assert saved_with(Shouting("ab"), tmp_path / "model").tokenizer == CharTokenizer("ab")
+
+
+def test_padded_tables(tmp_path: Path) -> None:
+    """A table may have more rows than there are tokens, as padded vocabularies do; not fewer."""
+    path = tmp_path / "model.safetensors"
+    assert saved_with(CharTokenizer("abc"), path, 8).tokenizer == CharTokenizer("abc")
+    with pytest.raises(ValueError, match="the tokenizer has 3 tokens, the table 2 rows"):
+        saved_with(CharTokenizer("abc"), path, 2)
+    storage.write_tensors(
+        path,
+        "model",
+        {"token_embedding_table.weight": torch.zeros(2, 2)},
+        {"tokenizer": CharTokenizer("abc").to_json()},
+    )
+    with pytest.raises(ValueError, match=r"model.safetensors: the tokenizer has 3 tokens, the table 2 rows"):
+        BigramLanguageModel.load(path)
+
+
+def test_no_file_whose_header_would_be_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    saved_with(None, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(storage, "_MOST_HEADER", 2000)
+    saved_with(CharTokenizer("abc"), tmp_path / "short")
+    for target in (path, io.BytesIO()):
+        model = BigramLanguageModel(500)
+        model.tokenizer = CharTokenizer("".join(map(chr, range(500))))
+        with pytest.raises(ValueError, match="expected metadata of 2,000 bytes at most"):
+            model.save(target)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "5",
+        '{"format": 5}',
+        '{"format": "x"}',
+        '{"format": [1]}',
+        "[" * 10**5,
+        '{"format": "x", "format": "y"}',
+    ],
+    ids=lambda content: repr(content[:40]),
+)
+def test_texts_of_no_tokenizer(content: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        tokenizer.from_json(content)
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(ValueError, match=r"/file: not a tokenizer"):
+        tokenizer.load(tmp_path / "file")
+
+
+def test_loads_from_file_objects() -> None:
+    text = CharTokenizer("abc").to_json()
+    assert tokenizer.load(io.StringIO(text)) == tokenizer.load(io.BytesIO(text.encode())) == CharTokenizer("abc")
+
+
+MODULES = ["tokenizers", "sentencepiece", "tiktoken"]
+FILES = {
+    "tokenizers": b'{"version": "1.0", "model": {}}',
+    "sentencepiece": b"\x0a\x05",
+    "tiktoken": b"".join(b"%s %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256)),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_missing_libraries(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"this tokenizer needs {module}: pip install bigramx\[{module}\]"):
+        tokenizer.load(io.BytesIO(FILES[module]), pattern=".")
+
+
+# ----------------------------------------------------------------------------------------------------- streams
+
+
+@given(text=TEXTS_OF_CHARACTERS, ends=st.lists(st.integers(0, 30), max_size=5))
+def test_streams_of_characters(text: str, ends: list[int]) -> None:
+    made = CharTokenizer.from_text(text)
+    check_stream(made, made.encode(text).tolist(), ends)
+
+
+@given(
+    tokens=st.lists(st.sampled_from(list("aé日\U0001f600\ufffd".encode())), max_size=20),
+    ends=st.lists(st.integers(0, 20)),
+)
+def test_streams_of_own_tokenizers(tokens: list[int], ends: list[int]) -> None:
+    check_stream(Bytes(), tokens, ends)
+
+
+def test_own_tokenizers_may_have_own_streams() -> None:
+    class Own(Bytes):
+        def decode_stream(self) -> tokenizer.DecodeStream:
+            return tokenizer.decode_stream(CharTokenizer("abc"))
+
+    assert tokenizer.decode_stream(Own()).step([0, 2]) == "ac"
+
+
+def test_steps_of_a_stream() -> None:
+    stream = tokenizer.decode_stream(Bytes())
+    assert [stream.step(byte) for byte in "é日".encode()] == ["", "é", "", "", "日"]
+    assert stream.step(torch.tensor([[0xC3]])) == ""
+    assert stream.finish() == "\ufffd"
+    characters = tokenizer.decode_stream(CharTokenizer("abc"))
+    assert characters.step(torch.tensor([[0, 1], [2, 2]])) == "abcc"
+    assert characters.step((1,)) + characters.step(()) + characters.step(range(2)) == "bab"
+    with pytest.raises(IndexError, match="token 3 at position 1"):
+        characters.step([0, 3])
+    assert characters.step(2) == "c"

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +47,12 @@ def byte_level() -> Any:
         pre_tokenizer=hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoder=hf.decoders.ByteLevel(),
     )
+
+
+def byte_level_in_steps() -> Any:
+    made = byte_level()
+    made.decoder = hf.decoders.Sequence([hf.decoders.ByteLevel(), hf.decoders.Fuse()])
+    return made
 
 
 def with_added_tokens() -> Any:
@@ -139,6 +145,7 @@ GPT4 = (
 )
 MAKERS = [
     byte_level,
+    byte_level_in_steps,
     with_added_tokens,
     like_gpt4,
     like_llama,
@@ -200,6 +207,8 @@ def test_a_stream_waits_for_characters_alone() -> None:
     assert "".join(texts) == "the é日\U0001f600."
     assert "\ufffd" not in "".join(texts)
     assert texts[-1] == "."
+    steps = tokenizer.decode_stream(adapted(byte_level_in_steps))
+    assert [steps.step(token) for token in tokens] == texts
     assert stream.step(torch.tensor([tokens[:1]])) == made.decode(tokens[:1])
     with pytest.raises(IndexError, match="at position 0 is out of range"):
         stream.step(made.vocab_size)
@@ -261,7 +270,7 @@ def test_the_size_is_the_largest_token_and_one() -> None:
     check_stream(adapter, [999, 1000, 998], [1, 2])
 
 
-PIECEWISE = [byte_level, like_gpt4]
+PIECEWISE = [byte_level, byte_level_in_steps, like_gpt4]
 
 
 @pytest.mark.parametrize("make", PIECEWISE)
@@ -412,6 +421,18 @@ def test_a_size_too_small_for_the_bytes() -> None:
     assert tokenizer.train_bpe(WORDS, 256, special_tokens=()).vocab_size == 256
 
 
+@pytest.mark.parametrize("size", [2**24 + 1, 2**40, 2**62, 2**64])
+def test_a_size_for_which_the_library_would_abort(size: int) -> None:
+    with pytest.raises(ValueError, match="expected vocab_size <= 16,777,216, got"):
+        tokenizer.train_bpe(WORDS, size)
+
+
+@pytest.mark.parametrize("special_tokens", [("",), ("<a>", "<a>"), "abc"])
+def test_special_tokens_that_are_none(special_tokens: Sequence[str]) -> None:
+    with pytest.raises(ValueError, match="special_tokens to be distinct texts"):
+        tokenizer.train_bpe(WORDS, 300, special_tokens=special_tokens)
+
+
 def test_fewer_merges_than_asked() -> None:
     with pytest.warns(UserWarning, match=r"have merges for \d+ tokens, 5000 were asked for"):
         trained = tokenizer.train_bpe(WORDS, 5000)
@@ -427,6 +448,8 @@ def test_bad_texts(tmp_path: Path) -> None:
         tokenizer.train_bpe([tmp_path / "none"], 300)
     with pytest.raises(TypeError, match="int"):
         tokenizer.train_bpe([5], 300)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="float"):
+        tokenizer.train_bpe(WORDS, 300.0)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------ minbpe
@@ -506,6 +529,13 @@ def test_minbpe_cuts_words(tmp_path: Path) -> None:
     path.write_text("minbpe v1\n(\n0\n")
     with pytest.raises(ValueError, match=r"minbpe.model: regex: "):
         tokenizer.load(path)
+
+
+def test_patterns_that_are_no_unicode() -> None:
+    with pytest.raises(ValueError, match="lone surrogate"):
+        MinBPETokenizer([], "\ud800")
+    with pytest.raises(TypeError, match="text to be a str, got int"):
+        MinBPETokenizer([], 5)  # type: ignore[arg-type]
 
 
 def test_minbpe_without_regex(monkeypatch: pytest.MonkeyPatch) -> None:

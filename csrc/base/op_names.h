@@ -9,6 +9,8 @@ constexpr const char* kEmbeddingCrossEntropy = "embedding_cross_entropy";
 constexpr const char* kFit = "fit_";
 constexpr const char* kGenerate = "generate";
 constexpr const char* kGetBatch = "get_batch";
+constexpr const char* kInterpolatedBigram = "interpolated_bigram";
+constexpr const char* kInterpolatedBigramGenerate = "interpolated_bigram_generate";
 constexpr const char* kMultinomial = "multinomial";
 
 }  // namespace bigramx

@@ -186,6 +186,7 @@ bool RunCounter::count_keys(const CountRunsParams& params, std::vector<Runs>& bl
         if (first == last) return;
         sort_keys(first, scratch + begins[block], last - first, format_.token_bits + format_.row_bits);
         blocks[block].push_back(run_of_keys(format_, first, last - first));
+        merge_last_runs(format_, params.merge_ratio, blocks[block]);
     });
     return true;
 }

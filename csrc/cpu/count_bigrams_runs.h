@@ -56,7 +56,13 @@ class Array {
     // Cuts off what is behind so many elements.
     void shrink(int64_t size) {
         size_ = size;
-        const size_t kept = whole_pages(std::max<size_t>(size * sizeof(T), 1));
+        const size_t bytes = size * sizeof(T);
+        if (mapped_ == 0) {
+            void* const shrunk = std::realloc(begin_, bytes + 1);
+            if (shrunk != nullptr) begin_ = static_cast<T*>(shrunk);
+            return;
+        }
+        const size_t kept = whole_pages(bytes + 1);
         if (kept >= mapped_) return;
         munmap(reinterpret_cast<char*>(begin_) + kept, mapped_ - kept);
         mapped_ = kept;
@@ -68,7 +74,7 @@ class Array {
     int64_t size() const { return size_; }
 
   private:
-    static constexpr size_t kMapped = 1 << 14;
+    static constexpr size_t kMapped = 1 << 17;
 
     static size_t whole_pages(size_t bytes) {
         static const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -138,6 +144,7 @@ struct CountRunsParams {
     c10::function_ref<bool(int64_t begin, int64_t end, uint32_t* tokens)> copy_tokens;
     int64_t num_pairs;    // one less than the tokens; at most most_pairs()
     int64_t skipped_row;  // whose pairs are not counted, or -1
+    int64_t merge_ratio;  // as merge_last_runs takes it
     bool has_separators;
 };
 
@@ -146,10 +153,11 @@ class RunCounter {
   public:
     explicit RunCounter(const PairFormat& format) : format_(format) {}
 
-    // What two arrays of 64 MB hold.
-    int64_t most_pairs() const { return int64_t{1} << (has_small_keys() ? 24 : 23); }
+    // What two arrays of 100 MB hold. The more there are, the fewer runs have to be merged.
+    int64_t most_pairs() const { return int64_t{3} << (has_small_keys() ? 23 : 22); }
 
-    // Appends a run to each block in which there are pairs. Returns false if a token is out of range.
+    // Appends a run to each block in which there are pairs, and merges the last ones. Returns false if a
+    // token is out of range.
     bool count(const CountRunsParams& params, std::vector<Runs>& blocks);
 
   private:

@@ -275,11 +275,10 @@ void PairCounter::update_many(const at::Tensor& tokens, int64_t position) {
             const auto copy = [&](int64_t first, int64_t last, uint32_t* copies) {
                 return copy_tokens(values + first, last - first, format_.separator(), copies);
             };
-            if (!counter->count({copy, size, eot_.value_or(-1), false}, added)) {
+            if (!counter->count({copy, size, eot_.value_or(-1), kMergeRatio, false}, added)) {
                 raise_out_of_range(tokens, position, format_.vocab_size);
             }
         });
-        merge_last_runs(format_, kMergeRatio, added);
     }
     merged(kMergeRatio);
     SignalCheck().handle();  // what would raise behind this would raise too late
@@ -303,7 +302,7 @@ void PairCounter::flush() {
     const auto copy = [&](int64_t first, int64_t last, uint32_t* copies) {
         return copy_tokens(tokens.data() + first, last - first, format_.separator() + 1, copies);
     };
-    RunCounter(format_).count({copy, size - 1, eot_.value_or(-1), true}, added);
+    RunCounter(format_).count({copy, size - 1, eot_.value_or(-1), kMergeRatio, true}, added);
     merged(kMergeRatio);
     const std::lock_guard lock(mutex_);
     if (num_flushes != num_flushes_) return;  // another thread has counted them

@@ -63,6 +63,13 @@ struct Draws {
     }
 };
 
+// Another draw at a position of a sequence, independent of the first: two words of an evaluation of its own.
+// sequence < 2^62.
+BIGRAMX_HOST_DEVICE uint64_t second_draw(uint64_t seed, uint64_t sequence, uint64_t position) {
+    const Philox philox(seed, sequence | uint64_t{1} << 62, position);
+    return join_draw(philox.words[0] >> (32 - kHighDrawBits), philox.words[1]);
+}
+
 BIGRAMX_HOST_DEVICE uint64_t draw(uint64_t seed, uint64_t sequence, uint64_t position) {
     return Draws(seed, sequence, position / Philox::kWords).values[position % Philox::kWords];
 }

@@ -210,6 +210,13 @@ def test_an_encoding_that_would_panic() -> None:
         tokenizer.adapt(encoding(mergeable_ranks={b"a": 0}))
 
 
+@pytest.mark.parametrize(("name", "error"), [("\ud800", ValueError), (5, TypeError)])
+def test_an_encoding_whose_name_could_not_be_read_again(name: Any, error: type[Exception]) -> None:
+    parts = {"pat_str": PATTERN, "mergeable_ranks": RANKS, "special_tokens": SPECIAL}
+    with pytest.raises(error):
+        tokenizer.adapt(tiktoken.Encoding(name, **parts))
+
+
 # -------------------------------------------------------------------------------------------------- transformers
 
 

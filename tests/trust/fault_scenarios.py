@@ -30,7 +30,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, functional, optim
+from bigramx import BigramCounts, BigramLanguageModel, CharTokenizer, History, data, fit, functional, optim
 from bigramx.__main__ import main as main_of_command
 from tests.trust.faults import PREFIX
 
@@ -293,6 +293,40 @@ def signals_to_training(run: Run) -> None:
     _ends_of_training(
         run, "signals to bigramx train", end, lambda status: status in (0, 128 + sent[0], -sent[0]), saves=True
     )
+
+
+def kills_of_counting(run: Run) -> None:
+    """SIGKILL at random moments of `bigramx count`: the old counts stay until the new ones are there; it can go on."""
+    shards = [str(run.folder / f"{name}.bin") for name in range(3)]
+    counts = {"old": BigramCounts(_V), "new": BigramCounts(_V)}
+    for shard in shards:
+        tokens = torch.randint(_V, (300_000,)).to(torch.uint16)
+        Path(shard).write_bytes(tokens.numpy().tobytes())
+        counts["new"].update(tokens)
+    counts["old"].update(tokens)
+    path, output = run.folder / "counted" / "counts.safetensors", run.folder / "output.txt"
+    path.parent.mkdir()
+
+    def count() -> None:
+        sys.argv = ["bigramx", "count", *shards, "--out", str(path)]
+        main_of_command()
+
+    begin = time.monotonic()
+    failed = _run_to_its_end(count, output)
+    longest = 1.1 * (time.monotonic() - begin)
+    for _ in run.rounds(least=3):
+        delay = run.random.uniform(0, longest)
+        run.log.case("kills of bigramx count", f"after {delay:.4f} s")
+        counts["old"].save(path)
+        with _forked(count, output) as pid:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+            _wait(pid)
+        if BigramCounts.load(path) not in counts.values():
+            run.log.finding(f"a kill of bigramx count after {delay:.4f} s: the counts are neither the old nor the new")
+        failed = failed or _run_to_its_end(count, output)
+        if failed or BigramCounts.load(path) != counts["new"] or list(path.parent.iterdir()) != [path]:
+            run.log.finding(f"bigramx count does not go on after a kill after {delay:.4f} s: {failed}")
 
 
 def full_disks(run: Run) -> None:
@@ -643,6 +677,7 @@ SCENARIOS: dict[str, Callable[[Run], None]] = {
         kills_while_saving,
         kills_of_training,
         signals_to_training,
+        kills_of_counting,
         full_disks,
         failing_calls,
         failing_allocations,

@@ -20,6 +20,7 @@ LEAST = {
     "kills_while_saving": 5,
     "kills_of_training": 3,
     "signals_to_training": 3,
+    "kills_of_counting": 3,
     "full_disks": 5,
     "failing_calls": 100,
     "failing_allocations": 60,

@@ -43,6 +43,11 @@ class DrawBlock {
         return join_draw(high[k], low.words[position % Philox::kWords]);
     }
 
+    // Another draw at the same position, of all bits.
+    uint64_t second(int64_t k) const {
+        return second_draw(seed_, sequence_, position_ + static_cast<uint64_t>(k));
+    }
+
   private:
     uint64_t seed_, sequence_, position_;
     uint32_t low_[kSize];
