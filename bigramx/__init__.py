@@ -1,6 +1,6 @@
 """The bigram language model for PyTorch, as fused C++ kernels."""
 
-from bigramx import data, functional, optim, reference
+from bigramx import data, functional, optim, reference, tokenizer
 from bigramx.counts import BigramCounts
 from bigramx.evaluation import Evaluation, evaluate, optimal_loss
 from bigramx.history import History
@@ -27,4 +27,5 @@ __all__ = [
     "optim",
     "optimal_loss",
     "reference",
+    "tokenizer",
 ]
