@@ -1,7 +1,7 @@
 """How well the models from counts predict text that they have not seen: no times, but the figure of a baseline.
 
-The text is that of the installed Python packages, whose every tenth file is held out; the tokens are those of a BPE that
-is trained on the rest.
+The text is that of the installed Python packages, whose every tenth file is held out; the tokens are those of a BPE
+that is trained on the rest.
 """
 
 from __future__ import annotations
