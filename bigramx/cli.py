@@ -8,7 +8,6 @@ import io
 import itertools
 import logging
 import os
-import re
 import stat
 import sys
 import time
@@ -368,7 +367,7 @@ def train(
         raise CommandError("the text is too short: 0 tokens")
     size = vocab_size or (data.token_range(tokens)[1] + 1 if made is None else made.vocab_size)
     if method is not None:
-        train_tokens, validation = _split(tokens)
+        train_tokens, validation = data.split(tokens)
         if held_out:
             train_tokens, validation = tokens, _Source(held_out, dtype).tokens(made, end)
         print_line(_sizes(tokens, size, len(train_tokens)))
@@ -405,16 +404,6 @@ def _model_of_size(vocab_size: int) -> BigramLanguageModel:
     except MemoryError as error:
         raise CommandError(f"{error}; --smoothing kneser-ney takes memory for the pairs that occur alone") from None
     return BigramLanguageModel(vocab_size)
-
-
-def _split(tokens: TokenShards) -> tuple[TokenShards, TokenShards]:
-    """The tokens to train on, and those to validate on: as the files are called, if any is for training; else a tenth.
-
-    A file called validation.py is not for validation, where none is for training.
-    """
-    are_named = any("train" in re.split("[^a-z]+", os.path.basename(name).lower()) for name in tokens.names)
-    train_tokens, val_tokens = data.split(tokens, None if are_named else 0.9)
-    return train_tokens, val_tokens
 
 
 def _sizes(tokens: TokenShards, vocab_size: int, num_train: int) -> str:
@@ -502,7 +491,7 @@ def _take_steps(
     schedule: dict[str, Any],
 ) -> History:
     """Trains a model by ``fit``, and saves it in the folder."""
-    train_tokens, val_tokens = (_in_one(part) for part in _split(tokens))
+    train_tokens, val_tokens = (_in_one(part) for part in data.split(tokens))
     block_size, steps = schedule["block_size"], schedule["max_steps"]
     if min(len(train_tokens), len(val_tokens)) <= block_size:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")

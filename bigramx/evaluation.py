@@ -553,12 +553,9 @@ def optimal_loss(tokens: Tensor | TokenShards | BigramCounts) -> float:
     """
     if isinstance(tokens, BigramCounts):
         return optimal_loss_of_counts(tokens.to_csr())
-    if isinstance(tokens, TokenShards):
-        if tokens.eot is not None and len(tokens) > 0:
-            counts = BigramCounts(max(token_range(tokens)[1], tokens.eot) + 1, eot=tokens.eot)
-            counts.update(tokens)
-            return optimal_loss(counts)
-    elif tokens.layout != torch.strided or (tokens.dim() == 2 and tokens.size(0) == tokens.size(1)):
+    if isinstance(tokens, Tensor) and (
+        tokens.layout != torch.strided or (tokens.dim() == 2 and tokens.size(0) == tokens.size(1))
+    ):
         return optimal_loss_of_counts(tokens)
     check_tokens(tokens)
     if num_pairs(tokens) == 0:
