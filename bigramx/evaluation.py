@@ -1,7 +1,8 @@
 """Exact losses of tokens and of pair counts.
 
 Tokens are read chunk by chunk and tables block by block, so that a memory-mapped corpus stays on its disk: beyond a
-table and its counts everything here takes less than 64 MB of memory, however many tokens there are.
+table and its counts everything here takes less than 64 MB of memory, however many tokens there are. ``evaluate`` counts
+the distinct pairs, as BigramCounts do.
 """
 
 from __future__ import annotations
