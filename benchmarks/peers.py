@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Function
-from bigramx import CharTokenizer, data
+from bigramx import CharTokenizer, SmoothedBigramModel, data
 
 GetBatch = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
@@ -212,6 +212,51 @@ def polars_count_bigrams(tokens: Tensor) -> Function:
 def counter_of_pairs(tokens: Tensor) -> Function:
     """A dictionary: what people write."""
     return lambda: Counter(zip(values := tokens.tolist(), values[1:], strict=False))
+
+
+def numpy_kneser_ney(counts: Tensor) -> Function:
+    """Interpolated modified Kneser-Ney of a CSR matrix, by reduceat and bincount; no row is empty."""
+    import numpy
+
+    crow, columns, values = (part.numpy() for part in (counts.crow_indices(), counts.col_indices(), counts.values()))
+    vocab_size = counts.size(0)
+
+    def discounts(counts: Any) -> Any:
+        n = numpy.bincount(numpy.minimum(counts, 5), minlength=6).astype(float)
+        y = n[1] / (n[1] + 2 * n[2])
+        of = numpy.array([0, 1 - 2 * y * n[2] / n[1], 2 - 3 * y * n[3] / n[2], 3 - 4 * y * n[4] / n[3]])
+        return of if ((of[1:] > 0) & (of[1:] <= (1, 2, 3))).all() else numpy.array([0, 0.5, 1, 1.5])
+
+    def estimate() -> object:
+        removed = discounts(values)[numpy.minimum(values, 3)]
+        sums = numpy.add.reduceat(values, crow[:-1])
+        pair_probs = (values - removed) / numpy.repeat(sums, numpy.diff(crow))
+        backoff = numpy.add.reduceat(removed, crow[:-1]) / sums
+        continuations = numpy.bincount(columns, minlength=vocab_size)
+        removed = discounts(continuations)[numpy.minimum(continuations, 3)]
+        unigram = (continuations - removed + removed.sum() / vocab_size) / continuations.sum()
+        return pair_probs.astype("float32"), backoff.astype("float32"), unigram.astype("float32")
+
+    return estimate
+
+
+def numpy_smoothed_loss(model: SmoothedBigramModel, tokens: Tensor) -> Function:
+    """The pairs by numpy.unique, sought among the model's by searchsorted."""
+    import numpy
+
+    crow, columns, pair_probs, backoff, unigram = (part.numpy() for part in model._parts())
+    vocab_size = model.vocab_size
+    keys = numpy.repeat(numpy.arange(vocab_size), numpy.diff(crow)) * vocab_size + columns
+    array = tokens.numpy()
+
+    def evaluate() -> float:
+        pairs, numbers = numpy.unique(array[:-1] * vocab_size + array[1:], return_counts=True)
+        places = numpy.minimum(numpy.searchsorted(keys, pairs), len(keys) - 1)
+        own = numpy.where(keys[places] == pairs, pair_probs[places], 0).astype("float64")
+        probs = own + backoff[pairs // vocab_size].astype("float64") * unigram[pairs % vocab_size]
+        return float(-(numpy.log(probs) * numbers).sum() / numbers.sum())
+
+    return evaluate
 
 
 def numpy_encode(text: str) -> Function:

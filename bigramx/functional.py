@@ -344,6 +344,7 @@ def interpolated_bigram(
     """p(j | i) = ``pair_probs[i, j] + backoff[i] * unigram[j]`` of pairs, where the first is sparse: CSR, (V, V).
 
     Pairs in the order of their rows and columns, as counts have them, are merged with the model's; others are searched.
+    PyTorch's own ops compute it where a part requires a gradient, which the kernel does not have.
 
     Args:
         idx: i of each pair, int64 or int32, any shape.
@@ -363,7 +364,12 @@ def interpolated_bigram(
         RuntimeError: Another shape, a dtype or a device is off, or ``crow_indices`` does not ascend.
         TypeError: An argument is of the wrong type.
     """
-    probs, is_seen = ops.interpolated_bigram(idx, targets, crow_indices, col_indices, pair_probs, backoff, unigram)
+    with torch.no_grad():
+        probs, is_seen = ops.interpolated_bigram(idx, targets, crow_indices, col_indices, pair_probs, backoff, unigram)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (pair_probs, backoff, unigram)):
+        from bigramx import reference  # which imports this module
+
+        return reference.interpolated_bigram(idx, targets, crow_indices, col_indices, pair_probs, backoff, unigram)
     return probs, is_seen
 
 

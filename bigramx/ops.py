@@ -245,7 +245,16 @@ def _(
     backoff: Tensor,
     unigram: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    _check_same_device("interpolated_bigram", idx=idx, targets=targets, pair_probs=pair_probs, unigram=unigram)
+    _check_same_device(
+        "interpolated_bigram",
+        idx=idx,
+        targets=targets,
+        crow_indices=crow_indices,
+        col_indices=col_indices,
+        pair_probs=pair_probs,
+        backoff=backoff,
+        unigram=unigram,
+    )
     return idx.new_empty(idx.shape, dtype=torch.float64), idx.new_empty(idx.shape, dtype=torch.bool)
 
 
@@ -265,7 +274,15 @@ def _(
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    _check_same_device("interpolated_bigram_generate", idx=idx, pair_probs=pair_probs, unigram=unigram)
+    _check_same_device(
+        "interpolated_bigram_generate",
+        idx=idx,
+        crow_indices=crow_indices,
+        col_indices=col_indices,
+        pair_probs=pair_probs,
+        backoff=backoff,
+        unigram=unigram,
+    )
     _check_dims("generate", "idx", idx, 2)
     length = library.get_ctx().new_dynamic_size(min=0) if stop else idx.shape[1] + max_new_tokens
     return idx.new_empty((idx.shape[0], length), dtype=torch.int64)

@@ -183,14 +183,15 @@ def interpolated_bigram(
 def interpolated_bigram_rows(
     idx: Tensor, crow_indices: Tensor, col_indices: Tensor, pair_probs: Tensor, backoff: Tensor, unigram: Tensor
 ) -> Tensor:
-    """See functional.interpolated_bigram_rows."""
+    """P(j | i) of all j for each i of ``idx``: its shape and V, in the dtype of the parts."""
     rows = idx.reshape(-1).long()
     probs = backoff[rows, None] * unigram
     begins, sizes = crow_indices[rows], crow_indices.diff()[rows]
     of_row = torch.arange(len(rows), device=idx.device).repeat_interleave(sizes)
     ends = sizes.cumsum(0)
     places = torch.arange(len(of_row), device=idx.device) + (begins - ends + sizes)[of_row]
-    probs.index_put_((of_row, col_indices[places].long()), pair_probs[places], accumulate=True)
+    pairs = of_row, col_indices[places].long()  # each of them once
+    probs[pairs] = probs[pairs] + pair_probs[places]
     return probs.view(*idx.shape, len(unigram))
 
 
@@ -263,9 +264,7 @@ class _InterpolatedRows:
         place = int(tokens_of_draws(all_weights, draws(seed, of_sequence, step)))
         if place < len(tokens):
             return int(tokens[place])
-        other = of_sequence | 2**62
-        r = philox(seed, other, 4 * step) >> 1 << 32 | philox(seed, other, 4 * step + 1)
-        target = share_of_total(r, self.cdf[count - 1])
+        target = share_of_total(draws(seed, of_sequence | 2**62, step), self.cdf[count - 1])
         return int(self.order[torch.searchsorted(self.cdf, target, right=True)])
 
     def row(self, last: int) -> tuple[Tensor, Tensor, Tensor, int]:

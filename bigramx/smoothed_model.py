@@ -291,7 +291,7 @@ class SmoothedBigramModel(nn.Module):
             RuntimeError: ``tokens`` is not 1-D, or of another dtype.
             IndexError: A token is out of range.
         """
-        return self.evaluate_counts(_csr_of_tokens(tokens, self.vocab_size))
+        return self._loss_of(_csr_of_tokens(tokens, self.vocab_size))
 
     def evaluate_counts(self, counts: BigramCounts | Tensor) -> float:
         """What ``evaluate`` gives for tokens with these pair counts, (V, V), sparse or dense. NaN for no pairs.
@@ -299,18 +299,21 @@ class SmoothedBigramModel(nn.Module):
         Raises:
             RuntimeError: ``counts`` is not (V, V).
         """
-        rows, columns, numbers = smoothing.entries(self._csr(counts))
-        probs, _is_seen = self._probs(rows, columns)
-        losses = -probs.log_() * numbers
-        # So few at once are not divided among threads: their sums are the same for any number of these.
-        total = torch.stack([part.sum() for part in losses.split(2**14)]).sum()
-        return float(total / numbers.sum())
+        return self._loss_of(self._csr(counts))
+
+    def _loss_of(self, counts: Tensor) -> float:
+        total = 0.0
+        for rows, columns, numbers in smoothing.entry_blocks(counts):
+            losses = self._probs(rows, columns)[0].log_().mul_(numbers)
+            # So few at once are not divided among threads: their sums are the same for any number of these.
+            total -= float(torch.stack([part.sum() for part in losses.split(2**14)]).sum())
+        num_pairs = int(counts.values().sum())
+        return total / num_pairs if num_pairs > 0 else float("nan")
 
     def num_unseen(self, counts: BigramCounts | Tensor) -> int:
         """How many pairs of these counts, (V, V), have no probability of their own, as they were not seen."""
-        rows, columns, numbers = smoothing.entries(self._csr(counts))
-        _probs, is_seen = self._probs(rows, columns)
-        return int(numbers[~is_seen].sum())
+        blocks = smoothing.entry_blocks(self._csr(counts))
+        return sum(int(numbers[~self._probs(rows, columns)[1]].sum()) for rows, columns, numbers in blocks)
 
     def _csr(self, counts: BigramCounts | Tensor) -> Tensor:
         csr = _csr(counts)
@@ -353,12 +356,15 @@ class SmoothedBigramModel(nn.Module):
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
             TypeError: ``path`` is neither, or the tokenizer is none, or one that cannot be saved.
-            ValueError: The tokenizer has more tokens than the model.
+            ValueError: The tokenizer has more tokens than the model; or a buffer was changed, and a row is no
+                distribution any more.
         """
+        tensors = dict(zip(_BUFFERS, self._parts(), strict=True))
+        _check_parts(tensors)
         metadata = {} if self.method is None else {"method": self.method}
         if self.tokenizer is not None:
             metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
-        write_tensors(path, _KIND, dict(zip(_BUFFERS, self._parts(), strict=True)), metadata)
+        write_tensors(path, _KIND, tensors, metadata)
 
     @classmethod
     def load(cls, path: FileLike) -> SmoothedBigramModel:
@@ -456,8 +462,7 @@ def _check_parts(tensors: dict[str, Tensor]) -> None:
     for name in _BUFFERS[2:]:
         if not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
             raise ValueError(f"expected {name} to be from 0 to 1")
-    cumulative = nn.functional.pad(pair_probs.cumsum(0, dtype=torch.float64), (1, 0))
-    sums = cumulative[crow].diff() + backoff * unigram.double().sum()
+    sums = smoothing.row_sums(crow, pair_probs) + backoff * unigram.double().sum()
     if not ((sums - 1).abs() <= _SUM_TOLERANCE).all():
         raise ValueError(f"expected the probabilities of a row to sum to 1 within {_SUM_TOLERANCE}")
 

@@ -217,8 +217,16 @@ def _row_blocks(crow: Tensor) -> Iterator[tuple[slice, slice]]:
         begin = end
 
 
+def row_sums(crow: Tensor, values: Tensor) -> Tensor:
+    """The sum of the values of each row, (V) float64."""
+    sums = torch.zeros(len(crow) - 1, dtype=torch.float64, device=values.device)
+    for rows, entries in _row_blocks(crow):
+        sums[rows] = _sums_between(values[entries].double(), crow[rows.start : rows.stop + 1] - entries.start)
+    return sums
+
+
 def _sums_between(values: Tensor, borders: Tensor) -> Tensor:
-    """The sums of the integers from each border to the next."""
+    """The sums of the values from each border to the next."""
     cumulative = torch.cat((values.new_zeros(1), values.cumsum(0)))
     return cumulative[borders].diff()
 
@@ -320,6 +328,15 @@ def _fitted_pair_weight(counts: Tensor, sums: Tensor, unigram: Tensor, held_out:
     rows, columns, numbers = rows[is_known], columns[is_known], numbers[is_known]
     frequencies = _counts_at(counts, rows, columns) / sums[rows]
     return float(_fitted_weight(frequencies, unigram[columns], numbers))
+
+
+def entry_blocks(counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows, the columns and the counts, a part at a time: what is computed from them stays in cache."""
+    crow, columns, values = counts.crow_indices(), counts.col_indices(), counts.values()
+    for rows, part in _row_blocks(crow):
+        of_rows = torch.arange(rows.start, rows.stop, device=crow.device)
+        sizes = crow[rows.start : rows.stop + 1].diff()
+        yield of_rows.repeat_interleave(sizes), columns[part].long(), values[part]
 
 
 def entries(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,6 +53,11 @@ std::tuple<at::Tensor, at::Tensor> interpolated_bigram(const at::Tensor& idx, co
                                                        const at::Tensor& pair_probs,
                                                        const at::Tensor& backoff, const at::Tensor& unigram) {
     constexpr const char* op = kInterpolatedBigram;
+    for (const at::Tensor* part : {&pair_probs, &backoff, &unigram}) {
+        TORCH_CHECK(!part->defined() || !part->requires_grad() || !at::GradMode::is_enabled(), op,
+                    ": expected pair_probs, backoff and unigram not to require a gradient: the op is not "
+                    "differentiable");
+    }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     check_tensor(op, "idx", idx);
     check_tensor(op, "targets", targets);

@@ -15,7 +15,7 @@
 
 namespace bigramx {
 
-// Contiguous. What the indices hold is not checked: kernels must not rely on it.
+// Contiguous. The kernels check what the indices hold.
 struct InterpolatedBigramParams {
     at::Tensor crow_indices;  // (V + 1) int64, as those of a CSR tensor
     at::Tensor col_indices;   // (nnz) int32, ascending within a row

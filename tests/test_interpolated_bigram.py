@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from bigramx import SmoothedBigramModel, functional, reference
 from tests.interrupts import SOME, call_until_handled, call_with_handlers
 
 pytestmark = pytest.mark.cpu_only
 
+generate = functional.interpolated_bigram_generate
+OPS = torch.ops.bigramx
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -125,6 +127,19 @@ def test_parts_that_do_not_fit(position: int, change: Any, message: str) -> None
         functional.interpolated_bigram_generate(idx, *wrong, 3)
 
 
+def test_gradients_are_those_of_plain_pytorch() -> None:
+    crow, columns, *probs = some_model(dtype=torch.float64)
+    pair_probs, backoff, unigram = (part.requires_grad_() for part in probs)
+    idx, targets = torch.randint(60, (2, 50))
+    made, _is_seen = functional.interpolated_bigram(idx, targets, crow, columns, pair_probs, backoff, unigram)
+    grads = torch.autograd.grad(made.log().sum(), (pair_probs, backoff, unigram))
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    with pytest.raises(RuntimeError, match="not to require a gradient"):
+        OPS.interpolated_bigram(idx, targets, crow, columns, pair_probs, backoff, unigram)
+    with torch.no_grad():
+        OPS.interpolated_bigram(idx, targets, crow, columns, pair_probs, backoff, unigram)
+
+
 def test_targets_of_another_shape() -> None:
     idx = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"expected targets to have the shape of idx, \[3\], got \[2\]"):
@@ -222,8 +237,6 @@ def test_draws_nothing_for_temperature_0() -> None:
 @pytest.mark.parametrize(
     ("position", "index", "value"),
     [
-        (0, 4, -5),
-        (0, 4, 2**50),
         (1, 0, -1),
         (1, 0, 60),
         (2, 0, float("nan")),
@@ -237,9 +250,19 @@ def test_a_row_that_is_not_a_distribution_raises_when_reached(position: int, ind
     parts = some_model()
     wrong = changed(parts, position, parts[position].clone())
     wrong[position][index] = value
-    bad_row = 4 if position == 0 else 0
     with pytest.raises(RuntimeError, match=r"probability tensor contains either `inf`, `nan` or element < 0"):
-        functional.interpolated_bigram_generate(torch.tensor([[bad_row]]), *wrong, 5)
+        functional.interpolated_bigram_generate(torch.tensor([[0]]), *wrong, 5)
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, 1), (4, -5), (4, 2**50), (60, 0), (60, 10**6)])
+def test_rows_that_do_not_follow_each_other(index: int, value: int) -> None:
+    parts = some_model()
+    wrong = changed(parts, 0, parts[0].clone())
+    wrong[0][index] = value
+    idx = torch.tensor([[0]])
+    for call in (lambda: functional.interpolated_bigram(idx, idx, *wrong), lambda: generate(idx, *wrong, 5)):
+        with pytest.raises(RuntimeError, match="expected crow_indices to ascend from 0 to"):
+            call()
 
 
 def test_a_unigram_that_is_not_a_distribution() -> None:
@@ -285,15 +308,27 @@ def test_a_handler_runs_and_may_raise() -> None:
     parts = some_model(500)
     idx = torch.tensor([[1]])
 
-    def generate() -> Tensor:
+    def long_chain() -> Tensor:
         return functional.interpolated_bigram_generate(idx, *parts, 6 * 10**6, generator=seeded(1))
 
-    tokens, count = call_until_handled(generate)
+    tokens, count = call_until_handled(long_chain)
     assert count >= SOME
-    assert torch.equal(tokens, generate())
+    assert torch.equal(tokens, long_chain())
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        call_with_handlers(lambda: [generate() for _ in range(20)], interrupt)
+        call_with_handlers(lambda: [long_chain() for _ in range(20)], interrupt)
+
+
+# ----------------------------------------------------------------------------------------------------- as PyTorch's ops
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
+def test_opcheck() -> None:
+    parts, idx = some_model(), torch.tensor([[0, 3], [59, 2]])
+    library.opcheck(OPS.interpolated_bigram.default, (idx, idx.flip(0), *parts))
+    for stop in ([], [2]):
+        arguments = (idx, *parts, 4, 0.0, None, None, None, stop)
+        library.opcheck(OPS.interpolated_bigram_generate.default, arguments)

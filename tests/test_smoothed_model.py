@@ -531,6 +531,14 @@ def test_other_files(tmp_path: Path) -> None:
     assert isinstance(BigramLanguageModel.load(path), BigramLanguageModel)
 
 
+def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = some_model()
+    model.backoff[3] = 0.9
+    with pytest.raises(ValueError, match="expected the probabilities of a row to sum to 1"):
+        model.save(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_large_vocabularies_take_little_memory() -> None:
     vocab_size = 128_256
     counts = BigramCounts(vocab_size)

@@ -158,6 +158,7 @@ class ChainRunner {
             const Segment& segment = segments_[first + lane];
             state.blocks[lane].fill_high(seed_, segment.chain, position(segment), count);
             if constexpr (Rows::kNeedsLowBits) state.blocks[lane].fill_low(count);
+            if constexpr (Rows::kNeedsSecondDraws) state.blocks[lane].fill_second(count);
         }
         follow(state, count, std::make_integer_sequence<int, lanes>());
     }

@@ -3,7 +3,8 @@
 //
 // ProbRows serve the sampler "torch", the others "philox": find(locate(token, draws, k)) is the token that
 // the k-th of the draws draws from the row of `token`, the same for all kinds of rows. There are two steps so
-// that other lanes can be located while one waits for memory. kNeedsLowBits: of all draws.
+// that other lanes can be located while one waits for memory. kNeedsLowBits: of all draws. kNeedsSecondDraws:
+// DrawBlock::second_high().
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -125,7 +126,7 @@ class WholeRows : public LogitRows {
   public:
     static constexpr int kLanes = 8;
     static constexpr int64_t kGrainSize = 1 << 14;
-    static constexpr bool kNeedsLowBits = false;
+    static constexpr bool kNeedsLowBits = false, kNeedsSecondDraws = false;
 
     // V < 2^15: a token and a mark share an entry.
     explicit WholeRows(const GenerateParams& params);
@@ -183,7 +184,7 @@ class BlockRows : public LogitRows {
   public:
     static constexpr int kLanes = 4;
     static constexpr int64_t kGrainSize = 1 << 8;
-    static constexpr bool kNeedsLowBits = true;
+    static constexpr bool kNeedsLowBits = true, kNeedsSecondDraws = false;
 
     explicit BlockRows(const GenerateParams& params);
 
@@ -211,7 +212,7 @@ class ArgmaxRows {
   public:
     static constexpr int kLanes = 8;
     static constexpr int64_t kGrainSize = 1 << 14;
-    static constexpr bool kNeedsLowBits = false;
+    static constexpr bool kNeedsLowBits = false, kNeedsSecondDraws = false;
 
     explicit ArgmaxRows(const at::Tensor& weight) : weight_(weight), argmax_(weight.size(0)) {}
 

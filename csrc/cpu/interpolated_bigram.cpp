@@ -46,14 +46,14 @@ void interpolated_bigram_cpu(const InterpolatedBigramParams& params, const at::T
         int64_t place = 0;
         for (int64_t n = first; n < last; ++n) {
             const int64_t i = rows[n], j = columns[n];
-            int64_t begin, end;
-            if (i < 0 || i >= vocab_size || j < 0 || j >= vocab_size || !model.pairs_of(i, begin, end)) {
+            if (i < 0 || i >= vocab_size || j < 0 || j >= vocab_size) {
                 int64_t before = first_wrong.load();
                 while (n < before && !first_wrong.compare_exchange_weak(before, n)) {
                 }
                 return;
             }
-            place = place_of(model.columns(), begin, end, place, j);
+            const int64_t end = model.end(i);
+            place = place_of(model.columns(), model.begin(i), end, place, j);
             seen[n] = place < end && model.column(place) == j;
             const double own = seen[n] ? model.pair_prob(place) : 0;
             prob[n] = own + model.backoff(i) * model.unigram(j);
@@ -68,15 +68,13 @@ void interpolated_bigram_cpu(const InterpolatedBigramParams& params, const at::T
                           ": index out of range: ", name, " holds ", token, " at position ", n,
                           ", expected 0 <= ", name, " < ", vocab_size);
     }
-    TORCH_CHECK(false, kInterpolatedBigram, ": expected crow_indices to ascend from 0 to ", model.num_pairs(),
-                ", got another row ", rows[n]);
 }
 
 int64_t interpolated_bigram_generate_cpu(const InterpolatedBigramParams& params,
                                          const GenerateParams& options, const at::Tensor& tokens) {
     const Chains chains{tokens.data_ptr<int64_t>() + options.prompt_length, tokens.size(0),
                         tokens.size(1) - options.prompt_length, tokens.stride(0)};
-    InterpolatedRows rows(params, options);
+    InterpolatedRows rows(params, options, chains.num_chains * chains.num_steps);
     const uint64_t seed = options.temperature == 0 ? 0 : draw_seed(options.generator);
     return ChainRunner(rows, seed, chains, options.stop).run();
 }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "base/op_names.h"
+#include "cpu/base/huge_pages.h"
 #include "cpu/sampling/guide_table.h"
 #include "sampling/fixed_point_cdf.h"
 
@@ -54,47 +55,41 @@ class Descending {
   public:
     Descending(std::vector<Candidate> seen, const UnigramCdf& unigram, double backoff, int64_t vocab_size)
         : seen_(std::move(seen)), unigram_(unigram), backoff_(backoff), vocab_size_(vocab_size) {
-        by_token_.reserve(seen_.size());
-        for (const Candidate& candidate : seen_) by_token_.push_back(candidate.token);
-        std::sort(by_token_.begin(), by_token_.end());
+        ranks_of_seen_.reserve(seen_.size() + 1);
+        for (const Candidate& candidate : seen_) ranks_of_seen_.push_back(unigram_.rank(candidate.token));
+        std::sort(ranks_of_seen_.begin(), ranks_of_seen_.end());
+        ranks_of_seen_.push_back(vocab_size);
         std::sort(seen_.begin(), seen_.end());
         find_unseen();
     }
 
-    // The next one, or null.
-    const Candidate* peek() const {
-        const Candidate* const seen = next_seen_ < seen_.size() ? &seen_[next_seen_] : nullptr;
-        const Candidate* const unseen = rank_ < vocab_size_ ? &unseen_ : nullptr;
-        if (seen == nullptr || unseen == nullptr) return seen == nullptr ? unseen : seen;
-        return *seen < *unseen ? seen : unseen;
-    }
-
-    void pop() {
-        if (peek()->is_seen) {
-            ++next_seen_;
-        } else {
-            ++rank_;
-            find_unseen();
+    // Takes the next one; false if there is none.
+    bool take(Candidate& next) {
+        const bool any_seen = next_seen_ < seen_.size(), any_unseen = rank_ < vocab_size_;
+        if (any_seen && (!any_unseen || seen_[next_seen_] < unseen_)) {
+            next = seen_[next_seen_++];
+            return true;
         }
+        next = unseen_;
+        ++rank_;
+        find_unseen();
+        return any_unseen;
     }
 
   private:
     void find_unseen() {
-        for (; rank_ < vocab_size_; ++rank_) {
-            const uint32_t token = unigram_.token(rank_);
-            if (std::binary_search(by_token_.begin(), by_token_.end(), token)) continue;
-            const double weight = backoff_ * unigram_.weight(token);
-            unseen_ = {weight, weight, token, false};
-            return;
-        }
+        for (; rank_ == ranks_of_seen_[next_rank_] && rank_ < vocab_size_; ++rank_) ++next_rank_;
+        if (rank_ >= vocab_size_) return;
+        const double weight = backoff_ * unigram_.weight(rank_);
+        unseen_ = {weight, weight, unigram_.token(rank_), false};
     }
 
     std::vector<Candidate> seen_;
-    std::vector<uint32_t> by_token_;
+    std::vector<int64_t> ranks_of_seen_;  // and, last, V
     const UnigramCdf& unigram_;
     const double backoff_;
     const int64_t vocab_size_;
-    size_t next_seen_ = 0;
+    size_t next_seen_ = 0, next_rank_ = 0;
     int64_t rank_ = 0;
     Candidate unseen_{};
 };
@@ -106,15 +101,15 @@ std::vector<Candidate> most_likely(Descending& candidates, const GenerateParams&
     const double min_p = options.min_p.value_or(0);
     std::vector<Candidate> kept;
     double before = 0;  // the sum of those before
-    for (const Candidate* next; (next = candidates.peek()) != nullptr; candidates.pop()) {
+    for (Candidate next{}; candidates.take(next);) {
         if (top_k > 0 && kept.size() >= top_k) {
-            if (is_argmax || next->weight != kept[top_k - 1].weight) break;
+            if (is_argmax || next.weight != kept[top_k - 1].weight) break;
         } else if (top_k == 0 && !kept.empty()) {
             if (options.top_p.has_value() && before >= *options.top_p * total) break;
-            if (next->weight < min_p * kept[0].weight) break;
+            if (next.weight < min_p * kept[0].weight) break;
         }
-        kept.push_back(*next);
-        before += next->weight;
+        kept.push_back(next);
+        before += next.weight;
     }
     if (top_k == 0) return kept;
     if (options.top_p.has_value()) {
@@ -163,40 +158,44 @@ InterpolatedBigram::InterpolatedBigram(const InterpolatedBigramParams& params)
       columns_(params.col_indices.const_data_ptr<int32_t>()),
       pair_probs_(params.pair_probs),
       backoff_(params.backoff),
-      unigram_(params.unigram) {}
+      unigram_(params.unigram) {
+    bool ascends = crow_[0] == 0 && crow_[vocab_size_] == num_pairs_;
+    for (int64_t row = 0; row < vocab_size_; ++row) ascends &= begin(row) <= end(row);
+    TORCH_CHECK(ascends, kInterpolatedBigram, ": expected crow_indices to ascend from 0 to ", num_pairs_);
+}
 
-UnigramCdf::UnigramCdf(const InterpolatedBigram& model, double exponent) {
+UnigramCdf::UnigramCdf(const InterpolatedBigram& model, double exponent)
+    : entries_(model.vocab_size()), weights_(model.vocab_size()), ranks_(model.vocab_size()) {
     const int64_t vocab_size = model.vocab_size();
-    weights_.resize(vocab_size);
     for (int64_t j = 0; j < vocab_size; ++j) {
         const double prob = model.unigram(j);
         TORCH_CHECK(is_weight(prob), kInterpolatedBigramGenerate,
                     ": expected unigram to be finite and >= 0, got ", prob, " at position ", j);
-        weights_[j] = prob;
         largest_ = std::max(largest_, prob);
     }
-    order_.resize(vocab_size);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(),
-                     [&](uint32_t j, uint32_t k) { return weights_[j] > weights_[k]; });
-    ranks_.resize(vocab_size);
-    for (int64_t rank = 0; rank < vocab_size; ++rank) ranks_[order_[rank]] = static_cast<uint32_t>(rank);
-    if (largest_ == 0) return;
-    for (double& weight : weights_) weight = std::pow(weight / largest_, exponent);
-    make_cdf();
+    std::vector<uint32_t> order(vocab_size);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](uint32_t j, uint32_t k) { return model.unigram(j) > model.unigram(k); });
+    for (int64_t rank = 0; rank < vocab_size; ++rank) {
+        const uint32_t token = order[rank];
+        entries_[rank] = {0, token};
+        ranks_[token] = static_cast<uint32_t>(rank);
+        if (largest_ > 0) weights_[rank] = std::pow(model.unigram(token) / largest_, exponent);
+    }
+    if (largest_ > 0) make_cdf();
 }
 
 void UnigramCdf::make_cdf() {
-    const int64_t vocab_size = static_cast<int64_t>(order_.size());
-    cdf_.resize(vocab_size);
+    const auto vocab_size = static_cast<int64_t>(weights_.size());
     const IntegerWeights integer(1);
     WeightSum total = 0;
-    for (const uint32_t token : order_) total += integer(weights_[token]);
+    for (const double weight : weights_) total += integer(weight);
     const FixedPointCdf fixed(total);
     WeightSum sum = 0;
     for (int64_t rank = 0; rank < vocab_size; ++rank) {
-        sum += integer(weights_[order_[rank]]);
-        cdf_[rank] = fixed.cdf(sum);
+        sum += integer(weights_[rank]);
+        entries_[rank].cdf = fixed.cdf(sum);
     }
     unit_ = std::ldexp(1.0, fixed.shift() + 1 - kWeightBits);  // the largest weight, 1, has kWeightBits - 1
     int guide_bits = 1;
@@ -205,19 +204,13 @@ void UnigramCdf::make_cdf() {
     const auto num_buckets = static_cast<int64_t>(fixed.last() >> guide_shift_) + 1;
     guide_.resize(num_buckets + 1);
     fill_guide_table(vocab_size, num_buckets, guide_.data(), [&](int64_t rank) {
-        const uint64_t end = cdf_[rank], before_bucket = (uint64_t{1} << guide_shift_) - 1;
+        const uint64_t end = entries_[rank].cdf, before_bucket = (uint64_t{1} << guide_shift_) - 1;
         return static_cast<int64_t>((end + before_bucket) >> guide_shift_);
     });
 }
 
-uint32_t UnigramCdf::find(int64_t count, uint64_t r) const {
-    const uint64_t target = share_of_total(r, cdf_[count - 1]);
-    uint32_t rank = guide_[target >> guide_shift_];
-    while (cdf_[rank] <= target) ++rank;
-    return order_[rank];
-}
-
-InterpolatedRows::InterpolatedRows(const InterpolatedBigramParams& params, const GenerateParams& options)
+InterpolatedRows::InterpolatedRows(const InterpolatedBigramParams& params, const GenerateParams& options,
+                                   int64_t num_draws)
     : params_(params),
       options_(options),
       model_(params_),
@@ -225,9 +218,14 @@ InterpolatedRows::InterpolatedRows(const InterpolatedBigramParams& params, const
       removes_tokens_(options.removes_tokens() || options.temperature == 0),
       unigram_(model_, exponent_),
       rows_(model_.vocab_size(), Row{0, kUnprepared, 0}),
-      entries_(model_.num_pairs() + kEndEntries * model_.vocab_size() + 1),
+      entries_(model_.num_pairs() + kOtherEntries * model_.vocab_size() + 1),
       guide_(entries_.size()) {
     guide_[0] = 0;
+    const bool will_meet_most_rows =
+        num_draws / 4 >= model_.vocab_size();  // else these pages are mostly empty
+    if (!will_meet_most_rows) return;
+    advise_huge_pages(entries_.begin(), entries_.size() * sizeof(Entry));
+    advise_huge_pages(guide_.begin(), guide_.size() * sizeof(uint32_t));
 }
 
 bool InterpolatedRows::is_distribution(int64_t token) {
@@ -252,9 +250,7 @@ bool InterpolatedRows::prepare(int64_t token) {
     const FixedPointCdf fixed = cdf_of(weights, integer);
     const HighCdf high(fixed.last());
 
-    int64_t first_pair, end_pair;
-    model_.pairs_of(token, first_pair, end_pair);
-    row.begin = first_pair + kEndEntries * token + 1;
+    row.begin = model_.begin(token) + kOtherEntries * token + 1;
     row.unigram_count = static_cast<uint32_t>(weights.unigram_count);
     Entry* const entries = entries_.begin() + row.begin;
     const auto count = static_cast<int64_t>(weights.pairs.size());
@@ -265,7 +261,7 @@ bool InterpolatedRows::prepare(int64_t token) {
         sum += integer(weights.pairs[k].weight);
         entries[k] = {high.cdf(fixed.cdf(sum)), weights.pairs[k].token};
     }
-    entries[count] = {kAboveAllDraws, kUnigram};
+    std::fill_n(entries + count, kSearchWidth, Entry{kAboveAllDraws, kUnigram});
 
     int guide_bits = 0;
     while (int64_t{2} << guide_bits <= count) ++guide_bits;
@@ -280,9 +276,9 @@ bool InterpolatedRows::prepare(int64_t token) {
 }
 
 RowWeights InterpolatedRows::weights_of(int64_t row) const {
-    int64_t begin, end;
+    const int64_t begin = model_.begin(row), end = model_.end(row);
     const double backoff = model_.backoff(row);
-    if (!model_.pairs_of(row, begin, end) || !is_weight(backoff)) return {};
+    if (!is_weight(backoff)) return {};
     double largest = backoff * unigram_.largest();  // if its token was seen, that token's is larger
     for (int64_t k = begin; k < end; ++k) {
         const int64_t token = model_.column(k);
@@ -290,19 +286,25 @@ RowWeights InterpolatedRows::weights_of(int64_t row) const {
         if (token < 0 || token >= model_.vocab_size() || !is_weight(own)) return {};
         largest = std::max(largest, own + backoff * model_.unigram(token));
     }
-    const auto power = [&](double prob) { return std::pow(prob / largest, exponent_); };
+    const auto power = [&](double prob) {
+        return exponent_ == 1 ? prob / largest : std::pow(prob / largest, exponent_);
+    };
     const double scaled_backoff = power(backoff * unigram_.largest());
     RowWeights weights{{}, scaled_backoff * unigram_.sum(model_.vocab_size()), model_.vocab_size()};
     weights.pairs.reserve(end - begin);
+    if (exponent_ == 1) {
+        for (int64_t k = begin; k < end; ++k) {
+            weights.pairs.push_back({model_.pair_prob(k) / largest, static_cast<uint32_t>(model_.column(k))});
+        }
+        if (!removes_tokens_) return weights;
+    }
     std::vector<Candidate> seen;
-    seen.reserve(removes_tokens_ ? end - begin : 0);
+    seen.reserve(end - begin);
     for (int64_t k = begin; k < end; ++k) {
         const auto token = static_cast<uint32_t>(model_.column(k));
-        const double own = model_.pair_prob(k);
-        const Candidate candidate{power(own + backoff * model_.unigram(token)),
-                                  scaled_backoff * unigram_.weight(token), token, /*is_seen=*/true};
-        weights.pairs.push_back({exponent_ == 1 ? own / largest : candidate.own(), token});
-        if (removes_tokens_) seen.push_back(candidate);
+        seen.push_back({power(model_.pair_prob(k) + backoff * model_.unigram(token)),
+                        scaled_backoff * unigram_.weight(unigram_.rank(token)), token, /*is_seen=*/true});
+        if (exponent_ != 1) weights.pairs.push_back({seen.back().own(), token});
     }
     if (!removes_tokens_) return weights;
     double total = weights.unigram;

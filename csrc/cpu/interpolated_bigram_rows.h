@@ -21,20 +21,20 @@
 #include "cpu/base/buffer.h"
 #include "cpu/sampling/philox_fill.h"
 #include "interpolated_bigram.h"
+#include "sampling/fixed_point_cdf.h"
 
 namespace bigramx::cpu {
 
 // The memory of InterpolatedBigramParams; floats are read as doubles.
 class InterpolatedBigram {
   public:
+    // Raises if the pairs of the rows do not follow each other.
     explicit InterpolatedBigram(const InterpolatedBigramParams& params);
 
-    // The pairs of a row; none, and false, where crow_indices holds no such.
-    bool pairs_of(int64_t row, int64_t& begin, int64_t& end) const {
-        begin = crow_[row];
-        end = crow_[row + 1];
-        return begin >= 0 && begin <= end && end <= num_pairs_;
-    }
+    // The pairs of a row.
+    int64_t begin(int64_t row) const { return crow_[row]; }
+    int64_t end(int64_t row) const { return crow_[row + 1]; }
+
     int32_t column(int64_t pair) const { return columns_[pair]; }
     const int32_t* columns() const { return columns_; }
     double pair_prob(int64_t pair) const { return pair_probs_(pair); }
@@ -68,26 +68,45 @@ class UnigramCdf {
 
     double largest() const { return largest_; }  // u
 
-    uint32_t token(int64_t rank) const { return order_[rank]; }
+    uint32_t token(int64_t rank) const { return entries_[rank].token; }
     int64_t rank(int64_t token) const { return ranks_[token]; }
-    double weight(int64_t token) const { return weights_[token]; }
+    double weight(int64_t rank) const { return weights_[rank]; }
 
     // Of the first so many of them.
-    double sum(int64_t count) const { return count > 0 ? static_cast<double>(cdf_[count - 1]) * unit_ : 0; }
+    double sum(int64_t count) const {
+        return count > 0 ? static_cast<double>(entries_[count - 1].cdf) * unit_ : 0;
+    }
 
-    // What r draws from the first so many of them, whose sum is not 0.
-    uint32_t find(int64_t count, uint64_t r) const;
+    // What the second of the draws k draws from the first so many of them, whose sum is not 0.
+    uint32_t find(int64_t count, const DrawBlock& draws, int64_t k) const {
+        const uint64_t last = entries_[count - 1].cdf;
+        const uint64_t first = join_draw(draws.second_high(k), 0), least = share_of_total(first, last);
+        const uint64_t most = share_of_total(first | ~uint32_t{0}, last);
+        const Entry* const entry = find(least);
+        return __builtin_expect(entry->cdf > most, true)
+                   ? entry->token
+                   : find(share_of_total(draws.complete_second(k), last))->token;
+    }
 
   private:
+    struct Entry {
+        uint64_t cdf;
+        uint32_t token;
+    };
+
+    const Entry* find(uint64_t target) const {
+        const Entry* entry = &entries_[guide_[target >> guide_shift_]];
+        while (entry->cdf <= target) ++entry;
+        return entry;
+    }
     void make_cdf();
 
     double largest_ = 0;
     double unit_ = 1;              // of the cdf
     int guide_shift_ = 0;          // from the cdf to buckets of the guide table
-    std::vector<double> weights_;  // (V)
-    std::vector<uint32_t> order_;  // (V): the tokens
-    std::vector<uint32_t> ranks_;  // (V)
-    std::vector<uint64_t> cdf_;    // (V), in that order
+    std::vector<Entry> entries_;   // (V), by rank
+    std::vector<double> weights_;  // (V), by rank
+    std::vector<uint32_t> ranks_;  // (V), by token
     std::vector<uint32_t> guide_;  // for each bucket, the rank that its first number draws
 };
 
@@ -107,9 +126,11 @@ class InterpolatedRows {
   public:
     static constexpr int kLanes = 8;
     static constexpr int64_t kGrainSize = 1 << 12;
-    static constexpr bool kNeedsLowBits = false;
+    static constexpr bool kNeedsLowBits = false, kNeedsSecondDraws = true;
 
-    InterpolatedRows(const InterpolatedBigramParams& params, const GenerateParams& options);
+    // num_draws: how many there will be.
+    InterpolatedRows(const InterpolatedBigramParams& params, const GenerateParams& options,
+                     int64_t num_draws);
 
     // As those of LogitRows.
     TimeSlice slice;
@@ -137,14 +158,15 @@ class InterpolatedRows {
         }
         const int64_t guide = shift == kHighDrawBits ? 0 : row.begin;
         const uint32_t first = guide_[guide + (draws.high[k] >> shift)];
-        return {entries_.begin() + row.begin + first, &draws, k, token};
+        const Entry* const entry = entries_.begin() + row.begin + first;
+        __builtin_prefetch(entry);
+        return {entry, &draws, k, token};
     }
 
     uint32_t find(const Place& place) const {
-        const Entry* entry = place.entry;
-        if (__builtin_expect(entry == nullptr, false)) return 0;
+        if (__builtin_expect(place.entry == nullptr, false)) return 0;
         const uint32_t r = place.draws->high[place.k];
-        while (entry->cdf <= r) ++entry;
+        const Entry* const entry = first_above(place.entry, r);
         uint32_t token = entry->token;
         if (__builtin_expect(r - entry[-1].cdf < 2, false)) token = find_exactly(place);
         return token == kUnigram ? draw_unigram(place) : token;
@@ -154,8 +176,10 @@ class InterpolatedRows {
     static constexpr uint32_t kUnigram = ~uint32_t{0};
     static constexpr int kUnprepared = -1, kInvalid = -2;
     static constexpr int64_t kNumMutexes = 64;
-    static constexpr int64_t kEndEntries =
-        2;  // of a row: before its pairs, so that the first has one; behind
+    static constexpr int kSearchWidth = 4;
+    // Of a row, beside its pairs: one before the first; that of the unigram, and what the search reads
+    // behind.
+    static constexpr int64_t kOtherEntries = 1 + kSearchWidth;
 
     struct Row {
         int64_t begin;           // of its entries and, unless it has a single bucket, of its guide table
@@ -163,12 +187,23 @@ class InterpolatedRows {
         uint32_t unigram_count;  // it draws from the first so many tokens of the unigram
     };
 
+    // A linear search: mostly one step from a guide table. It has no branch for each entry, as these would be
+    // mispredicted.
+    static const Entry* first_above(const Entry* entry, uint32_t r) {
+        for (;;) {
+            int count = 0;
+            for (int k = 0; k < kSearchWidth; ++k) count += entry[k].cdf <= r;
+            entry += count;
+            if (__builtin_expect(count < kSearchWidth, true)) return entry;
+        }
+    }
+
     bool prepare(int64_t token);
     // Without pairs and unigram where it is not a distribution.
     RowWeights weights_of(int64_t row) const;
     uint32_t find_exactly(const Place& place) const;
     uint32_t draw_unigram(const Place& place) const {
-        return unigram_.find(rows_[place.row].unigram_count, place.draws->second(place.k));
+        return unigram_.find(rows_[place.row].unigram_count, *place.draws, place.k);
     }
 
     const InterpolatedBigramParams params_;  // keeps the memory

@@ -47,6 +47,11 @@ constexpr int kLowDrawBits = 32, kHighDrawBits = 31, kDrawBits = kHighDrawBits +
 // sequence < 2^63.
 BIGRAMX_HOST_DEVICE uint64_t sequence_of_low_words(uint64_t sequence) { return sequence | uint64_t{1} << 63; }
 
+// Where a step takes two draws, the second is that of this sequence at the same position. sequence < 2^62.
+BIGRAMX_HOST_DEVICE uint64_t sequence_of_second_draws(uint64_t sequence) {
+    return sequence | uint64_t{1} << 62;
+}
+
 BIGRAMX_HOST_DEVICE uint64_t join_draw(uint32_t high, uint32_t low) {
     return uint64_t{high} << kLowDrawBits | low;
 }

@@ -239,6 +239,11 @@ PLAIN: dict[str, str | Callable[[Draw], str]] = {
     "min_p": lambda draw: draw.option(None, 0.1, 0.0),
     "stop": lambda draw: draw.option(None, 0),
     "more_stop": lambda draw: draw.option([], [0], [0, draw.V // 2]),
+    "crow_indices": lambda draw: f"torch.arange({draw.V + 1})",
+    "col_indices": lambda draw: f"torch.arange({draw.V}).int()",
+    "pair_probs": lambda draw: f"torch.full(({draw.V},), 0.5)",
+    "backoff": lambda draw: f"torch.full(({draw.V},), 0.5)",
+    "unigram": lambda draw: f"torch.full(({draw.V},), {1 / draw.V})",
     "vocab_size": lambda draw: repr(draw.V),
     "batch_size": lambda draw: repr(draw.B),
     "block_size": lambda draw: repr(draw.T),
@@ -273,6 +278,8 @@ def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
         return repr(["none", "mean", "sum"][draw.reduction])
     if parameter.name == "padding_idx" and parameter.is_optional:
         return draw.option(None, 0, -1)
+    if parameter.name == "stop" and parameter.kind == "list":
+        return draw.option([], [0])
     of_kind = PLAIN_OF_KIND[parameter.kind]
     is_own = target.op.startswith("Alphabet") and parameter.kind == "list"
     made = of_kind if is_own else PLAIN.get(parameter.name, of_kind)

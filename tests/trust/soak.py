@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, fit, functional, ops
+from bigramx import BigramLanguageModel, CharTokenizer, History, SmoothedBigramModel, fit, functional, ops
 from tests import processes, tree
 from tests.trust import report
 
@@ -80,6 +80,7 @@ def op_cases() -> dict[str, Case]:
     losses, options = torch.empty(2, dtype=torch.float64), (0.01, 0.9, 0.99, 1e-8, 0.01)
     pairs, tokenizer = (tokens[:-1], weight, tokens[1:]), CharTokenizer("abcde")
     text = "abcde" * 12
+    smoothed = SmoothedBigramModel.from_counts(torch.eye(5, dtype=torch.int64))._parts()
 
     def backward() -> None:
         leaf = weight.detach().requires_grad_()  # threads must not share one whose gradient is accumulated
@@ -96,6 +97,8 @@ def op_cases() -> dict[str, Case]:
         ),
         "generate": lambda: kernels.generate(tokens[None, :1], weight, 9),
         "get_batch": lambda: kernels.get_batch(tokens, 2, 3),
+        "interpolated_bigram": lambda: kernels.interpolated_bigram(tokens[:-1], tokens[1:], *smoothed),
+        "interpolated_bigram_generate": lambda: kernels.interpolated_bigram_generate(tokens[None, :1], *smoothed, 9),
         "multinomial": lambda: kernels.multinomial(probs, 3),
         "generate, philox": lambda: ops.generate(tokens[None, :1], weight, 9, 1.0, 3, 0.9, 0.1, 2, "philox", None),
         "multinomial, philox": lambda: functional.multinomial(probs, 3, replacement=True, sampler="philox"),

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigramx import data, functional
+from bigramx import SmoothedBigramModel, data, functional
 from bigramx.functional import Sampler
 from tests.test_multinomial import DTYPES, generator_that_draws
 from tests.trust import goodness_of_fit, report
@@ -515,6 +515,8 @@ def generate_cases() -> Iterator[Case]:
             bias = BIAS if not options and sampler == "philox" else 3 * BIAS
             name = ", ".join(f"{key} {value}" for key, value in options.items()) or "no filters"
             yield chain_case(name, small, sampler, options, bias)
+            if sampler == "philox":
+                yield smoothed_chain_case(name, options, bias)
         for dtype in (torch.float64, torch.bfloat16, torch.float16):
             yield chain_case(name_of(dtype), small.to(dtype), sampler, {}, 3 * BIAS)
         yield chain_case("bfloat16, top_k 4", small.bfloat16(), sampler, {"top_k": 4}, 5 * BIAS)
@@ -534,18 +536,39 @@ def next_tokens(weight: Tensor, sampler: Sampler, options: Mapping[str, Any]) ->
 
 def chain_case(name: str, weight: Tensor, sampler: Sampler, options: Mapping[str, Any], bias: float) -> Case:
     """A few long chains, whose tokens depend on the one before and no other."""
-    vocab_size = len(weight)
-    probs = next_tokens(weight, sampler, options)
 
     def draw(generator: torch.Generator) -> Tensor:
-        idx = torch.randint(vocab_size, (4, 1), generator=generator)
+        idx = torch.randint(len(weight), (4, 1), generator=generator)
         return functional.generate(idx, weight, CALL // 4, sampler=sampler, generator=generator, **options)
 
-    views = [
+    views = chain_views(next_tokens(weight, sampler, options))
+    return Case(f"generate, {sampler}, {name}", draw, views, bias)
+
+
+def chain_views(probs: Tensor) -> list[View]:
+    """What chains whose next tokens have these probabilities, (V, V), show."""
+    vocab_size = len(probs)
+    return [
         Counts("next tokens", probs, consecutive(vocab_size, 2)),
         Counts("after two", probs.repeat(vocab_size, 1), consecutive(vocab_size, 3)),
     ]
-    return Case(f"generate, {sampler}, {name}", draw, views, bias)
+
+
+def smoothed_chain_case(name: str, options: Mapping[str, Any], bias: float) -> Case:
+    """The same from a smoothed model, of which about half of the tokens are drawn from the unigram."""
+    counts = torch.tensor(
+        [[9, 1, 2, 0, 0, 0], [0, 0, 3, 1, 0, 0], [1] * 6, [0, 4, 0, 0, 0, 0], [2, 0, 1, 0, 1, 0], [0] * 6]
+    )
+    model = SmoothedBigramModel.from_counts(counts).double()
+    parts = model._parts()
+
+    def draw(generator: torch.Generator) -> Tensor:
+        idx = torch.randint(len(counts), (4, 1), generator=generator)
+        return functional.interpolated_bigram_generate(idx, *parts, CALL // 4, generator=generator, **options)
+
+    weight = model.to_dense().token_embedding_table.weight.detach()
+    views = chain_views(next_tokens(weight, "philox", options))
+    return Case(f"interpolated_bigram_generate, {name}", draw, views, bias)
 
 
 def first_steps_case(weight: Tensor, sampler: Sampler, num_chains: int, num_steps: int, bias: float) -> Case:

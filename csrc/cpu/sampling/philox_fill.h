@@ -36,11 +36,18 @@ class DrawBlock {
 
     uint64_t at(int64_t k) const { return join_draw(high[k], low_[k]); }
 
+    // For second_high().
+    void fill_second(int64_t count) {
+        philox_fill(seed_, sequence_of_second_draws(sequence_), position_, count, kHighDrawBits,
+                    second_high_);
+    }
+
+    uint32_t second_high(int64_t k) const { return second_high_[k]; }
+
     // For those who rarely need all bits.
-    __attribute__((noinline, cold)) uint64_t complete(int64_t k) const {
-        const uint64_t position = position_ + static_cast<uint64_t>(k);
-        const Philox low(seed_, sequence_of_low_words(sequence_), position / Philox::kWords);
-        return join_draw(high[k], low.words[position % Philox::kWords]);
+    uint64_t complete(int64_t k) const { return complete(sequence_, high[k], k); }
+    uint64_t complete_second(int64_t k) const {
+        return complete(sequence_of_second_draws(sequence_), second_high_[k], k);
     }
 
     // Another draw at the same position, of all bits.
@@ -49,8 +56,16 @@ class DrawBlock {
     }
 
   private:
+    __attribute__((noinline, cold)) uint64_t complete(uint64_t sequence, uint32_t high_bits,
+                                                      int64_t k) const {
+        const uint64_t position = position_ + static_cast<uint64_t>(k);
+        const Philox low(seed_, sequence_of_low_words(sequence), position / Philox::kWords);
+        return join_draw(high_bits, low.words[position % Philox::kWords]);
+    }
+
     uint64_t seed_, sequence_, position_;
     uint32_t low_[kSize];
+    uint32_t second_high_[kSize];
 };
 
 }  // namespace bigramx::cpu
