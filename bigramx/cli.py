@@ -8,7 +8,6 @@ import io
 import itertools
 import logging
 import os
-import re
 import stat
 import sys
 import time
@@ -25,7 +24,7 @@ from torch import Tensor
 import bigramx
 from bigramx import console, data, memory, storage
 from bigramx import tokenizer as tokenizers
-from bigramx.console import Bar, CommandError, Signals, print_line
+from bigramx.console import Bar, CommandError, Signals, print_line, printed_warnings
 from bigramx.counts import BigramCounts
 from bigramx.data import TokenShards
 from bigramx.distributed_counts import CountProgress, count_shards
@@ -170,11 +169,7 @@ class _Texts:
             yield self._kept[name] if name in self._kept else self._read(name)
 
     def _read(self, name: str) -> str:
-        try:
-            text = data.read_text(name)
-        except ValueError as error:
-            hint = "; name what is text by a pattern, such as 'folder/**/*.txt'" if len(self.names) > 1 else ""
-            raise CommandError(f"{error}{hint}") from None
+        text = data.read_text(name)
         if not stat.S_ISREG(os.stat(name).st_mode):
             self._kept[name] = text
         return text
@@ -198,12 +193,8 @@ class _Texts:
 
     def trained_bpe(self, vocab_size: int) -> Tokenizer:
         """A BPE of so many tokens, trained on them."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trained = tokenizers.train_bpe(self.shown("training the BPE"), vocab_size)
-        for warning in caught:
-            print_line(str(warning.message))
-        return trained
+        with printed_warnings():
+            return tokenizers.train_bpe(self.shown("training the BPE"), vocab_size)
 
     def encoded(self, encoder: _Encoder, eot: int | None) -> TokenShards:
         """The tokens of each, as a shard."""
@@ -226,14 +217,16 @@ class _Source:
 
     def __init__(self, paths: list[Path] | None, dtype: TokenType | None) -> None:
         self._paths, self._dtype = paths or [], dtype
-        files = [file for path in self._paths for file in files_of(path)]
+        with printed_warnings():
+            files = [file for path in self._paths for file in files_of(path)]
         self.texts = None if any(map(are_tokens, files)) else _Texts(files if paths else None)
 
     def tokens(self, encoder: _Encoder | None, eot: int | None) -> TokenShards:
         """The tokens of the files, of which texts are encoded."""
         if self.texts is not None and encoder is not None:
             return self.texts.encoded(encoder, eot)
-        return data.read_tokens(self._paths, tokenizer=encoder, dtype=_name_of(self._dtype), eot=eot)
+        with printed_warnings():
+            return data.read_tokens(self._paths, tokenizer=encoder, dtype=_name_of(self._dtype), eot=eot)
 
     def tokenizer(self, path: Path | None, bpe: int | None) -> Tokenizer | None:
         """The tokenizer that is named, or one that is made of the texts; None for tokens without one."""
@@ -287,7 +280,7 @@ def count(
     encoder = None if tokenizer is None else tokenizers.load(tokenizer)
     signals = Signals("interrupted: the same command goes on from what is counted so far")
     is_first = os.environ.get("RANK", "0") == "0"  # which alone has progress; the others end at once
-    with signals if is_first else contextlib.nullcontext(), Bar("counting", None, "bytes") as bar:
+    with signals if is_first else contextlib.nullcontext(), printed_warnings(), Bar("counting", None, "bytes") as bar:
 
         def on_progress(progress: CountProgress) -> None:
             bar.show(progress.num_bytes, progress.num_tokens, title=progress.stage, total=progress.total_bytes)
@@ -374,7 +367,7 @@ def train(
         raise CommandError("the text is too short: 0 tokens")
     size = vocab_size or (data.token_range(tokens)[1] + 1 if made is None else made.vocab_size)
     if method is not None:
-        train_tokens, validation = _split(tokens)
+        train_tokens, validation = data.split(tokens)
         if held_out:
             train_tokens, validation = tokens, _Source(held_out, dtype).tokens(made, end)
         print_line(_sizes(tokens, size, len(train_tokens)))
@@ -411,16 +404,6 @@ def _model_of_size(vocab_size: int) -> BigramLanguageModel:
     except MemoryError as error:
         raise CommandError(f"{error}; --smoothing kneser-ney takes memory for the pairs that occur alone") from None
     return BigramLanguageModel(vocab_size)
-
-
-def _split(tokens: TokenShards) -> tuple[TokenShards, TokenShards]:
-    """The tokens to train on, and those to validate on: as the files are called, if any is for training; else a tenth.
-
-    A file called validation.py is not for validation, where none is for training.
-    """
-    are_named = any("train" in re.split("[^a-z]+", os.path.basename(name).lower()) for name in tokens.names)
-    train_tokens, val_tokens = data.split(tokens, None if are_named else 0.9)
-    return train_tokens, val_tokens
 
 
 def _sizes(tokens: TokenShards, vocab_size: int, num_train: int) -> str:
@@ -508,7 +491,7 @@ def _take_steps(
     schedule: dict[str, Any],
 ) -> History:
     """Trains a model by ``fit``, and saves it in the folder."""
-    train_tokens, val_tokens = (_in_one(part) for part in _split(tokens))
+    train_tokens, val_tokens = (_in_one(part) for part in data.split(tokens))
     block_size, steps = schedule["block_size"], schedule["max_steps"]
     if min(len(train_tokens), len(val_tokens)) <= block_size:
         raise CommandError(f"the text is too short: {len(tokens)} tokens, blocks of {block_size}")

@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from rich.console import Console
@@ -56,6 +57,16 @@ def shown(text: str) -> str:
 def print_line(text: str, style: str | None = None) -> None:
     """Prints a line."""
     _console.print(shown(text), style=style)
+
+
+@contextlib.contextmanager
+def printed_warnings() -> Iterator[None]:
+    """Prints the warnings of what is done meanwhile, each as a line, when it is done."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print_line(message)
 
 
 def write(text: str) -> None:

@@ -1,7 +1,8 @@
 """Exact losses of tokens and of pair counts.
 
 Tokens are read chunk by chunk and tables block by block, so that a memory-mapped corpus stays on its disk: beyond a
-table and its counts everything here takes less than 64 MB of memory, however many tokens there are.
+table and its counts everything here takes less than 64 MB of memory, however many tokens there are. ``evaluate`` counts
+the distinct pairs, as BigramCounts do.
 """
 
 from __future__ import annotations
@@ -553,12 +554,9 @@ def optimal_loss(tokens: Tensor | TokenShards | BigramCounts) -> float:
     """
     if isinstance(tokens, BigramCounts):
         return optimal_loss_of_counts(tokens.to_csr())
-    if isinstance(tokens, TokenShards):
-        if tokens.eot is not None and len(tokens) > 0:
-            counts = BigramCounts(max(token_range(tokens)[1], tokens.eot) + 1, eot=tokens.eot)
-            counts.update(tokens)
-            return optimal_loss(counts)
-    elif tokens.layout != torch.strided or (tokens.dim() == 2 and tokens.size(0) == tokens.size(1)):
+    if isinstance(tokens, Tensor) and (
+        tokens.layout != torch.strided or (tokens.dim() == 2 and tokens.size(0) == tokens.size(1))
+    ):
         return optimal_loss_of_counts(tokens)
     check_tokens(tokens)
     if num_pairs(tokens) == 0:

@@ -837,10 +837,6 @@ def test_a_loss_that_is_infinite_says_why(tmp_path: Path) -> None:
         (["count", "odd.bin"], "bigramx: odd.bin: expected a file of uint16 tokens, got 3 bytes"),
         (["count", "tokens.bin", "--dtype", "uint32", "--vocab-size", "5"], "bigramx: tokens.bin"),
         (["count", "tokens.bin", "--eot", "x"], "bigramx: expected --eot to be the number of a token, got 'x'"),
-        (
-            ["train", "mixed"],
-            "bigramx: mixed/b.png: expected UTF-8 text, got byte 0x89 at position 0; name what is text",
-        ),
         (["train", "--from-counts", "text.txt"], "bigramx: text.txt: damaged, cut short, or no safetensors file"),
         (["train", "--from-counts", "x", "text.txt"], "bigramx: --from-counts takes the place of a text"),
         (["train", "--smoothing", "add-k", "--resume"], "bigramx: --resume is for training by steps"),
@@ -855,12 +851,17 @@ def test_a_loss_that_is_infinite_says_why(tmp_path: Path) -> None:
 def test_errors_of_the_new_options_are_one_line(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "tokens.bin").write_bytes(struct.pack("<6H", *range(6)))
     (folder / "odd.bin").write_bytes(b"123")
-    (folder / "mixed").mkdir(exist_ok=True)
-    (folder / "mixed" / "a.txt").write_text("abc")
-    (folder / "mixed" / "b.png").write_bytes(b"\x89PNG")
     output = bigramx(*arguments, cwd=folder, code=1)
     assert output.startswith(message)
     assert output.count("\n") == 1
+
+
+def test_a_folder_with_more_than_text(folder: Path) -> None:
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "a.txt").write_text(TEXT)
+    (folder / "mixed" / "b.png").write_bytes(b"\x89PNG")
+    output = bigramx("evaluate", "runs/model.safetensors", "mixed", cwd=folder)
+    assert output.startswith("mixed: 1 files that are no UTF-8 text are left out, the first mixed/b.png\n1,799 pairs: ")
 
 
 def test_a_table_that_cannot_fit_names_what_does(folder: Path) -> None:
