@@ -282,11 +282,11 @@ def test_wrong_counts() -> None:
     [
         ((0,), ValueError, r"expected 0 < vocab_size <= 2\^31, got 0"),
         ((2**31 + 1,), ValueError, r"got 2147483649"),
-        ((5, 5), ValueError, r"expected 0 <= eot < 5, got 5"),
-        ((5, -1), ValueError, r"expected 0 <= eot < 5, got -1"),
-        ((1.5,), TypeError, "incompatible"),
-        ((2**70,), TypeError, "incompatible"),
-        ((5, "a"), TypeError, "incompatible"),
+        ((5, 5), ValueError, "expected eot to be a token, 0 <= eot < 5, got 5"),
+        ((5, -1), ValueError, "0 <= eot < 5, got -1"),
+        ((2**70,), ValueError, "got 1180591620717411303424"),
+        ((1.5,), TypeError, "expected vocab_size to be an int, got float"),
+        ((5, "a"), TypeError, "expected eot to be an int, got str"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
