@@ -155,9 +155,14 @@ $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/d
 	@$(MAKE) --no-print-directory distcheck
 	@touch $@
 
-# The tests wait for the builds with sanitizers, which take the other core meanwhile.
+# The CUDA kernels in the emulator and the other CPU capabilities, in processes of their own, take the other core
+# meanwhile; so do the builds with sanitizers, which the tests wait for.
+ASIDE := tests/test_simt.py tests/test_capability.py
+
 $(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/* tests/trust/results/* tests/trust/*.supp)
 	@$(MAKE) --no-print-directory simt
 	@for name in asan tsan; do MAX_JOBS=1 nice $(BIN)/python -m tests.trust.sanitizers $$name --build; done >build/sanitizers.log 2>&1 &
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(ASIDE) >build/aside.log 2>&1 & aside=$$!; trap "kill $$aside 2>/dev/null" EXIT INT TERM; \
+		$(BIN)/python -m pytest $(addprefix --ignore=,$(ASIDE)); status=$$?; \
+		wait $$aside || status=$$?; cat build/aside.log; exit $$status
 	@touch $@

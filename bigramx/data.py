@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import array
-import codecs
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from bigramx import memory, ops, storage
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
-from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_tokens, read_meta
-from bigramx.tokenizer import CharTokenizer
+from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_bin, open_tokens, read_meta
+from bigramx.tokenizer import CharTokenizer, Tokenizer, adapt
 
 __all__ = [
     "NanoGPT",
@@ -32,8 +31,11 @@ __all__ = [
     "split",
 ]
 
+_Tokens = TypeVar("_Tokens", Tensor, TokenShards)
+
 _TOP = "paths"  # the name of read_tokens' argument
 _CHUNK = 2**18  # tokens that are read at once
+_DTYPE_OF_SIZE = {2**8: torch.uint8, 2**16: torch.uint16, 2**31: torch.int32, 2**63: torch.int64}  # of a vocabulary
 _MAX_COUNTS = 2**27  # entries, of 8 bytes: 1 GB
 
 
@@ -43,8 +45,11 @@ def shards_of(tokens: Tensor | TokenShards) -> tuple[Tensor, ...]:
 
 
 def num_pairs(tokens: Tensor | TokenShards) -> int:
-    """How many pairs of a token and the next there are, none of which crosses from one shard to another."""
-    return sum(max(0, shard.numel() - 1) for shard in shards_of(tokens))
+    """How many pairs of a token and the next there are, none of which crosses from one shard or document to another."""
+    total, eot = sum(max(0, shard.numel() - 1) for shard in shards_of(tokens)), getattr(tokens, "eot", None)
+    if eot is None:
+        return total
+    return total - sum(int((chunk == eot).sum()) for shard in shards_of(tokens) for _n, chunk in chunks(shard[:-1]))
 
 
 def check_tokens(tokens: Tensor | TokenShards) -> None:
@@ -96,14 +101,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: It cannot be read, or is no regular file.
         MemoryError: It does not fit into memory.
     """
-    return _read_sized_text(path)[0]
-
-
-def _read_sized_text(path: str | os.PathLike[str]) -> tuple[str, int]:
-    """A text, and its bytes without the mark."""
     content = storage.read_file(path)
     try:
-        return str(content, "utf-8-sig"), len(content) - len(codecs.BOM_UTF8) * content.startswith(codecs.BOM_UTF8)
+        return str(content, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{storage.name_of(path)}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
@@ -115,7 +115,7 @@ def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
     """The tokens of one ``.bin`` file, memory-mapped, (N).
 
     NanoGPT's have no header, and hold uint16; llm.c's and FineWeb's say whether they hold uint16 or uint32. All are
-    little-endian.
+    little-endian. What begins as a file of another kind does is refused: a ``numpy.memmap`` of it is taken as it is.
 
     Pages are read on first access; the file is never written. It must not be cut short while the tokens are in use: the
     system would end the process (SIGBUS). One that is replaced, as ``storage.write_with`` does, stays as it was.
@@ -129,7 +129,7 @@ def read_bin(path: AnyPath, dtype: torch.dtype | str | None = None) -> Tensor:
             ``dtype``.
         OSError: It cannot be read, or is no regular file.
     """
-    return open_tokens(path, _dtype_of(dtype)).tokens
+    return open_bin(path, _dtype_of(dtype)).tokens
 
 
 def read_tokens(
@@ -137,19 +137,21 @@ def read_tokens(
 ) -> TokenShards:
     """Tokens of files, or of memory, as one lazy sequence of shards.
 
-    Files are memory-mapped, and stay on their disk. A folder stands for the files in it and its folders, a pattern
-    (``fineweb_train_*.bin``, ``corpus/**/*.txt``) for those that match, both in the order of their names; what is
-    hidden is left out. By its name a file is
+    Files are memory-mapped, stay on their disk, and must not be cut short meanwhile (see ``read_bin``). A folder stands
+    for the files in it and its folders, a pattern (``fineweb_train_*.bin``, ``corpus/**/*.txt``) for those that match,
+    both in the order of their names; what is hidden is left out. By its name a file is
 
     - ``.bin``: tokens, of nanoGPT without a header, or of llm.c and FineWeb with one (see ``read_bin``);
     - ``.npy``: a NumPy array, 1-D;
-    - any other: UTF-8 text, which the tokenizer encodes. In a folder that has files of tokens, these alone are read.
+    - any other: UTF-8 text, which the tokenizer encodes.
+
+    Of a folder that has files of tokens these alone are read; of another what is text, with a warning if there is more.
 
     Args:
         paths: A path, folder or pattern; or tokens: a Tensor, a NumPy array or memmap, a list of ints, a column of a
             Hugging Face dataset, TokenShards; or a sequence of these. Where there are two dimensions (rows of an array,
-            lists in a list) each row is a shard of its own.
-        tokenizer: Encodes texts, each a shard.
+            lists in a list) each row is a shard of its own, as is each text of a column.
+        tokenizer: Encodes texts, each a shard: anything that ``tokenizer.adapt`` takes.
         dtype: uint8, uint16, uint32, int32 or int64: what ``.bin`` files without a header hold, and the rest must.
         eot: The token that ends a document.
 
@@ -161,6 +163,9 @@ def read_tokens(
         RuntimeError: A Tensor or an array has more than two dimensions, or holds no integers.
         OSError: A file cannot be read, or is no regular file.
         MemoryError: A text is too large.
+
+    Warns:
+        UserWarning: Files of a folder are no texts, and left out.
     """
     reader = _Reader(tokenizer, _dtype_of(dtype))
     return TokenShards.of(reader.shards(paths, _TOP), eot)
@@ -170,7 +175,8 @@ class _Reader:
     """Makes shards of what ``read_tokens`` is given."""
 
     def __init__(self, tokenizer: Any, dtype: torch.dtype | None) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
+        self._tokenizer = None if tokenizer is None else adapt(tokenizer)
+        self._dtype = dtype
 
     def shards(self, source: Any, name: str) -> Iterator[Shard]:
         """Those of anything; ``name`` is what errors call it where it has no path."""
@@ -200,12 +206,18 @@ class _Reader:
         if self._tokenizer is None:
             storage.open_to_read(path).close()  # raises if there is none
             raise ValueError(f"{storage.name_of(path)}: expected a tokenizer for a text, or a .bin or .npy file")
-        text, num_bytes = _read_sized_text(path)
-        if isinstance(self._tokenizer, CharTokenizer):
-            memory.check_room(8 * len(text), f"{storage.name_of(path)}: encoding {len(text):,} characters")
-        tokens = torch.as_tensor(self._tokenizer.encode(text), dtype=torch.int64)
-        narrow = torch.uint16 if self._tokenizer.vocab_size <= 2**16 else torch.int32
-        return Shard(_converted(tokens, self._dtype or narrow, path), path, num_bytes=num_bytes)
+        return self._encoded(read_text(path), path, self._tokenizer)
+
+    def _encoded(self, text: str, name: str, tokenizer: Tokenizer) -> Shard:
+        printable = storage.printable(name)
+        if isinstance(tokenizer, CharTokenizer):
+            memory.check_room(8 * len(text), f"{printable}: encoding {len(text):,} characters")
+        try:
+            tokens = tokenizer.encode(text)
+        except ValueError as error:
+            raise ValueError(f"{printable}: {error}") from None
+        dtype = self._dtype or next(dtype for size, dtype in _DTYPE_OF_SIZE.items() if tokenizer.vocab_size <= size)
+        return Shard(_converted(tokens, dtype, name), name, num_bytes=_num_bytes(text))
 
     def _stored(self, tokens: Tensor, name: str) -> Shard:
         """A shard of tokens, (N) int64, that no one else holds."""
@@ -233,10 +245,16 @@ class _Reader:
             yield from self._rows(_tensor_of(values), name)
 
     def _of_arrow(self, column: Any, name: str) -> Iterator[Shard]:
-        """Of integers, or of lists of them: each list is a shard."""
-        first = 0
+        """Of integers, or of lists of them, each a shard, in the memory of the column; or of texts to be encoded."""
+        first, has_rows = 0, "list" in str(column.type)
+        if self._tokenizer is not None and "string" in str(column.type) and not has_rows and column.null_count == 0:
+            for k, text in enumerate(column):
+                yield self._encoded(text.as_py(), f"{name}[{k}]", self._tokenizer)
+            return
+        if not has_rows and hasattr(column, "chunks"):  # one sequence, however many chunks it is stored in
+            memory.check_room(column.nbytes, f"{name}, {len(column):,} tokens,")
+            column = column.combine_chunks()
         for chunk in getattr(column, "chunks", [column]):
-            has_rows = hasattr(chunk, "flatten")
             try:
                 values = _tensor_of((chunk.flatten() if has_rows else chunk).to_numpy())
             except (ValueError, TypeError, NotImplementedError):
@@ -260,6 +278,11 @@ class _Reader:
             return
         for k, item in enumerate(items):
             yield from self.shards(item, f"{name}[{k}]")
+
+
+def _num_bytes(text: str) -> int:
+    """Of the text in UTF-8."""
+    return sum(len(text[k : k + _CHUNK].encode("utf-8", "surrogatepass")) for k in range(0, len(text), _CHUNK))
 
 
 def _arrow_of(source: Any) -> Any:
@@ -382,7 +405,7 @@ def documents(tokens: Tensor | TokenShards, eot: int | None = None) -> Iterator[
     begin = 0
     for shard in shards_of(tokens):
         if shard.numel() > 0:
-            yield torch.tensor([begin])
+            yield torch.tensor([begin], device=shard.device)
         if eot is not None:
             for n, chunk in chunks(shard[:-1]):
                 begins = (chunk == eot).nonzero()[:, 0] + (begin + n + 1)
@@ -391,12 +414,12 @@ def documents(tokens: Tensor | TokenShards, eot: int | None = None) -> Iterator[
         begin += shard.numel()
 
 
-def split(tokens: Any, train_fraction: float | None = None) -> tuple[Any, Any]:
+def split(tokens: _Tokens, train_fraction: float | None = None) -> tuple[_Tokens, _Tokens]:
     """The first part of the tokens for training and the rest for validation; views, as in the lecture.
 
     Args:
         tokens: (N) tokens, or TokenShards.
-        train_fraction: How large the first part is. None: 0.9, or TokenShards as the names of their files say.
+        train_fraction: How large the first part is. None: 0.9; or, of TokenShards, as their files are named.
 
     Raises:
         ValueError: ``train_fraction`` is not between 0 and 1.
@@ -439,11 +462,9 @@ def get_batch(
 def _gather_batch(
     tokens: TokenShards, batch_size: int, block_size: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    # The op's errors, and its results to be filled, from as many tokens in no memory.
-    stand_in = torch.zeros((), dtype=torch.uint8, device="cpu").expand(len(tokens))
+    # The op's errors, and its results to be filled: it is given as many tokens in no memory.
+    stand_in = torch.zeros((), dtype=torch.uint8, device=tokens.device).expand(len(tokens))
     idx, targets = ops.get_batch(stand_in, batch_size, block_size, torch.Generator())
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
-    for b, offset in enumerate(offsets.tolist()):
-        block = tokens[offset : offset + block_size + 1]
-        idx[b], targets[b] = block[:-1], block[1:]
-    return idx, targets
+    blocks = torch.stack([tokens[offset : offset + block_size + 1] for offset in offsets.tolist()])
+    return idx.copy_(blocks[:, :-1]), targets.copy_(blocks[:, 1:])

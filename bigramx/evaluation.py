@@ -36,6 +36,8 @@ _StoredRun = Callable[[], Tensor]
 def count_pairs(tokens: Tensor | TokenShards, vocab_size: int, device: torch.device) -> Tensor:
     """``functional.count_bigrams`` on ``device`` of tokens, (N), that may lie elsewhere; of shards the sum of theirs.
 
+    No pair whose first token is the ``eot`` of the shards is counted: it would join two documents.
+
     Raises:
         IndexError: A token is out of range. On a GPU that may be an assertion on the device.
     """
@@ -48,6 +50,9 @@ def count_pairs(tokens: Tensor | TokenShards, vocab_size: int, device: torch.dev
     except IndexError:
         check_range(tokens, vocab_size)  # its message has the position among all tokens
         raise
+    eot = getattr(tokens, "eot", None)
+    if eot is not None and eot < vocab_size:
+        counts[eot] = 0
     return counts
 
 
@@ -123,8 +128,10 @@ def optimal_loss(tokens: Tensor | TokenShards) -> float:
     if largest - smallest < 2**32:
         rank, num_ranks = partial(torch.sub, other=smallest), largest - smallest + 1
     else:
-        ends = [shard[-1:].long() for shard in shards_of(tokens)]
-        values = torch.cat([load()[0] for load in last_runs] + ends).unique()
+        never_last = [shard[-1:].long() for shard in shards_of(tokens)]
+        if getattr(tokens, "eot", None) is not None:
+            never_last.append(torch.tensor([tokens.eot], device=tokens.device))  # type: ignore[union-attr]
+        values = torch.cat([load()[0] for load in last_runs] + never_last).unique()
         rank, num_ranks = partial(torch.searchsorted, values), len(values)
     del last_runs
     pair_runs = _occurrences(_numbered_pairs(tokens, rank, num_ranks))
@@ -157,11 +164,24 @@ def _overlapping(tokens: Tensor | TokenShards, num_pairs: int) -> Iterator[Tenso
             yield shard[begin : begin + num_pairs + 1]
 
 
-def _pairs(tokens: Tensor | TokenShards, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64."""
+def _pairs(
+    tokens: Tensor | TokenShards, device: torch.device, rank: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens but the last of each shard, chunk by chunk, and the one that follows each; int64, or their ranks.
+
+    Without those that end a document.
+    """
+    eot = getattr(tokens, "eot", None)
     for views in _gathered(_overlapping(tokens, _CHUNK)):
-        values = [view.to(device).long() for view in views]
-        yield torch.cat([value[:-1] for value in values]), torch.cat([value[1:] for value in values])
+        values = torch.cat([view.to(device, tokens.dtype) for view in views]).long()
+        is_pair = torch.ones_like(values[1:], dtype=torch.bool)
+        sizes = torch.tensor([len(view) for view in views[:-1]], dtype=torch.int64, device=device)
+        is_pair[sizes.cumsum(0) - 1] = False  # of two shards
+        if eot is not None:
+            is_pair &= values[:-1] != eot
+        values = values if rank is None else rank(values)
+        last, following = values[:-1], values[1:]
+        yield (last, following) if len(views) == 1 and eot is None else (last[is_pair], following[is_pair])
 
 
 def _gathered(views: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -172,8 +192,9 @@ def _gathered(views: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         if size + len(view) > _CHUNK + 1 and gathered:
             yield gathered
             gathered, size = [], 0
-        gathered.append(view)
-        size += len(view)
+        if len(view) > 0:
+            gathered.append(view)
+            size += len(view)
     if gathered:
         yield gathered
 
@@ -195,8 +216,8 @@ def _mean(total: float, counts: Tensor) -> float:
 def _numbered_pairs(tokens: Tensor | TokenShards, rank: Callable[[Tensor], Tensor], num_ranks: int) -> Iterator[Tensor]:
     """A number for each pair of tokens, chunk by chunk: int32 if that holds it, and how often it may occur."""
     is_short = num_ranks <= 2**16 and len(tokens) <= 2**31
-    for last, following in _pairs(tokens, tokens.device):
-        numbers = (rank(last) - num_ranks // 2) * num_ranks + rank(following)
+    for last, following in _pairs(tokens, tokens.device, rank):
+        numbers = (last - num_ranks // 2) * num_ranks + following
         yield numbers.int() if is_short else numbers
 
 

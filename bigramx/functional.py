@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -242,6 +244,24 @@ def multinomial(
     return samples
 
 
+def _stop_tokens(stop: int | Sequence[int] | None) -> list[int]:
+    """The tokens at which a sequence ends, as ``generate`` takes them, as a list.
+
+    Raises:
+        TypeError: ``stop`` is no int, and no sequence of ints.
+    """
+    if stop is None:
+        return []
+    if isinstance(stop, (int, torch.SymInt)):
+        return [stop]
+    tokens: Any = stop.tolist() if hasattr(stop, "tolist") else stop  # a Tensor's or an array's ints
+    are_several = isinstance(tokens, Collection) and not isinstance(tokens, (str, bytes))
+    try:
+        return [operator.index(token) for token in (tokens if are_several else [tokens])]
+    except TypeError:
+        raise TypeError(f"expected stop to be an int or a sequence of ints, got {type(stop).__name__}") from None
+
+
 def generate(
     idx: Tensor,
     weight: Tensor,
@@ -251,7 +271,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: int | None = None,
+    stop: int | Sequence[int] | None = None,
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -277,7 +297,7 @@ def generate(
         top_p: Keeps the fewest most likely tokens whose probabilities sum to ``top_p`` or more, 0 < top_p <= 1. 1 keeps
             all.
         min_p: Keeps the tokens with at least ``min_p`` times the largest probability, 0 <= min_p <= 1.
-        stop: A sequence ends at this token.
+        stop: A sequence ends at this token, or at the first of several; none of an empty sequence.
         sampler: ``"torch"`` draws as torch.multinomial does, so that the tokens, and the generator's state afterwards,
             equal those of a loop over ``torch.multinomial(softmax(weight[last]), 1)``; the default on the CPU, and
             only available there. ``"philox"`` draws by a counter from one 64-bit seed: sequence b at step t depends on
@@ -288,7 +308,7 @@ def generate(
 
     Returns:
         (B, T + max_new_tokens) int64, ``idx`` first. With ``stop``: shorter where every sequence ends earlier;
-        sequences that end before the longest are padded with ``stop``.
+        sequences that end before the longest are padded with the token at which they end.
 
     Raises:
         IndexError: A token is out of range, or T = 0.
@@ -302,8 +322,9 @@ def generate(
     if fusion.any_dtensor(idx, weight):
         on_shards: Tensor = _on_shards("generate", locals())
         return on_shards
+    first, *more = _stop_tokens(stop) or (None,)
     tokens: Tensor = ops.generate(
-        idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, stop, sampler, generator
+        idx, weight, max_new_tokens, temperature, top_k, top_p, min_p, first, sampler, generator, more
     )
     return tokens
 

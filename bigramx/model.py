@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
@@ -18,7 +18,7 @@ from bigramx.data import TokenShards, are_worth_counting, check_tokens, shards_o
 from bigramx.functional import Sampler
 from bigramx.history import PREFIX, History
 from bigramx.storage import name_of, read_tensors, write_tensors
-from bigramx.tokenizer import CharTokenizer
+from bigramx.tokenizer import Tokenizer, deserialize, serialize
 
 _Value = TypeVar("_Value")
 
@@ -83,13 +83,15 @@ class BigramLanguageModel(nn.Module):
     Attributes:
         token_embedding_table: nn.Embedding(V, V), initialised as in the lecture: N(0, 1). Whatever a script does to
             it, or to the model, is honoured: see ``is_fused``.
-        tokenizer: Saved and loaded with the model; None without one.
+        tokenizer: Saved and loaded with the model; None without one. A ``bigramx.tokenizer.Tokenizer``, or one that
+            another library made, of which ``save`` writes what ``bigramx.tokenizer.adapt`` makes of it. It has as many
+            tokens as the table has rows, or fewer.
     """
 
     __jit_unused_properties__ = ("is_fused",)
     if TYPE_CHECKING:  # torch.jit.script reads the annotations of a class, and knows no strings
         class_weight: Tensor | None
-        tokenizer: CharTokenizer | None
+        tokenizer: Tokenizer | None
 
     # For subclasses with a constructor of their own that does not call this one.
     ignore_index = -100
@@ -226,7 +228,7 @@ class BigramLanguageModel(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        stop: int | None = None,
+        stop: int | Sequence[int] | None = None,
         sampler: Sampler | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -255,7 +257,8 @@ class BigramLanguageModel(nn.Module):
     def evaluate(self, tokens: Tensor | TokenShards) -> float:
         """The exact mean loss of each token of ``tokens``, (N), given the one before it, in nats.
 
-        Of shards the first token of each is given by none: no pair crosses from one to another.
+        Of shards the first token of each counts for nothing, nor does one that follows their ``eot``: no pair crosses
+        from one shard or document to another.
 
         All pairs count, not sampled batches, at the cost of their distinct rows. Where the table is small compared with
         the tokens, the pairs are counted and the loss is computed in float64; otherwise the rows that occur are read,
@@ -294,13 +297,15 @@ class BigramLanguageModel(nn.Module):
         makes_logits = not self._is_direct()
         options = {} if makes_logits else {"return_logits": False}  # which not every forward knows
         step = max(1, most_logits // (self.vocab_size if makes_logits else 8))
-        total, total_weight = 0.0, 0.0
+        total, total_weight, eot = 0.0, 0.0, getattr(tokens, "eot", None)
         chunks = (shard[n : n + step + 1] for shard in shards_of(tokens) for n in range(0, len(shard) - 1, step))
         for chunk in (chunk.to(device, torch.int64) for chunk in chunks):
-            targets = chunk[1:, None]
+            idx, targets = chunk[:-1, None], chunk[1:, None]
+            if eot is not None:
+                idx, targets = (side[chunk[:-1] != eot] for side in (idx, targets))
             weight = self._weight_of_mean(targets)
             if weight > 0:
-                total += weight * self(chunk[:-1, None], targets, **options)[1].item()
+                total += weight * self(idx, targets, **options)[1].item()
                 total_weight += weight
         return total / total_weight if total_weight > 0 else float("nan")
 
@@ -382,8 +387,10 @@ class BigramLanguageModel(nn.Module):
 
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
-            TypeError: ``path`` is neither; or the history holds what cannot be saved.
-            ValueError: There is a history, and the table is sharded: each rank has a history of its own.
+            TypeError: ``path`` is neither; the history holds what cannot be saved; or the tokenizer is none, or one
+                that could not be loaded again.
+            ValueError: The tokenizer has more tokens than the table rows; or there is a history, and the table is
+                sharded: each rank has a history of its own.
         """
         class_weight = self._buffers.get("class_weight")
         tensors = {} if class_weight is None else {_CLASS_WEIGHT: class_weight}
@@ -395,7 +402,7 @@ class BigramLanguageModel(nn.Module):
             "label_smoothing": json.dumps(float(self.label_smoothing)),
         }
         if self.tokenizer is not None:
-            metadata["tokenizer"] = self.tokenizer.to_json()
+            metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
 
         def write(weight: Tensor) -> None:
             write_tensors(path, _KIND, {_WEIGHT: weight, **tensors}, metadata)
@@ -422,6 +429,7 @@ class BigramLanguageModel(nn.Module):
             ValueError: The file is damaged, cut short, or holds something else.
             OSError: It cannot be read, or is no regular file.
             MemoryError: The table does not fit into memory.
+            ImportError: The library of the model's tokenizer is not installed.
         """
         tensors, metadata = read_tensors(path, _KIND, is_wanted=lambda _kind, name: name in (_WEIGHT, _CLASS_WEIGHT))
         try:
@@ -446,9 +454,5 @@ class BigramLanguageModel(nn.Module):
         model.ignore_index = _number_in(metadata, "ignore_index", int, -100, -(2**63), 2**63 - 1)
         model.label_smoothing = _number_in(metadata, "label_smoothing", float, 0.0, 0.0, 1.0)
         if "tokenizer" in metadata:
-            model.tokenizer = CharTokenizer.from_json(metadata["tokenizer"])
-            if model.tokenizer.vocab_size != model.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {model.tokenizer.vocab_size} characters, the table {model.vocab_size} rows"
-                )
+            model.tokenizer = deserialize(metadata["tokenizer"], model.vocab_size)
         return model

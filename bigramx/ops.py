@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -217,12 +217,13 @@ def _(
     stop: int | None = None,
     sampler: str | None = None,
     generator: torch.Generator | None = None,
+    more_stop: Sequence[int] = (),
 ) -> Tensor:
     _check_same_device("generate", idx=idx, weight=weight)
     _check_dims("generate", "idx", idx, 2)
     _check_dims("generate", "weight", weight, 2)
     all_steps = idx.shape[1] + max_new_tokens
-    length = all_steps if stop is None else library.get_ctx().new_dynamic_size(min=0)
+    length = all_steps if stop is None and not more_stop else library.get_ctx().new_dynamic_size(min=0)
     return idx.new_empty((idx.shape[0], length), dtype=torch.int64)
 
 

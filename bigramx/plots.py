@@ -17,6 +17,7 @@ from torch.types import FileLike
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
 from bigramx.storage import name_of, write_with
+from bigramx.tokenizer import adapt
 
 _MOST_CELLS = 1024  # along an axis
 _BLUE, _ORANGE, _GREY = "#2563a8", "#d9772b", "#9aa3ad"
@@ -59,7 +60,7 @@ def plot_table(model: BigramLanguageModel, path: FileLike | None = None) -> Figu
     """Draws the table as a heat map: the probability of each token (across) after each token (down).
 
     Args:
-        model: If it has a tokenizer, its characters label the axes.
+        model: If it has a tokenizer, the texts of its tokens label the axes.
         path: Where to write, as for ``plot_losses``.
 
     Returns:
@@ -77,7 +78,9 @@ def plot_table(model: BigramLanguageModel, path: FileLike | None = None) -> Figu
     image = axes.imshow(probs.sqrt().numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     if model.tokenizer is not None and model.vocab_size <= 200:
         font = get_font(findfont(_LABEL_FONT))
-        labels = [_label(character, font) for character in model.tokenizer.characters]
+        tokenizer = adapt(model.tokenizer)
+        texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
+        labels = ["".join(_label(character, font) for character in text) for text in texts]
         axes.set_xticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
         axes.set_yticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
     axes.tick_params(length=0)

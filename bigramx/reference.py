@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigramx.functional import Reduction, Sampler
+from bigramx.functional import Reduction, Sampler, _stop_tokens
 from bigramx.shards import TokenShards
 
 
@@ -321,7 +321,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: int | None = None,
+    stop: int | Sequence[int] | None = None,
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -349,7 +349,7 @@ def continue_by(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: int | None = None,
+    stop: int | Sequence[int] | None = None,
     sampler: Sampler | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -358,9 +358,10 @@ def continue_by(
     seed = 0
     if sampler == "philox" and temperature > 0 and idx.size(0) > 0 and max_new_tokens > 0:
         seed = _draw_seed(generator)
+    stops = torch.tensor(_stop_tokens(stop), dtype=torch.int64, device=idx.device)
     stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
     for t in range(max_new_tokens):
-        if stop is not None and bool(stopped.all()):
+        if len(stops) > 0 and bool(stopped.all()):
             break
         logits = filter_logits(logits_after(idx), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if temperature == 0:
@@ -370,9 +371,9 @@ def continue_by(
             idx_next = tokens_of_draws(weights_of_logits(logits), r[:, None])
         else:
             idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        if stop is not None:
-            idx_next = torch.where(stopped[:, None], stop, idx_next)
-            stopped |= idx_next[:, 0] == stop
+        if len(stops) > 0:
+            idx_next = torch.where(stopped[:, None], idx[:, -1:], idx_next)
+            stopped |= torch.isin(idx_next[:, 0], stops)
         idx = torch.cat((idx, idx_next), dim=1)
     return idx
 

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
@@ -22,9 +22,11 @@ from torch import Tensor
 from bigramx import memory, storage
 
 DTYPES = (torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64)
-_NOT_RESERVED = 0x4000  # MAP_NORESERVE, which Python's mmap names from 3.11 on
+_NOT_RESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.10 does not name it
+_PURPOSES = {"val": {"val", "valid", "validation"}, "test": {"test"}, "train": {"train", "training"}}
 _NAMES_SHOWN = 3
 _TOKENS_AT_ONCE = 2**14  # that iteration makes tensors of
+_FEW = 2**20  # tokens, for which there is always room
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -109,7 +111,8 @@ class TokenShards:
     """Tokens in shards that follow each other: a lazy sequence of all of them.
 
     Batches are drawn from it as from the concatenated tokens. Pairs are counted and evaluated within each shard: a
-    pair of the last token of one and the first of the next would say nothing, and no order of the shards matters.
+    pair of the last token of one and the first of the next would say nothing, and no order of the shards matters. Nor
+    is a pair counted whose first token is ``eot``.
 
     A copy that is pickled, for the workers of a DataLoader, opens the files again: it does not hold their tokens, nor
     what was written to them here.
@@ -209,7 +212,7 @@ class TokenShards:
             raise ValueError("step must be greater than zero")
         views, skipped = [], 0
         for part in self._parts_between(begin, end):
-            view = part.tokens[skipped::step]
+            view = part.tokens if step == 1 else part.tokens[skipped::step]
             skipped = (skipped - part.tokens.numel()) % step
             if view.numel() > 0:
                 views.append(view)
@@ -218,7 +221,8 @@ class TokenShards:
         if len(views) == 1:
             return views[0].to(self.dtype)
         num_tokens = sum(view.numel() for view in views)
-        memory.check_room(num_tokens * self.dtype.itemsize, f"a copy of {num_tokens:,} tokens")
+        if num_tokens > _FEW:  # asking takes longer than copying a few
+            memory.check_room(num_tokens * self.dtype.itemsize, f"a copy of {num_tokens:,} tokens")
         return torch.cat([view.to(self.dtype) for view in views])
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -244,23 +248,39 @@ class TokenShards:
         """The tokens for training, and the rest for validation; views.
 
         Args:
-            train_fraction: The first so many are for training. None: the files that say so in their names (``val.bin``,
-                ``fineweb_val_000000.bin``) are for validation; where none does, or all do, the last tenth.
+            train_fraction: The first so many are for training. None: as the names of the files say, if all do
+                (``train.bin`` and ``val.bin``, ``fineweb_train_000001.bin`` and ``fineweb_val_000000.bin``; those for
+                testing are in neither part); else 0.9.
 
         Raises:
             ValueError: ``train_fraction`` is not between 0 and 1.
         """
         if train_fraction is None:
-            parts: dict[bool, list[Shard]] = {False: [], True: []}
+            parts: dict[str | None, list[Shard]] = {}
             for part in self.parts:
-                parts[_is_for_validation(part.name)].append(part)
-            if all(parts.values()):
-                return TokenShards.of(parts[False], self.eot), TokenShards.of(parts[True], self.eot)
+                parts.setdefault(_purpose_of(part.name), []).append(part)
+            if None not in parts and {"train", "val"} <= parts.keys():
+                return TokenShards.of(parts["train"], self.eot), TokenShards.of(parts["val"], self.eot)
         n = int(checked_fraction(train_fraction) * len(self))
         return self.between(0, n), self.between(n, len(self))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _unpickled, ([_pickled(part) for part in self.parts], self.eot)
+        """Each shard as its range in a file, or in a tensor of all that are in memory: views would be pickled whole."""
+        places: list[tuple[Any, range]] = []
+        in_memory: dict[Any, list[Tensor]] = {}
+        sizes: dict[Any, int] = {}
+        for part in self.parts:
+            source: Any = part.file
+            begin, size = part.tokens.storage_offset(), part.tokens.numel()
+            if source is None:
+                source = part.tokens.dtype, part.tokens.device
+                in_memory.setdefault(source, []).append(part.tokens)
+                begin = sizes.get(source, 0)
+                sizes[source] = begin + size
+            places.append((source, range(begin, begin + size)))
+        # As bytes: tensors of uint16 and uint32 cannot be unpickled.
+        tensors = {source: torch.cat(tokens).view(torch.uint8) for source, tokens in in_memory.items()}
+        return _unpickled, (places, self.names, [part.num_bytes for part in self.parts], tensors, self.eot)
 
     def __repr__(self) -> str:
         names = [storage.printable(name) for name in self.names[:_NAMES_SHOWN]]
@@ -311,23 +331,24 @@ def _position(index: object) -> int:
     return operator.index(index)
 
 
-def _is_for_validation(name: str) -> bool:
-    """Whether a file is called so: one of the words of its name says it."""
-    words = re.split("[^a-z]+", os.path.basename(name).lower())
-    return not {"val", "valid", "validation"}.isdisjoint(words)
+def _purpose_of(name: str) -> str | None:
+    """What a file is for, if one of the words of its name says so."""
+    words = set(re.split("[^a-z]+", os.path.basename(name).lower()))
+    return next((purpose for purpose, synonyms in _PURPOSES.items() if words & synonyms), None)
 
 
-def _pickled(part: Shard) -> tuple[Any, ...]:
-    """A shard, whose tokens are their range where they are a file's."""
-    begin = part.tokens.storage_offset()
-    return part if part.file is None else (range(begin, begin + part.tokens.numel()), *part[1:])
-
-
-def _unpickled(parts: Sequence[tuple[Any, ...]], eot: int | None) -> TokenShards:
-    shards = [Shard(*part) for part in parts]
-    opened = {file: file.open() for file in {shard.file for shard in shards} if file is not None}
-    for k, shard in enumerate(shards):
-        if shard.file is not None:
-            positions: Any = shard.tokens
-            shards[k] = shard._replace(tokens=opened[shard.file][positions.start : positions.stop])
+def _unpickled(
+    places: list[tuple[Any, range]],
+    names: tuple[str, ...],
+    num_bytes: list[int | None],
+    tensors: dict[Any, Tensor],
+    eot: int | None,
+) -> TokenShards:
+    files = {source for source, _positions in places if isinstance(source, TokenFile)}
+    opened = {source: content.view(source[0]) for source, content in tensors.items()}
+    opened |= {file: file.open() for file in files}
+    shards = (
+        Shard(opened[source][positions.start : positions.stop], name, source if source in files else None, size)
+        for (source, positions), name, size in zip(places, names, num_bytes, strict=True)
+    )
     return TokenShards.of(shards, eot)

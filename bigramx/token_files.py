@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import glob
 import os
 import pickletools
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeGuard
 
 import torch
@@ -24,6 +25,7 @@ _VERSIONS = {20240520: (1, torch.uint16), 20240801: (7, torch.uint32)}  # llm.c'
 _OTHERS = {20240326: "a model", 20240327: "a debugging state", 20240328: "a tokenizer", 20240522: "an evaluation"}
 _SIGNATURES = {b"\x93NUMPY": "a NumPy array, expected to be named .npy", b"PK\x03\x04": "a zip archive"}
 _SUFFIXES = (".bin", ".npy")
+_BEGIN = 2**13  # bytes by which text is told from other files
 _NPY_DTYPES = {"|u1": torch.uint8, "<u2": torch.uint16, "<u4": torch.uint32, "<i4": torch.int32, "<i8": torch.int64}
 
 _MOST_OPCODES, _MOST_BYTES = 2**21, 2**25  # of a pickled vocabulary: there are fewer characters
@@ -42,15 +44,26 @@ def are_tokens(path: str) -> bool:
 def files_of(path: AnyPath) -> list[str]:
     """The files that a path names: a file, those in a folder and its folders, or those that match a pattern; sorted.
 
-    Of a folder with files of tokens these alone. Files and folders whose names begin with a dot are left out.
+    Of a folder with files of tokens these alone, of another what seems to be text. Files and folders whose names begin
+    with a dot are left out.
 
     Raises:
         FileNotFoundError: There is none.
+
+    Warns:
+        UserWarning: Files of a folder are no texts.
     """
     name = os.fsdecode(path)
     if os.path.isdir(name):
-        found = list(_walk(name, frozenset()))
-        found = [file for file in found if are_tokens(file)] or found
+        files = list(_walk(name, frozenset()))
+        found = [file for file in files if are_tokens(file)] or [file for file in files if _seems_text(file)]
+        if found and not are_tokens(found[0]) and len(found) < len(files):
+            others = sorted(set(files) - set(found))
+            warnings.warn(
+                f"{storage.printable(name)}: {len(others):,} files that are no UTF-8 text are left out, the first "
+                f"{storage.printable(others[0])}",
+                stacklevel=2,
+            )
     elif not os.path.lexists(name) and glob.has_magic(name):
         found = sorted(file for file in glob.iglob(name, recursive=True) if not os.path.isdir(file))
     else:
@@ -74,6 +87,16 @@ def _walk(folder: str, above: frozenset[str]) -> Iterator[str]:
             yield entry.path
 
 
+def _seems_text(path: str) -> bool:
+    """Whether a file begins as UTF-8 text does."""
+    with storage.open_to_read(path) as file:
+        begin = file.read(_BEGIN)
+    try:
+        return b"\0" not in begin and codecs.getincrementaldecoder("utf-8")().decode(begin) is not None
+    except UnicodeDecodeError:
+        return False
+
+
 def open_tokens(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
     """The tokens of a .bin or .npy file, memory-mapped.
 
@@ -81,13 +104,28 @@ def open_tokens(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
         ValueError: The file holds something else, or not what its header says, or tokens of another dtype.
         OSError: It cannot be read, or is no regular file.
     """
+    return (open_npy if os.fsdecode(path).lower().endswith(".npy") else open_bin)(path, dtype)
+
+
+def open_bin(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
+    """``open_tokens``, of a file with llm.c's header or none, whatever its name is."""
+    return _open(path, dtype, _bin_tokens)
+
+
+def open_npy(path: AnyPath, dtype: torch.dtype | None = None) -> Shard:
+    """``open_tokens``, of a NumPy file."""
+    return _open(path, dtype, _npy_tokens)
+
+
+def _open(
+    path: AnyPath, dtype: torch.dtype | None, find: Callable[[IO[bytes], str, int, torch.dtype | None], TokenFile]
+) -> Shard:
     with storage.open_to_read(path) as file:  # type: ignore[arg-type]
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "expected a regular file, got a pipe", os.fsdecode(path))
-        read = _npy_tokens if os.fsdecode(path).lower().endswith(".npy") else _bin_tokens
         try:
-            tokens = read(file, os.fsdecode(path), status.st_size, dtype)
+            tokens = find(file, os.fsdecode(path), status.st_size, dtype)
         except ValueError as error:
             raise ValueError(f"{storage.name_of(path)}: {error}") from None  # type: ignore[arg-type]
         return Shard(tokens.map(file), os.fsdecode(path), tokens)
@@ -224,7 +262,7 @@ def _plain_unpickled(content: bytes) -> object:
             if count == _MOST_OPCODES:
                 raise ValueError(f"expected {_MOST_OPCODES} opcodes at most")
             if reader.step(opcode.name, argument):
-                return reader.stack[-1]
+                return reader.result()
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a sound pickle ({type(error).__name__})") from None
     raise ValueError("not a sound pickle")
@@ -234,7 +272,7 @@ class _PlainUnpickler:
     """A pickle machine without the opcodes that import, call or set state: one stack, its marks and the memo."""
 
     def __init__(self) -> None:
-        self.stack: list[Any] = []
+        self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
@@ -247,40 +285,54 @@ class _PlainUnpickler:
         if name in ("PROTO", "FRAME"):
             pass
         elif name in ("INT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE", "UNICODE"):
-            self.stack.append(argument)
+            self._stack.append(argument)
         elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            self.stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            self._stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
         elif name == "MARK":
-            self._marks.append(len(self.stack))
+            self._marks.append(len(self._stack))
         elif name in ("DICT", "LIST", "TUPLE"):
             items = self._pop_to(self._marks.pop())
-            self.stack.append(self._dict(items) if name == "DICT" else items if name == "LIST" else tuple(items))
+            self._stack.append(self._dict(items) if name == "DICT" else items if name == "LIST" else tuple(items))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            self.stack.append(tuple(self._pop_to(len(self.stack) - int(name[-1]))))
+            self._stack.append(tuple(self._pop_to(len(self._stack) - int(name[-1]))))
         elif name in ("SETITEM", "SETITEMS"):
-            items = self._pop_to(len(self.stack) - 2 if name == "SETITEM" else self._marks.pop())
-            self.stack[-1].update(self._dict(items))
+            items = self._pop_to(len(self._stack) - 2 if name == "SETITEM" else self._marks.pop())
+            self._top().update(self._dict(items))
         elif name in ("APPEND", "APPENDS"):
-            items = self._pop_to(len(self.stack) - 1 if name == "APPEND" else self._marks.pop())
-            self.stack[-1].extend(items)
+            items = self._pop_to(len(self._stack) - 1 if name == "APPEND" else self._marks.pop())
+            self._top().extend(items)
         elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self.stack[-1]
+            self._memo[len(self._memo)] = self._top()
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self.stack[-1]
+            self._memo[argument] = self._top()
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self._memo[argument])
+            self._stack.append(self._memo[argument])
         elif name == "STOP":
             return True
         else:
             raise ValueError(f"expected a pickle of dicts, strings and ints, got the opcode {name}")
         return False
 
+    def result(self) -> object:
+        """What is left, alone, when the last opcode is done."""
+        if self._marks or len(self._stack) != 1:
+            raise IndexError
+        return self._stack[0]
+
+    def _top(self) -> Any:
+        self._check_size(len(self._stack) - 1)
+        return self._stack[-1]
+
+    def _check_size(self, size: int) -> None:
+        """Raises where so few things are left that some below the last mark are taken."""
+        if size < (self._marks[-1] if self._marks else 0):
+            raise IndexError
+
     def _pop_to(self, size: int) -> list[Any]:
         """Takes what is on the stack above the first ``size``."""
-        if size < 0:
-            raise IndexError
-        items = self.stack[size:]
-        del self.stack[size:]
+        self._check_size(size)
+        items = self._stack[size:]
+        del self._stack[size:]
         return items
 
     @staticmethod

@@ -46,12 +46,13 @@ TORCH_LIBRARY(bigramx, m) {
         "Generator? generator=None) -> Tensor",
         {at::Tag::nondeterministic_seeded});
 
-    // idx (B, T) -> (B, T + max_new_tokens) int64, or shorter if all chains meet `stop`; chains that meet it
-    // before the last one are filled with it. temperature 0: the argmax.
+    // idx (B, T) -> (B, T + max_new_tokens) int64, or shorter if all chains meet `stop` or one of
+    // `more_stop`; chains that meet one before the last chain does are filled with it. temperature 0: the
+    // argmax.
     m.def(
         "generate(Tensor idx, Tensor weight, int max_new_tokens, float temperature=1.0, int? top_k=None, "
         "float? top_p=None, float? min_p=None, int? stop=None, str? sampler=None, "
-        "Generator? generator=None) -> Tensor",
+        "Generator? generator=None, int[] more_stop=[]) -> Tensor",
         {at::Tag::nondeterministic_seeded});
 
     // (N) tokens -> (V, V) int64: how often token j follows token i.

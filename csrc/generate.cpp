@@ -52,9 +52,21 @@ void check_options(const GenerateParams& params) {
     const double top_p = params.top_p.value_or(1), min_p = params.min_p.value_or(0);
     TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, kGenerate, ": expected 0 < top_p <= 1, got ", top_p);
     TORCH_CHECK_VALUE(min_p >= 0 && min_p <= 1, kGenerate, ": expected 0 <= min_p <= 1, got ", min_p);
-    const int64_t vocab_size = params.weight.size(0), stop = params.stop.value_or(0);
-    TORCH_CHECK_VALUE(stop >= 0 && stop < std::max<int64_t>(vocab_size, 1), kGenerate,
-                      ": expected 0 <= stop < ", vocab_size, ", got ", stop);
+}
+
+StopTokens stop_tokens(std::optional<int64_t> stop, at::IntArrayRef more_stop, int64_t vocab_size) {
+    StopTokens tokens{stop, {}};
+    const auto check = [&](int64_t token) {
+        TORCH_CHECK_VALUE(token >= 0 && token < std::max<int64_t>(vocab_size, 1), kGenerate,
+                          ": expected 0 <= stop < ", vocab_size, ", got ", token);
+    };
+    if (stop.has_value()) check(*stop);
+    for (const int64_t token : more_stop) check(token);
+    if (more_stop.empty()) return tokens;
+    tokens.several.resize(std::max<int64_t>(vocab_size, 1));
+    if (stop.has_value()) tokens.several[*stop] = 1;
+    for (const int64_t token : more_stop) tokens.several[token] = 1;
+    return tokens;
 }
 
 // Without the filters that keep all tokens of any row.
@@ -78,7 +90,8 @@ void check_idx(const at::Tensor& idx, const at::Tensor& weight) {
 at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,
                     double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
                     std::optional<double> min_p, std::optional<int64_t> stop,
-                    std::optional<std::string_view> sampler, const std::optional<at::Generator>& generator) {
+                    std::optional<std::string_view> sampler, const std::optional<at::Generator>& generator,
+                    at::IntArrayRef more_stop) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // tokens have no gradient
     check_tensor(kGenerate, "weight", weight);
     check_tensor(kGenerate, "idx", idx);
@@ -87,15 +100,15 @@ at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max
     check_floating(kGenerate, "weight", weight);
     check_idx(idx, weight);
     const int64_t batch_size = idx.size(0), prompt_length = idx.size(1);
-    const GenerateParams params{weight, prompt_length, temperature, top_k,    top_p,
-                                min_p,  stop,          chosen,      generator};
+    GenerateParams params{weight, prompt_length, temperature, top_k, top_p, min_p, {}, chosen, generator};
     check_options(params);
+    params.stop = stop_tokens(stop, more_stop, weight.size(0));
     TORCH_CHECK_VALUE(max_new_tokens >= 0, kGenerate, ": expected max_new_tokens >= 0, got ", max_new_tokens);
     const int64_t length = checked_sum(kGenerate, "T + max_new_tokens", prompt_length, max_new_tokens);
     checked_product(kGenerate, "B * (T + max_new_tokens)", batch_size, length);
     const at::Tensor tokens = at::empty({batch_size, length}, idx.options().dtype(at::kLong));
     BIGRAMX_DISPATCH_DEVICE(weight, copy_prompt, contiguous_int64(idx), weight.size(0), tokens);
-    int64_t num_steps = stop.has_value() ? 0 : max_new_tokens;
+    int64_t num_steps = params.stop.any() ? 0 : max_new_tokens;
     if (batch_size > 0 && max_new_tokens > 0) {
         num_steps = BIGRAMX_DISPATCH_DEVICE(weight, generate, drop_idle_filters(params), tokens);
     }

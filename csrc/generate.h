@@ -5,12 +5,23 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "sampling/sampler.h"
 
 namespace bigramx {
+
+// The tokens at which a chain ends. One is compared with; several are looked up.
+struct StopTokens {
+    std::optional<int64_t> one;
+    std::vector<int8_t> several;  // (V): whether it is one of them; or empty
+
+    bool any() const { return one.has_value() || !several.empty(); }
+    bool contains(int64_t token) const { return several.empty() ? token == one : several[token] != 0; }
+};
 
 struct GenerateParams {
     at::Tensor weight;      // (V, V) floating point
@@ -19,7 +30,7 @@ struct GenerateParams {
     std::optional<int64_t> top_k;
     std::optional<double> top_p;
     std::optional<double> min_p;
-    std::optional<int64_t> stop;
+    StopTokens stop;
     Sampler sampler;
     std::optional<at::Generator> generator;
 
@@ -45,7 +56,8 @@ void copy_prompt_cpu(const at::Tensor& idx, int64_t vocab_size, const at::Tensor
 void copy_prompt_cuda(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens);
 
 // Fills tokens, (B, T + max_new_tokens) int64, behind the prompts; B > 0 and max_new_tokens > 0. Returns the
-// number of steps: fewer than max_new_tokens if all sequences meet `stop`.
+// number of steps: fewer than max_new_tokens if all sequences meet a stop token. Those that meet one before
+// the last are filled with it.
 int64_t generate_cpu(const GenerateParams& params, const at::Tensor& tokens);
 int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens);
 
@@ -53,6 +65,7 @@ int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens);
 at::Tensor generate(const at::Tensor& idx, const at::Tensor& weight, int64_t max_new_tokens,
                     double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
                     std::optional<double> min_p, std::optional<int64_t> stop,
-                    std::optional<std::string_view> sampler, const std::optional<at::Generator>& generator);
+                    std::optional<std::string_view> sampler, const std::optional<at::Generator>& generator,
+                    at::IntArrayRef more_stop);
 
 }  // namespace bigramx

@@ -10,7 +10,7 @@ import re
 import struct
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch import Tensor
 
 from bigramx import CharTokenizer, data, memory, shards, storage, token_files
 from bigramx.data import TokenShards
@@ -383,6 +384,17 @@ class TestFilesOf:
         write(folder / "x[1].txt", b"x")
         assert data.read_tokens(folder / "x[1].txt", tokenizer=CharTokenizer("x"))[:].tolist() == [0]
 
+    def test_what_is_no_text(self, folder: Path) -> None:
+        write(folder / "b.png", b"\x89PNG\r\n")
+        write(folder / "b.dat", b"abc\0")
+        write(folder / "sub" / "e", ("a" * (2**13 - 1) + "é").encode())  # cut within a character
+        expected = ["a.md", "b.txt", "sub/c.txt", "sub/deep/d", "sub/e"]
+        with pytest.warns(UserWarning, match=r": 2 files that are no UTF-8 text are left out, the first .*b\.dat"):
+            assert token_files.files_of(folder) == [str(folder / name) for name in expected]
+        for path in (folder / "b.png", folder / "*.png"):  # it is named
+            with pytest.raises(ValueError, match=r"b\.png: expected UTF-8 text, got byte 0x89"):
+                data.read_tokens(path, tokenizer=CharTokenizer("a"))
+
     @pytest.mark.parametrize("path", ["*.bin", "none", "none.bin", "empty", "sub/*/*/*"])
     def test_nothing_is_there(self, folder: Path, path: str) -> None:
         (folder / "empty" / ".hidden").mkdir(parents=True)
@@ -408,17 +420,23 @@ class TestTexts:
         tokenizer = CharTokenizer("aé")
         shards = data.read_tokens(tmp_path, tokenizer=tokenizer, eot=1)
         assert [shard.tolist() for shard in shards.shards] == [[0, 1], []]
-        assert (shards.dtype, shards.num_bytes, shards.eot) == (torch.uint16, 3, 1)
+        assert (shards.dtype, shards.num_bytes, shards.eot) == (torch.uint8, 3, 1)
         assert shards.between(0, 1).num_bytes is None
-        assert data.read_tokens(tmp_path, tokenizer=tokenizer, dtype="uint8").dtype == torch.uint8
+        assert data.read_tokens(tmp_path, tokenizer=tokenizer, dtype="uint32").dtype == torch.uint32
         assert data.read_tokens([tmp_path, [1]], tokenizer=tokenizer).num_bytes is None
 
     def test_by_any_tokenizer(self, tmp_path: Path) -> None:
         class Words:
             vocab_size = 10**6
 
-            def encode(self, text: str) -> list[int]:
-                return [len(word) + 70_000 for word in text.split()]
+            def encode(self, text: str) -> Tensor:
+                return torch.tensor([len(word) + 70_000 for word in text.split()])
+
+            def decode(self, tokens: Tensor | Sequence[int]) -> str:
+                raise AssertionError(tokens)
+
+            def to_json(self) -> str:
+                raise AssertionError
 
         path = write(tmp_path / "a.txt", b"one three")
         shards = data.read_tokens(path, tokenizer=Words())
@@ -426,6 +444,8 @@ class TestTexts:
         assert shards.dtype == torch.int32
         with pytest.raises(ValueError, match=r"a\.txt: expected uint16 tokens, got 70005"):
             data.read_tokens(path, tokenizer=Words(), dtype=torch.uint16)
+        with pytest.raises(TypeError, match="int"):
+            data.read_tokens(path, tokenizer=5)
 
     def test_errors(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.txt", b"ab\xff")
@@ -434,7 +454,7 @@ class TestTexts:
         with pytest.raises(ValueError, match="byte 0xff at position 2"):
             data.read_tokens(path, tokenizer=CharTokenizer("ab"))
         write(path, b"abc")
-        with pytest.raises(ValueError, match="'c'"):
+        with pytest.raises(ValueError, match=r"a\.txt: unknown character 'c' at position 2"):
             data.read_tokens(path, tokenizer=CharTokenizer("ab"))
 
     def test_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,6 +673,10 @@ class TestNanoGPT:
             b"t.",
             b"\x85.",
             b"(K\x01d.",
+            b"}(.",
+            b"}].",
+            b"}(K\x01(K\x02us.",
+            b"](K\x01a.",
             b"h\x05.",
             b"\x94.",
             b"q\x05.",

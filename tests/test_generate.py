@@ -6,10 +6,11 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,7 @@ from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_re
 
 pytestmark = pytest.mark.usefixtures("device")
 
+SAMPLERS: list[Any] = [None, "philox"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FILTERS: list[dict[str, Any]] = [
     {},
@@ -57,7 +59,7 @@ def limited_to(threads: int) -> Iterator[None]:
     dtype=st.sampled_from(DTYPES),
     filters=st.sampled_from(FILTERS),
     sampler=st.sampled_from([None, "philox"]),
-    stop=st.sampled_from([None, 0]),
+    stop=st.sampled_from([None, 0, [], [0], [-1], [0, -1], range(30)]),  # of many; -1: the last
 )
 def test_equals_reference(
     seed: int,
@@ -68,8 +70,10 @@ def test_equals_reference(
     dtype: torch.dtype,
     filters: dict[str, Any],
     sampler: Any,
-    stop: int | None,
+    stop: int | Sequence[int] | None,
 ) -> None:
+    if isinstance(stop, Sequence):
+        stop = [token % vocab_size for token in stop]
     torch.manual_seed(seed)
     weight = (torch.randn(vocab_size, vocab_size) * 2).to(dtype)
     idx = torch.randint(vocab_size, (num_chains, length))
@@ -274,17 +278,19 @@ def test_philox_parallel_over_time(name: str) -> None:
         assert torch.equal(batch, philox_chains(weight, 20_001, num_chains=fewer(40), threads=threads)[:3])
 
 
-def test_philox_stops_where_the_whole_chain_does() -> None:
+@pytest.mark.parametrize("stop", [[64], [63, 64], [64, 3, 63, 64]], ids=str)
+def test_philox_stops_where_the_whole_chain_does(stop: list[int]) -> None:
     weight = torch.randn(65, 65)
-    weight[:, 64] = -5
+    weight[:, stop] = -6
     whole = philox_chains(weight, 100_000, num_chains=4)
-    ends = [(chain == 64).nonzero()[0].item() + 1 for chain in whole]
+    ends = [int(torch.isin(chain, torch.tensor(stop)).nonzero()[0]) + 1 for chain in whole]
     assert len(set(ends)) == 4
+    assert len({int(chain[end - 1]) for chain, end in zip(whole, ends, strict=True)}) > 1 or len(stop) == 1
     expected = whole[:, : max(ends)].clone()
     for chain, end in zip(expected, ends, strict=True):
-        chain[int(end) :] = 64
+        chain[end:] = chain[end - 1].clone()
     for threads in thread_counts(1, 2):
-        assert torch.equal(philox_chains(weight, 100_000, num_chains=4, threads=threads, stop=64), expected)
+        assert torch.equal(philox_chains(weight, 100_000, num_chains=4, threads=threads, stop=stop), expected)
 
 
 @pytest.mark.device_assertion
@@ -472,10 +478,49 @@ def test_stop_ends_early_and_fills_up() -> None:
     cycle = torch.full((4, 4), float("-inf"))
     cycle[torch.arange(4), (torch.arange(4) + 1) % 4] = 0  # 0 -> 1 -> 2 -> 3 -> 0
     idx = torch.tensor([[0], [2]])
-    expected = torch.tensor([[0, 1, 2, 3], [2, 3, 3, 3]])
-    for sampler in (None, "philox"):
-        assert torch.equal(functional.generate(idx, cycle, 9, stop=3, sampler=sampler), expected)
+    several: list[tuple[Any, list[list[int]]]] = [
+        (3, [[0, 1, 2, 3], [2, 3, 3, 3]]),
+        ([3, 3], [[0, 1, 2, 3], [2, 3, 3, 3]]),
+        ((0, 2), [[0, 1, 2], [2, 3, 0]]),
+        ([0, 1], [[0, 1, 1], [2, 3, 0]]),  # each is filled with the token at which it ends
+    ]
+    for stop, expected in several:
+        for sampler in SAMPLERS:
+            assert functional.generate(idx, cycle, 9, stop=stop, sampler=sampler).tolist() == expected
     assert functional.generate(idx, cycle, 2, stop=0).tolist() == [[0, 1, 2], [2, 3, 0]]
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [1, 3],
+        (3, 1),
+        {1, 3},
+        torch.tensor([1, 3]),
+        torch.tensor([3, 1], dtype=torch.uint8),
+        np.array([1, 3]),
+        range(1, 5),
+    ],
+    ids=repr,
+)
+def test_stops_are_a_sequence_of_any_kind(stops: Any) -> None:
+    expected = functional.generate(IDX, WEIGHT, 50, temperature=0.5, stop=None, generator=torch.Generator())
+    end = int(torch.isin(expected[0], torch.tensor([*stops])).nonzero()[0]) + 1
+    actual = functional.generate(IDX, WEIGHT, 50, temperature=0.5, stop=stops, generator=torch.Generator())
+    assert torch.equal(actual, expected[:, :end])
+
+
+@pytest.mark.parametrize("none", [None, [], (), torch.empty(0, dtype=torch.long)], ids=repr)
+def test_no_stop(none: Any) -> None:
+    assert functional.generate(IDX, WEIGHT, 50, stop=none).shape == (1, 51)
+    assert functional.generate(IDX[:0], WEIGHT, 50, stop=none).shape == (0, 51)
+    assert functional.generate(IDX[:0], WEIGHT, 50, stop=[1, 2]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("sampler", [None, "philox"])
+def test_every_token_of_a_large_vocabulary_stops(sampler: Any) -> None:
+    weight, idx = torch.randn(1, 50257).expand(50257, 50257), torch.zeros((3, 1), dtype=torch.long)
+    assert functional.generate(idx, weight, 10, stop=range(50257), sampler=sampler).shape == (3, 2)
 
 
 def test_layouts_and_int32() -> None:
@@ -544,6 +589,15 @@ IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
         ({"top_p": 1.5}, ValueError, r"0 < top_p <= 1, got 1.5"),
         ({"min_p": -0.5}, ValueError, r"0 <= min_p <= 1, got -0.5"),
         ({"stop": 5}, ValueError, r"0 <= stop < 5, got 5"),
+        ({"stop": [0, 5]}, ValueError, r"0 <= stop < 5, got 5"),
+        ({"stop": [5, 0]}, ValueError, r"0 <= stop < 5, got 5"),
+        ({"stop": [0, -1]}, ValueError, r"0 <= stop < 5, got -1"),
+        ({"stop": [0, 1.5]}, TypeError, r"stop to be an int or a sequence of ints, got list"),
+        ({"stop": "a"}, TypeError, r"stop to be an int or a sequence of ints, got str"),
+        ({"stop": b"a"}, TypeError, r"stop to be an int or a sequence of ints, got bytes"),
+        ({"stop": [[0]]}, TypeError, r"stop to be an int or a sequence of ints, got list"),
+        ({"stop": torch.zeros(2)}, TypeError, r"stop to be an int or a sequence of ints, got Tensor"),
+        ({"stop": iter([0])}, TypeError, r"stop to be an int or a sequence of ints, got list_iterator"),
         ({"sampler": "foo"}, ValueError, r"'philox'.* got 'foo'"),
     ],
     ids=str,
@@ -581,6 +635,8 @@ def test_tokens_out_of_range(idx: torch.Tensor, message: str) -> None:
         ({"top_k": -(2**63)}, ValueError, r"top_k >= 1, got -9223372036854775808"),
         ({"stop": -(2**63)}, ValueError, r"0 <= stop < 5, got -9223372036854775808"),
         ({"stop": 2**63 - 1}, ValueError, r"0 <= stop < 5, got 9223372036854775807"),
+        ({"stop": [0, 2**63 - 1]}, ValueError, r"0 <= stop < 5, got 9223372036854775807"),
+        ({"stop": [0, 2**63]}, TypeError, r"stop"),
         ({"temperature": float("inf")}, ValueError, r"temperature to be finite"),
         ({"top_p": float("nan")}, ValueError, r"0 < top_p <= 1, got nan"),
         ({"min_p": float("nan")}, ValueError, r"0 <= min_p <= 1, got nan"),

@@ -127,16 +127,27 @@ class TestSplit:
             assert torch.equal(ours[:], expected)
         assert [len(part) for part in data.split(shards)] == [len(part) for part in data.split(whole)]
 
-    @pytest.mark.parametrize("name", ["val", "fineweb_val_000000", "TinyStories-VAL", "x.valid", "validation_1"])
-    def test_by_the_names_of_files(self, tmp_path: Path, name: str) -> None:
-        written(tmp_path, **{"a_train_1": [1, 2], "interval": [3], name: [4, 5], "train2": [6]})
-        train, val = data.split(data.read_tokens(tmp_path, eot=9))
-        assert sorted(train[:].tolist()) == [1, 2, 3, 6]
-        assert val[:].tolist() == [4, 5]
-        assert train.eot == val.eot == 9
+    @pytest.mark.parametrize(
+        ("train", "val"),
+        [
+            ("train", "val"),
+            ("fineweb_train_000001", "fineweb_val_000000"),
+            ("TinyStories-Train", "TinyStories-VAL"),
+            ("wiki.training", "wiki.valid"),
+            ("z_train2", "a_validation"),
+        ],
+    )
+    def test_as_the_names_of_files_say(self, tmp_path: Path, train: str, val: str) -> None:
+        written(tmp_path, **{train: [1, 2], val: [4, 5, 6], "some.test": [7]})
+        parts = data.split(data.read_tokens(tmp_path, eot=9))
+        assert [part[:].tolist() for part in parts] == [[1, 2], [4, 5, 6]]
+        assert parts[0].eot == parts[1].eot == 9
         assert [len(part) for part in data.split(data.read_tokens(tmp_path), 0.5)] == [3, 3]
-        alone = data.read_tokens(tmp_path / f"{name}.bin")
-        assert [len(part) for part in data.split(alone)] == [1, 1]
+        written(tmp_path, other=[1, 2, 3, 4])  # of which nothing is said
+        assert [len(part) for part in data.split(data.read_tokens(tmp_path))] == [9, 1]
+        for alone in (train, val):
+            tokens = data.read_tokens(tmp_path / f"{alone}.bin")
+            assert [len(part) for part in data.split(tokens)] == [len(tokens) - 1, 1]
 
     def test_bad_fractions(self) -> None:
         with pytest.raises(ValueError, match=r"got 1\.5"):
@@ -154,6 +165,16 @@ class TestFiles:
                 assert torch.equal(copied[:], part[:])
                 assert (copied.names, copied.eot, copied.dtype) == (part.names, part.eot, part.dtype)
         assert pickle.loads(pickle.dumps(shards[:])).tolist() == shards[:].tolist()
+
+    def test_views_are_not_pickled_with_all_that_they_are_of(self) -> None:
+        rows = torch.arange(20_000).view(1000, 20)
+        shards = data.read_tokens([rows, torch.tensor([1, 2], dtype=torch.uint16), []])
+        content = pickle.dumps(shards.between(0, 20_002))
+        assert len(content) < 300_000
+        copied = pickle.loads(content)
+        assert [shard.tolist() for shard in copied.shards] == [*rows.tolist(), [1, 2]]
+        assert [shard.dtype for shard in copied.shards[-2:]] == [torch.int64, torch.uint16]
+        assert [shard.tolist() for shard in pickle.loads(pickle.dumps(TokenShards([]))).shards] == []
 
     def test_pickled_where_the_folder_was_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(written(tmp_path, a=[1, 2]))
@@ -241,7 +262,10 @@ def cyclic(sizes: list[int], vocab_size: int) -> TokenShards:
 
 def pair_counts(shards: TokenShards, vocab_size: int) -> Tensor:
     none = torch.zeros(vocab_size, vocab_size, dtype=torch.int64)
-    return sum((functional.count_bigrams(shard.long(), vocab_size) for shard in shards.shards), start=none)
+    counts = sum((functional.count_bigrams(shard.long(), vocab_size) for shard in shards.shards), start=none)
+    if shards.eot is not None:
+        counts[shards.eot] = 0
+    return counts
 
 
 class TestEvaluation:
@@ -255,12 +279,17 @@ class TestEvaluation:
         shards = cyclic(sizes, 5)
         assert data.num_pairs(shards) == sum(max(0, size - 1) for size in sizes)
         assert torch.equal(evaluation.count_pairs(shards, vocab_size, CPU), pair_counts(shards, vocab_size))
+        of_documents = TokenShards(shards.shards, eot=3)
+        counts = pair_counts(of_documents, vocab_size)
+        assert data.num_pairs(of_documents) == counts.sum()
+        assert torch.equal(evaluation.count_pairs(of_documents, vocab_size, CPU), counts)
 
+    @pytest.mark.parametrize("eot", [None, 3])
     @pytest.mark.parametrize("sizes", [[600, 500, 400], [1, 0, 300, 2, 1], [5] * 200, [700], [1, 1], []])
-    def test_losses(self, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_losses(self, sizes: list[int], eot: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(evaluation, "_CHUNK", 2**8)
         monkeypatch.setattr(evaluation, "_SAMPLE_STEP", 2**2)
-        shards = cyclic(sizes, 5)
+        shards = TokenShards(cyclic(sizes, 5).shards, eot=eot)
         counts = pair_counts(shards, 5)
         model = BigramLanguageModel(5)
         expected = model.evaluate_counts(counts)
@@ -270,7 +299,7 @@ class TestEvaluation:
         model.label_smoothing = 1e-300  # by calls of the model
         assert model.evaluate(shards) == pytest.approx(expected, rel=1e-6, nan_ok=True)
         optimum = evaluation.optimal_loss_of_counts(counts)
-        wide = TokenShards([shard.long() * 2**40 for shard in shards.shards])
+        wide = TokenShards([shard.long() * 2**40 for shard in shards.shards], eot=None if eot is None else eot * 2**40)
         for same in (shards, wide):
             assert evaluation.optimal_loss(same) == pytest.approx(optimum, rel=1e-9, nan_ok=True)
 
@@ -290,6 +319,20 @@ class TestEvaluation:
         for call in (model.evaluate, lambda shards: fit(model, shards, max_steps=0)):
             with pytest.raises(IndexError, match=f"tokens holds {vocab_size} at position 77, "):
                 call(shards)
+
+
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    written(tmp_path, a=[1, 2, 3], b=[4, 1, 2])
+    model = BigramLanguageModel(5)
+    expected = model.evaluate(data.read_tokens(tmp_path))
+    with torch.device("meta"):
+        shards = data.read_tokens([tmp_path, [1, 2], range(3), torch.ones(2, 2, dtype=torch.int16, device="cpu")])
+        assert shards[:].tolist() == [1, 2, 3, 4, 1, 2, 1, 2, 0, 1, 2, 1, 1, 1, 1]
+        copied = pickle.loads(pickle.dumps(shards)).between(0, 6)
+        assert [part.tolist() for part in data.documents(copied, 2)] == [[0], [2], [3]]
+        assert data.get_batch(copied, 1, 5, generator=torch.Generator())[1].tolist() == [[2, 3, 4, 1, 2]]
+        assert model.evaluate(copied) == expected
+        assert evaluation.optimal_loss(copied) == pytest.approx(0)
 
 
 class TestFit:

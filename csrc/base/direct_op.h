@@ -7,14 +7,21 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "base/python.h"
 
 namespace bigramx {
+
+// How an argument is held during the call: a list in memory of its own.
+template <typename Argument>
+using Held = std::conditional_t<std::is_same_v<Argument, at::IntArrayRef>, std::vector<int64_t>,
+                                std::decay_t<Argument>>;
 
 template <typename Signature>
 struct DirectOp;
@@ -50,13 +57,13 @@ struct DirectOp<Return(Arguments...)> {
     template <typename Function, size_t... k>
     static Return call(const char* name, const Function& function, const pybind11::args& arguments,
                        std::index_sequence<k...>) {
-        std::tuple<pybind11::detail::make_caster<Arguments>...> casters;
+        std::tuple<pybind11::detail::make_caster<Held<Arguments>>...> casters;
         // A bool is no other object that happens to be true.
         const bool fits = arguments.size() == sizeof...(k) &&
                           (std::get<k>(casters).load(arguments[k], !std::is_same_v<Arguments, bool>) && ...);
         if (!fits) throw pybind11::type_error(std::string(name) + "(): incompatible function arguments");
         const ReleasedGil others_run;
-        return function(pybind11::detail::cast_op<std::decay_t<Arguments>&>(std::get<k>(casters))...);
+        return function(pybind11::detail::cast_op<Held<Arguments>&>(std::get<k>(casters))...);
     }
 };
 

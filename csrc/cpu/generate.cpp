@@ -19,16 +19,16 @@ using namespace cpu;
 namespace {
 
 // Steps all chains together, the order in which the lecture's loop draws. next(token) draws the token that
-// follows `token`. Returns the number of steps: fewer than num_steps if all chains meet `stop`.
+// follows `token`. Returns the number of steps: fewer than num_steps if all chains meet a stop token.
 template <typename Next>
-int64_t run_in_step(const Chains& chains, std::optional<int64_t> stop, const Next& next) {
+int64_t run_in_step(const Chains& chains, const StopTokens& stop, const Next& next) {
     std::vector<char> stopped(chains.num_chains, false);
     int64_t num_running = chains.num_chains, t = 0;
     for (; t < chains.num_steps && num_running > 0; ++t) {
         for (int64_t b = 0; b < chains.num_chains; ++b) {
-            const int64_t token = next(chains.before(b, t));
-            *chains.at(b, t) = stopped[b] ? *stop : token;
-            if (!stopped[b] && token == stop) {
+            const int64_t before = chains.before(b, t), token = next(before);
+            *chains.at(b, t) = stopped[b] ? before : token;
+            if (!stopped[b] && stop.contains(token)) {
                 stopped[b] = true;
                 --num_running;
             }

@@ -17,13 +17,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "base/interrupt.h"
 #include "cpu/generate_rows.h"
 #include "cpu/sampling/philox_fill.h"
+#include "generate.h"
 
 namespace bigramx::cpu {
 
@@ -42,7 +42,7 @@ struct Chains {
 template <typename Rows>
 class ChainRunner {
   public:
-    ChainRunner(Rows& rows, uint64_t seed, const Chains& chains, std::optional<int64_t> stop)
+    ChainRunner(Rows& rows, uint64_t seed, const Chains& chains, const StopTokens& stop)
         : rows_(rows),
           seed_(seed),
           chains_(chains),
@@ -52,10 +52,10 @@ class ChainRunner {
         std::iota(running_.begin(), running_.end(), 0);
     }
 
-    // Returns the number of steps: fewer than num_steps if all chains meet `stop`. Chains that meet it before
-    // the last one are filled with it.
+    // Returns the number of steps: fewer than num_steps if all chains meet a stop token. Chains that meet one
+    // before the last chain does are filled with it.
     int64_t run() {
-        int64_t tokens_a_round = stop_.has_value() ? kSegment : kMaxTokensARound;  // chains may stop soon
+        int64_t tokens_a_round = stop_.any() ? kSegment : kMaxTokensARound;  // chains may stop soon
         int64_t begin = 0;
         while (begin < chains_.num_steps && !running_.empty()) {
             const int64_t steps = tokens_a_round / static_cast<int64_t>(running_.size()) / kBlock * kBlock;
@@ -74,7 +74,8 @@ class ChainRunner {
         }
         const int64_t length = *std::max_element(lengths_.begin(), lengths_.end());
         for (int64_t chain = 0; chain < chains_.num_chains; ++chain) {
-            std::fill(chains_.at(chain, lengths_[chain]), chains_.at(chain, length), stop_.value_or(0));
+            const int64_t last = chains_.before(chain, lengths_[chain]);
+            std::fill(chains_.at(chain, lengths_[chain]), chains_.at(chain, length), last);
         }
         return length;
     }
@@ -250,14 +251,17 @@ class ChainRunner {
     }
 
     int64_t length_to_stop(int64_t chain, int64_t begin, int64_t end) const {
-        if (!stop_.has_value()) return end;
-        const int64_t* last = chains_.at(chain, end);
-        const int64_t* found = std::find<const int64_t*>(chains_.at(chain, begin), last, *stop_);
+        if (!stop_.any()) return end;
+        const int64_t *first = chains_.at(chain, begin), *last = chains_.at(chain, end);
+        const int64_t* found =
+            stop_.several.empty()
+                ? std::find(first, last, *stop_.one)
+                : std::find_if(first, last, [&](int64_t token) { return stop_.contains(token); });
         return found == last ? end : found + 1 - chains_.at(chain, 0);
     }
 
     bool has_stopped(int64_t chain) const {
-        return stop_.has_value() && chains_.before(chain, lengths_[chain]) == *stop_;
+        return stop_.any() && stop_.contains(chains_.before(chain, lengths_[chain]));
     }
 
     // Raises if a chain has drawn from a row that is not a distribution: the error of the first step and,
@@ -278,9 +282,9 @@ class ChainRunner {
     Rows& rows_;
     const uint64_t seed_;
     const Chains chains_;
-    const std::optional<int64_t> stop_;
-    std::vector<int64_t> lengths_;   // (B): steps so far, up to and including `stop`
-    std::vector<int64_t> running_;   // the chains that have not met `stop`
+    const StopTokens& stop_;
+    std::vector<int64_t> lengths_;   // (B): steps so far, up to and including the stop token
+    std::vector<int64_t> running_;   // the chains that have not met a stop token
     std::vector<Segment> segments_;  // of the current round, chain by chain
     std::vector<uint32_t> entries_;  // (segments): the token before the first of each
     SignalCheck signals_;

@@ -3,6 +3,7 @@
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -50,15 +51,17 @@ class ChainsOfCall {
         }
     }
 
-    // Returns how many steps the longest chain took. Only with `stop` this waits for the GPU.
+    // Returns how many steps the longest chain took. Only with stop tokens this waits for the GPU.
     int64_t finish() {
-        if (!params_.stop.has_value()) {
+        if (!params_.stop.any()) {
             launch_check_rows(chains_, pointer<unsigned>(invalid_), nullptr, guard_.stream());
             return chains_.num_steps;
         }
         const at::Tensor lengths = at::full({chains_.num_chains}, chains_.num_steps, tokens_.options());
         auto* const length = lengths.data_ptr<int64_t>();
-        launch_stop_chains(chains_, *params_.stop, length, guard_.stream());
+        const at::Tensor several = several_stops();
+        launch_stop_chains(chains_, {params_.stop.one.value_or(0), pointer<int8_t>(several)}, length,
+                           guard_.stream());
         launch_check_rows(chains_, pointer<unsigned>(invalid_), length, guard_.stream());
         return lengths.max().item<int64_t>();
     }
@@ -67,6 +70,11 @@ class ChainsOfCall {
     at::Tensor words(at::IntArrayRef sizes, bool zeros = false) const {
         const at::TensorOptions options = tokens_.options().dtype(at::kInt);
         return zeros ? at::zeros(sizes, options) : at::empty(sizes, options);
+    }
+
+    // (V) on the GPU: whether a token is one of several stop tokens; or (0).
+    at::Tensor several_stops() const {
+        return at::tensor(at::ArrayRef<int8_t>(params_.stop.several), tokens_.options().dtype(at::kChar));
     }
 
     template <typename T>

@@ -351,18 +351,19 @@ LaunchShape shape_of_steps(const ChainsParams& params, cudaStream_t stream) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    find_stops_kernel(ChainsParams params, int64_t stop, unsigned long long* lengths) {
+    find_stops_kernel(ChainsParams params, StopTokens stop, unsigned long long* lengths) {
     for_each_step(params, [&](int64_t chain, int64_t step) {
-        if (*token_at(params, chain, step) == stop) {
+        if (stop.contains(*token_at(params, chain, step))) {
             atomicMin(lengths + chain, static_cast<unsigned long long>(step + 1));
         }
     });
 }
 
-__global__ void __launch_bounds__(kThreads)
-    fill_chains_kernel(ChainsParams params, int64_t stop, const int64_t* lengths) {
+__global__ void __launch_bounds__(kThreads) fill_chains_kernel(ChainsParams params, const int64_t* lengths) {
     for_each_step(params, [&](int64_t chain, int64_t step) {
-        if (step >= lengths[chain]) *token_at(params, chain, step) = stop;
+        if (step >= lengths[chain]) {
+            *token_at(params, chain, step) = *token_at(params, chain, lengths[chain] - 1);
+        }
     });
 }
 
@@ -436,10 +437,11 @@ void launch_draw_step(const ChainsParams& params, const LogitsParams& rows, int6
     });
 }
 
-void launch_stop_chains(const ChainsParams& params, int64_t stop, int64_t* lengths, cudaStream_t stream) {
+void launch_stop_chains(const ChainsParams& params, const StopTokens& stop, int64_t* lengths,
+                        cudaStream_t stream) {
     const LaunchShape shape = shape_of_steps(params, stream);
     launch(shape, find_stops_kernel, params, stop, reinterpret_cast<unsigned long long*>(lengths));
-    launch(shape, fill_chains_kernel, params, stop, lengths);
+    launch(shape, fill_chains_kernel, params, lengths);
 }
 
 void launch_check_rows(const ChainsParams& params, const unsigned* invalid, const int64_t* lengths,

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "base/host_device.h"
 #include "cuda/base/types.h"
 
 namespace bigramx::cuda {
@@ -37,6 +38,16 @@ struct LogitsParams {
     unsigned* invalid;
 };
 
+// The tokens at which a chain ends.
+struct StopTokens {
+    int64_t one;
+    const int8_t* several;  // (V): whether it is one of them; or null
+
+    BIGRAMX_HOST_DEVICE bool contains(int64_t token) const {
+        return several == nullptr ? token == one : several[token] != 0;
+    }
+};
+
 enum class Granularity { thread, block };
 
 // Sets how the chains are cut: into one segment each where the chains alone fill the GPU.
@@ -63,9 +74,10 @@ void launch_chains_by_argmax(const ChainsParams& params, const int64_t* argmax, 
 void launch_draw_step(const ChainsParams& params, const LogitsParams& rows, int64_t step,
                       cudaStream_t stream);
 
-// lengths: (B), num_steps before. Becomes the number of steps up to and including the first token `stop`; the
-// rest of the chain is filled with `stop`.
-void launch_stop_chains(const ChainsParams& params, int64_t stop, int64_t* lengths, cudaStream_t stream);
+// lengths: (B), num_steps before. Becomes the number of steps up to and including the first stop token, with
+// which the rest of the chain is filled.
+void launch_stop_chains(const ChainsParams& params, const StopTokens& stop, int64_t* lengths,
+                        cudaStream_t stream);
 
 // Fails an assertion if a chain has drawn from a row that is not a distribution. Rows that segments met
 // during their warm-up only do not count. lengths: (B), or null: all steps count.

@@ -102,6 +102,7 @@ def of_op(name: str, library: str = "bigramx") -> Target:
         kind, is_optional = re.subn(r"Optional\[(\w+)\]", r"\1", str(argument.type))
         if argument.name.endswith("dtype"):
             kind = "dtype"  # an int to the schema
+        kind = {"List[int]": "list"}.get(kind, kind)
         is_written = argument.alias_info is not None and argument.alias_info.is_write
         parameters.append(Parameter(argument.name, kind, bool(is_optional), is_written))
     return Target(f"torch.ops.{library}.{name}.default", name, tuple(parameters))
@@ -245,6 +246,7 @@ PLAIN: dict[str, str | Callable[[Draw], str]] = {
     "top_p": lambda draw: draw.option(None, 0.9, 1.0),
     "min_p": lambda draw: draw.option(None, 0.1, 0.0),
     "stop": lambda draw: draw.option(None, 0),
+    "more_stop": lambda draw: draw.option([], [0], [0, draw.V // 2]),
     "vocab_size": lambda draw: repr(draw.V),
     "eot": "None",
     "begin": "0",
@@ -287,7 +289,8 @@ def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
     if parameter.name == "padding_idx" and parameter.is_optional:
         return draw.option(None, 0, -1)
     of_kind = PLAIN_OF_KIND[parameter.kind]
-    made = of_kind if parameter.kind == "list" else PLAIN.get(parameter.name, of_kind)
+    is_own = target.op.startswith("Alphabet") and parameter.kind == "list"
+    made = of_kind if is_own else PLAIN.get(parameter.name, of_kind)
     return made if isinstance(made, str) else made(draw)
 
 

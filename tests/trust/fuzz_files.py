@@ -17,6 +17,8 @@ import importlib.util
 import io
 import json
 import os
+import pickle
+import pickletools
 import re
 import resource
 import secrets
@@ -34,7 +36,7 @@ from typing import Any
 import numpy
 import torch
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, data, storage
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, storage, token_files
 from tests import processes, tree
 from tests.trust import report
 
@@ -173,6 +175,20 @@ def mutate_tensors(content: bytes, random: Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + tensors
 
 
+def mutate_bin(content: bytes, random: Random) -> bytes:
+    """Changes the numbers of a header, or bytes; often the header agrees with the file afterwards."""
+    if random.random() < 0.4:
+        content = mutate_bytes(content, random)
+    header = bytearray(content[:HEADER_BYTES])
+    for _ in range(random.choice((0, 1, 1, 2))):
+        position = 4 * random.choice((0, 1, 2, 2, 3, 60))
+        header[position : position + 4] = (random.choice(_MAGIC_NUMBERS) % 2**32).to_bytes(4, "little")
+    tail = content[HEADER_BYTES:]
+    if random.random() < 0.5:
+        header[8:12] = (len(tail) // random.choice((1, 2, 4))).to_bytes(4, "little")
+    return bytes(header) + tail
+
+
 # What files say ------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +224,43 @@ def tensors_said(content: bytes) -> tuple[dict[str, str], dict[str, tuple[str, l
 
 
 DTYPES = {name: dtype for dtype, name in storage.DTYPE_NAMES.items()}
+
+
+HEADER_BYTES = 1024  # of llm.c's
+_VERSIONS = [(20240520, 1), (20240801, 7)]
+_MAGIC_NUMBERS = [20240520, 20240801, 20240522, 20240519, 1, 7, 2, *_NUMBERS]
+
+
+def tokens_said(content: bytes) -> tuple[int, bytes]:
+    """The bytes of each token, and of all."""
+    magic = int.from_bytes(content[:4], "little")
+    if magic not in (20240520, 20240801):
+        return 2, content
+    assert content[4:8] == (1 if magic == 20240520 else 7).to_bytes(4, "little")
+    itemsize = 2 if magic == 20240520 else 4
+    assert int.from_bytes(content[8:12], "little") * itemsize == len(content) - HEADER_BYTES
+    return itemsize, content[HEADER_BYTES:]
+
+
+def tokens_loaded(tokens: torch.Tensor) -> tuple[int, bytes]:
+    """The same of tokens."""
+    return tokens.element_size(), tokens.numpy().tobytes()
+
+
+def array_said(content: bytes) -> tuple[int, bytes]:
+    """The same of a NumPy file."""
+    array = numpy.load(io.BytesIO(content), allow_pickle=False)
+    return array.itemsize, array.tobytes()
+
+
+def vocabulary_said(content: bytes) -> str:
+    """The characters of a pickle that has been read, so that it is safe; as plain Python reads it, without frames."""
+    opcodes = [(opcode.name, position) for opcode, _argument, position in pickletools.genops(content)]
+    ends = [position for _name, position in opcodes[1:]] + [len(content)]
+    parts = [
+        content[begin:end] for (name, begin), end in zip(opcodes, ends, strict=True) if name not in ("PROTO", "FRAME")
+    ]
+    return "".join(pickle._loads(b"".join(parts))["itos"].values())  # type: ignore[attr-defined]
 
 
 def tensor_said(dtype: str, shape: list[int], content: bytes) -> torch.Tensor:
@@ -247,7 +300,9 @@ def model_loaded(model: BigramLanguageModel) -> object:
         "sparse": model.token_embedding_table.sparse,
         "ignore_index": model.ignore_index,
         "label_smoothing": model.label_smoothing,
-        "tokenizer": None if model.tokenizer is None else [ord(character) for character in model.tokenizer.characters],
+        "tokenizer": [ord(c) for c in model.tokenizer.characters]
+        if isinstance(model.tokenizer, CharTokenizer)
+        else None,
     }
 
 
@@ -305,6 +360,29 @@ def histories() -> list[bytes]:
     return [saved(History()), saved(history()), saved(BigramLanguageModel(2), history=history())]
 
 
+def token_files_of_all_kinds() -> list[bytes]:
+    """Without a header, and with both."""
+    headers = [numpy.array([magic, version, 4, *[0] * 253], "<i4").tobytes() for magic, version in _VERSIONS]
+    return [b"\x01\x00\xff\xff", bytes(range(256)), headers[0] + bytes(range(8)), headers[1] + bytes(range(16))]
+
+
+def numpy_files() -> list[bytes]:
+    """Of several dtypes."""
+    files = []
+    for dtype in ("u1", "<u2", "<u4", "<i8"):
+        file = io.BytesIO()
+        numpy.save(file, numpy.arange(5, dtype=dtype))
+        files.append(file.getvalue())
+    return files
+
+
+def metas() -> list[bytes]:
+    """NanoGPT's vocabulary, in several protocols."""
+    itos = dict(enumerate("\nab\u20ac"))
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": {character: token for token, character in itos.items()}}
+    return [pickle.dumps(meta, protocol) for protocol in range(5)]
+
+
 READERS = {
     "model": Reader(BigramLanguageModel.load, model_loaded, model_said, mutate_tensors, models),
     "history": Reader(History.load, history_loaded, history_said, mutate_tensors, histories),
@@ -315,13 +393,9 @@ READERS = {
         mutate_tokenizer,
         lambda: [saved(CharTokenizer("")), saved(CharTokenizer("abc\n\U0010ffff"))],
     ),
-    "tokens": Reader(
-        data.read_bin,
-        lambda tokens: tokens.numpy().astype("<u2").tobytes(),
-        lambda content: content,
-        mutate_bytes,
-        lambda: [b"\x01\x00\xff\xff", bytes(range(256))],
-    ),
+    "tokens": Reader(data.read_bin, tokens_loaded, tokens_said, mutate_bin, token_files_of_all_kinds),
+    "npy": Reader(lambda path: token_files.open_npy(path).tokens, tokens_loaded, array_said, mutate_bytes, numpy_files),
+    "meta": Reader(data.read_meta, lambda tokenizer: tokenizer.characters, vocabulary_said, mutate_bytes, metas),
     "text": Reader(
         data.read_text,
         lambda text: text,

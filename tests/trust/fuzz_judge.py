@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
-from bigramx import _C, reference
+from bigramx import _C, functional, reference
 from tests.trust.fuzz_cases import CHARACTERS, PRELUDE, Case
 from tests.trust.fuzz_tensors import differentiate
 
@@ -235,6 +235,8 @@ def _for_reference(arguments: dict[str, Any], function: Callable[..., Any]) -> d
         taken["reduction"] = {0: "none", 1: "mean", 2: "sum"}.get(reduction, "")
         if taken.get("padding_idx") == -1:
             taken["padding_idx"] = None
+    if arguments.get("more_stop"):
+        taken["stop"] = [*functional._stop_tokens(arguments["stop"]), *arguments["more_stop"]]
     return taken
 
 
