@@ -41,11 +41,17 @@ struct DirectOp<Return(Arguments...)> {
     // Another function of this signature, which raises TypeError for arguments that do not fit.
     template <typename Function>
     static void define(pybind11::module& m, const char* name, const Function& function) {
-        m.def(name, [name, function](const pybind11::args& arguments) {
+        m.def(name, wrapped(name, function));
+    }
+
+    // What Python calls in its place.
+    template <typename Function>
+    static auto wrapped(const char* name, const Function& function) {
+        return [name, function](const pybind11::args& arguments) {
             pybind11::object result = call(function, arguments);
             if (result.ptr() != Py_NotImplemented) return result;
             throw pybind11::type_error(std::string(name) + "(): incompatible function arguments");
-        });
+        };
     }
 
   private:
