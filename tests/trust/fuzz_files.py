@@ -323,7 +323,7 @@ def smoothed_model_loaded(model: SmoothedBigramModel) -> object:
     """The same of a model, which can be used, and saved again."""
     model.save(io.BytesIO())
     model.generate(torch.zeros(1, 1, dtype=torch.int64), 4, sampler="philox", top_p=0.9)
-    assert model(torch.arange(model.vocab_size))[0].exp().sum(1).allclose(torch.ones(()), atol=1e-5)
+    assert model(torch.arange(model.vocab_size))[0].exp().sum(1).sub(1).abs().max() < 1e-5
     return {
         **{name: bits(getattr(model, name)) for name in BUFFERS},
         "method": model.method,
