@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -47,7 +48,9 @@ def counts_of_pairs(vocab_size: int, num_pairs: int) -> Tensor:
     gaps = (vocab_size // sizes)[rows]
     columns = of_row * gaps + (torch.rand(len(rows)) * gaps).long()
     values = (1 / torch.rand(len(rows)).clamp_(min=1e-6)).long()
-    return torch.sparse_csr_tensor(crow, columns, values, (vocab_size, vocab_size), check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(crow, columns, values, (vocab_size, vocab_size), check_invariants=False)
 
 
 def model_of(counts: Tensor) -> SmoothedBigramModel:
@@ -109,7 +112,7 @@ CASES = [
         headline="Kneser-Ney smoothing of 30 million distinct pairs, V=50257",
         num_pairs=3 * 10**7,
         vocab_size=50257,
-        targets=[seconds(1), faster_than("NumPy", 2)],
+        targets=[seconds(1)],
     ),
     Case(
         evaluate,

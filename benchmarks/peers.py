@@ -223,8 +223,9 @@ def numpy_kneser_ney(counts: Tensor) -> Function:
 
     def discounts(counts: Any) -> Any:
         n = numpy.bincount(numpy.minimum(counts, 5), minlength=6).astype(float)
-        y = n[1] / (n[1] + 2 * n[2])
-        of = numpy.array([0, 1 - 2 * y * n[2] / n[1], 2 - 3 * y * n[3] / n[2], 3 - 4 * y * n[4] / n[3]])
+        y = n[1] / max(n[1] + 2 * n[2], 1)
+        with numpy.errstate(invalid="ignore", divide="ignore"):
+            of = numpy.array([0, 1 - 2 * y * n[2] / n[1], 2 - 3 * y * n[3] / n[2], 3 - 4 * y * n[4] / n[3]])
         return of if ((of[1:] > 0) & (of[1:] <= (1, 2, 3))).all() else numpy.array([0, 0.5, 1, 1.5])
 
     def estimate() -> object:

@@ -18,7 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHUNK = 2**18  # counts that are computed with at once: what is in between stays in cache
+# Counts that are computed with at once: what is in between stays in cache; and so few that PyTorch does not divide them
+# among threads, which on a busy machine wait for each other at each of many small steps. Its index_select does not; its
+# indexing and repeat_interleave do.
+_CHUNK = 2**15 - 1
+_CHUNK_OF_PAIRS = 2**18  # of those that a kernel seeks
 _LARGEST_DISCOUNTED = 3  # counts from here on share a discount
 _BISECTIONS = 60
 
@@ -195,40 +199,49 @@ def _row_statistics(counts: Tensor) -> _RowStatistics:
     sums = torch.zeros(counts.size(0), dtype=torch.int64, device=values.device)
     numbers = torch.zeros(_LARGEST_DISCOUNTED, len(sums), dtype=torch.int64, device=values.device)
     of_counts = _counts_of_counts(values[:0])
-    for rows, entries in _row_blocks(crow):
+    for rows, entries, borders in _blocks(crow):
         chunk = values[entries]
-        borders = crow[rows.start : rows.stop + 1] - entries.start
-        sums[rows] = _sums_between(chunk, borders)
+        sums[rows] += _sums_between(chunk, borders)
         both = _sums_between((chunk == 1).long() + ((chunk == 2).long() << 32), borders)  # one pass in place of two
         ones, twos = both & 2**32 - 1, both >> 32
-        numbers[:, rows] = torch.stack((ones, twos, borders.diff() - ones - twos))
+        numbers[:, rows] += torch.stack((ones, twos, borders.diff() - ones - twos))
         of_counts += _counts_of_counts(chunk)
     return _RowStatistics(sums.double(), numbers, of_counts)
 
 
-def _row_blocks(crow: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Consecutive rows, and their entries: _CHUNK at most, or one row."""
-    begin, num_rows = 0, len(crow) - 1
-    while begin < num_rows:
-        first = int(crow[begin])
-        end = int(torch.searchsorted(crow, first + _CHUNK, right=True)) - 1
-        end = max(end, begin + 1)
-        yield slice(begin, end), slice(first, int(crow[end]))
-        begin = end
+def _blocks(crow: Tensor, size: int | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """So many entries at a time: their rows, which ones they are, and where among them those of each row end."""
+    size, num_entries = _CHUNK if size is None else size, int(crow[-1])
+    for begin in range(0, num_entries, size):
+        end = min(begin + size, num_entries)
+        first_row = int(torch.searchsorted(crow, begin, right=True)) - 1
+        end_row = int(torch.searchsorted(crow, end))
+        borders = crow[first_row : end_row + 1].clamp(begin, end) - begin
+        yield slice(first_row, end_row), slice(begin, end), borders
+
+
+def _rows_between(borders: Tensor) -> Tensor:
+    """From borders 0, ..., n, the number of the row that each of n entries belongs to.
+
+    As repeat_interleave, which divides even a few entries among threads.
+    """
+    ends = borders[1:]
+    num_ended = torch.zeros_like(borders[:1]).expand(int(borders[-1]) + 1).clone()
+    return num_ended.scatter_add_(0, ends, torch.ones_like(ends))[:-1].cumsum(0)
 
 
 def row_sums(crow: Tensor, values: Tensor) -> Tensor:
     """The sum of the values of each row, (V) float64."""
     sums = torch.zeros(len(crow) - 1, dtype=torch.float64, device=values.device)
-    for rows, entries in _row_blocks(crow):
-        sums[rows] = _sums_between(values[entries].double(), crow[rows.start : rows.stop + 1] - entries.start)
+    for rows, entries, borders in _blocks(crow):
+        sums[rows] += _sums_between(values[entries].double(), borders)
     return sums
 
 
 def _sums_between(values: Tensor, borders: Tensor) -> Tensor:
     """The sums of the values from each border to the next."""
     cumulative = torch.cat((values.new_zeros(1), values.cumsum(0)))
-    return cumulative[borders].diff()
+    return cumulative.index_select(0, borders).diff()
 
 
 def _counts_of_counts(values: Tensor) -> Tensor:
@@ -268,7 +281,7 @@ def _given_discounts(discount: float | Sequence[float]) -> Tensor:
 def _discounts_of(values: Tensor, discounts: Tensor) -> Tensor:
     """The discount of each count; 0 for counts of 0."""
     table = torch.cat((discounts.new_zeros(1), discounts)).to(values.device)
-    return table[values.clamp(max=_LARGEST_DISCOUNTED)]
+    return table.index_select(0, values.clamp(max=_LARGEST_DISCOUNTED))
 
 
 def _discounted_unigram(counts: Tensor, discounts: Tensor, uniform_weight: float | None) -> Tensor:
@@ -313,11 +326,10 @@ def _divide(
     """The counts, less their discounts, divided by what there is for each row, (V) float64."""
     crow, values = counts.crow_indices(), counts.values()
     pair_probs = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    for rows, entries in _row_blocks(crow):
+    for rows, entries, borders in _blocks(crow):
         chunk = values[entries]
         kept = chunk.double() if discounts is None else chunk - _discounts_of(chunk, discounts)
-        sizes = crow[rows.start : rows.stop + 1].diff()
-        pair_probs[entries] = kept / denominators[rows].repeat_interleave(sizes, output_size=len(chunk))
+        pair_probs[entries] = kept / denominators[rows].index_select(0, _rows_between(borders))
     return Interpolation(pair_probs, backoff.float(), unigram.float())
 
 
@@ -333,10 +345,8 @@ def _fitted_pair_weight(counts: Tensor, sums: Tensor, unigram: Tensor, held_out:
 def entry_blocks(counts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The rows, the columns and the counts, a part at a time: what is computed from them stays in cache."""
     crow, columns, values = counts.crow_indices(), counts.col_indices(), counts.values()
-    for rows, part in _row_blocks(crow):
-        of_rows = torch.arange(rows.start, rows.stop, device=crow.device)
-        sizes = crow[rows.start : rows.stop + 1].diff()
-        yield of_rows.repeat_interleave(sizes), columns[part].long(), values[part]
+    for rows, part, borders in _blocks(crow, _CHUNK_OF_PAIRS):
+        yield rows.start + _rows_between(borders), columns[part].long(), values[part]
 
 
 def entries(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

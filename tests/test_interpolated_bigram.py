@@ -250,7 +250,9 @@ def test_a_row_that_is_not_a_distribution_raises_when_reached(position: int, ind
     parts = some_model()
     wrong = changed(parts, position, parts[position].clone())
     wrong[position][index] = value
-    with pytest.raises(RuntimeError, match=r"probability tensor contains either `inf`, `nan` or element < 0"):
+    with pytest.raises(
+        RuntimeError, match=r"probability tensor contains either `inf`, `nan` or element < 0: row 0 of pair_probs"
+    ):
         functional.interpolated_bigram_generate(torch.tensor([[0]]), *wrong, 5)
 
 

@@ -80,6 +80,9 @@ class LogitRows {
         return (state == State::unprepared ? prepare(token) : state) == State::distribution;
     }
 
+    // Raises if it is not.
+    void check(int64_t token) { check_distribution(is_distribution(token), token); }
+
     // Over the rows that were met.
     bool all_are_distributions() const { return !any_is_invalid_.load(std::memory_order_relaxed); }
 
@@ -226,7 +229,7 @@ class ArgmaxRows {
     }
     uint32_t find(Place place) const { return place; }
 
-    bool is_distribution(int64_t) const { return true; }
+    void check(int64_t) const {}
     bool all_are_distributions() const { return true; }
 
   private:

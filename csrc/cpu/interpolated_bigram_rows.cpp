@@ -8,6 +8,7 @@
 #include "base/op_names.h"
 #include "cpu/base/huge_pages.h"
 #include "cpu/sampling/guide_table.h"
+#include "sampling/distribution_errors.h"
 #include "sampling/fixed_point_cdf.h"
 
 namespace bigramx::cpu {
@@ -231,6 +232,11 @@ InterpolatedRows::InterpolatedRows(const InterpolatedBigramParams& params, const
 bool InterpolatedRows::is_distribution(int64_t token) {
     const int shift = __atomic_load_n(&rows_[token].guide_shift, __ATOMIC_ACQUIRE);
     return shift == kUnprepared ? prepare(token) : shift != kInvalid;
+}
+
+void InterpolatedRows::check(int64_t token) {
+    TORCH_CHECK(is_distribution(token), kInterpolatedBigramGenerate, ": " BIGRAMX_INVALID_PROBS ": row ",
+                token, " of pair_probs and backoff, or a column beyond V, or " BIGRAMX_ZERO_PROBS);
 }
 
 // Where the slice of time is over, it prepares none.

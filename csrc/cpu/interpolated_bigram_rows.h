@@ -135,6 +135,7 @@ class InterpolatedRows {
     // As those of LogitRows.
     TimeSlice slice;
     bool is_distribution(int64_t token);
+    void check(int64_t token);
     bool all_are_distributions() const { return !any_is_invalid_.load(std::memory_order_relaxed); }
 
     struct Entry {

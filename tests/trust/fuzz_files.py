@@ -36,7 +36,7 @@ from typing import Any
 import numpy
 import torch
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, data, storage, token_files
+from bigramx import BigramLanguageModel, CharTokenizer, History, SmoothedBigramModel, data, storage, token_files
 from tests import processes, tree
 from tests.trust import report
 
@@ -306,6 +306,33 @@ def model_loaded(model: BigramLanguageModel) -> object:
     }
 
 
+BUFFERS = ("crow_indices", "col_indices", "pair_probs", "backoff", "unigram")
+
+
+def smoothed_model_said(content: bytes) -> object:
+    """The buffers, the method and the tokenizer of a smoothed model."""
+    metadata, tensors = tensors_said(content)
+    return {
+        **{name: bits(tensor_said(*tensors[name])) for name in BUFFERS},
+        "method": metadata.get("method"),
+        "tokenizer": json.loads(metadata["tokenizer"])["code_points"] if "tokenizer" in metadata else None,
+    }
+
+
+def smoothed_model_loaded(model: SmoothedBigramModel) -> object:
+    """The same of a model, which can be used, and saved again."""
+    model.save(io.BytesIO())
+    model.generate(torch.zeros(1, 1, dtype=torch.int64), 4, sampler="philox", top_p=0.9)
+    assert model(torch.arange(model.vocab_size))[0].exp().sum(1).sub(1).abs().max() < 1e-5
+    return {
+        **{name: bits(getattr(model, name)) for name in BUFFERS},
+        "method": model.method,
+        "tokenizer": [ord(c) for c in model.tokenizer.characters]
+        if isinstance(model.tokenizer, CharTokenizer)
+        else None,
+    }
+
+
 LISTS = ("losses", "steps", "train_losses", "val_losses")
 
 
@@ -339,6 +366,14 @@ def models() -> list[bytes]:
     plain, whole = BigramLanguageModel(2), BigramLanguageModel(3, sparse=True, ignore_index=7, dtype=torch.bfloat16)
     whole.class_weight, whole.tokenizer = torch.rand(3), CharTokenizer("abc")
     return [saved(plain), saved(whole), saved(plain, history=history())]
+
+
+def smoothed_models() -> list[bytes]:
+    """Without pairs, with some, and with all that may be saved with them."""
+    whole = SmoothedBigramModel.from_counts(torch.tensor([[2, 1, 0], [0, 0, 3], [0, 0, 0]])).double()
+    whole.tokenizer = CharTokenizer("abc")
+    some = SmoothedBigramModel.from_counts(torch.tensor([[2, 1], [0, 1]]), "add-k")
+    return [saved(SmoothedBigramModel(2)), saved(some), saved(whole)]
 
 
 def history() -> History:
@@ -385,6 +420,9 @@ def metas() -> list[bytes]:
 
 READERS = {
     "model": Reader(BigramLanguageModel.load, model_loaded, model_said, mutate_tensors, models),
+    "smoothed model": Reader(
+        SmoothedBigramModel.load, smoothed_model_loaded, smoothed_model_said, mutate_tensors, smoothed_models
+    ),
     "history": Reader(History.load, history_loaded, history_said, mutate_tensors, histories),
     "tokenizer": Reader(
         CharTokenizer.load,

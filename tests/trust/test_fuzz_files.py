@@ -16,7 +16,16 @@ from bigramx import CharTokenizer
 from tests.trust import fuzz_files
 from tests.trust.fuzz_files import READERS, Reader
 
-FILES = {"model": 1000, "history": 1000, "tokenizer": 1000, "tokens": 500, "npy": 200, "meta": 400, "text": 400}
+FILES = {
+    "model": 1000,
+    "smoothed model": 300,
+    "history": 1000,
+    "tokenizer": 1000,
+    "tokens": 500,
+    "npy": 200,
+    "meta": 400,
+    "text": 400,
+}
 
 
 def findings(reader: Reader, count: int, folder: Path) -> Iterator[str]:
