@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,13 @@ class BigramCounts:
     """
 
     def __init__(self, vocab_size: int, *, eot: int | None = None) -> None:
-        self._counter = ops.PairCounter(vocab_size, eot)
-        self.vocab_size = int(vocab_size)
-        self.eot = None if eot is None else int(eot)
+        self.vocab_size = _index("vocab_size", vocab_size)
+        self.eot = None if eot is None else _index("eot", eot)
+        if not 0 < self.vocab_size <= 2**31:
+            raise ValueError(f"expected 0 < vocab_size <= 2^31, got {vocab_size}")
+        if self.eot is not None and not 0 <= self.eot < self.vocab_size:
+            raise ValueError(f"expected eot to be a token, 0 <= eot < {vocab_size}, got {eot}")
+        self._counter = ops.PairCounter(self.vocab_size, self.eot)
 
     @property
     def num_pairs(self) -> int:
@@ -139,8 +144,9 @@ class BigramCounts:
 
         Raises:
             IndexError: There are no such rows.
+            TypeError: One of them is no int.
         """
-        return self._counter.csr(begin, end, False)
+        return self._counter.csr(_index("begin", begin), _index("end", end), False)
 
     def to_dense(self) -> Tensor:
         """(V, V) int64 counts."""
@@ -238,6 +244,13 @@ def count_csr(tokens: Tensor, vocab_size: int) -> Tensor:
     counts = BigramCounts(vocab_size)
     counts.update(tokens)
     return counts._counter.csr(0, counts.vocab_size, True).to(tokens.device)
+
+
+def _index(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # which is what is found out
+    except TypeError:
+        raise TypeError(f"expected {name} to be an int, got {type(value).__name__}") from None
 
 
 def _parts_of_coo(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

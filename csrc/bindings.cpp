@@ -10,7 +10,6 @@
 #include "base/dispatch.h"
 #include "base/interrupt.h"
 #include "base/op_names.h"
-#include "base/python.h"
 #include "count_bigrams.h"
 #include "cpu/count_bigrams_sparse.h"
 #include "embedding_cross_entropy.h"
@@ -100,13 +99,11 @@ namespace py = pybind11;
 
 namespace {
 
-// A method during which other threads run Python.
+// A method as DirectOp calls a function.
 template <typename Class, typename Return, typename... Arguments>
-auto beside_python(Return (Class::*method)(Arguments...)) {
-    return [method](Class& self, Arguments... arguments) {
-        const bigramx::ReleasedGil others_run;
-        return (self.*method)(arguments...);
-    };
+void define_method(py::class_<Class>& m, const char* name, Return (Class::*method)(Arguments...)) {
+    const auto call = [method](Class& self, Arguments... arguments) { return (self.*method)(arguments...); };
+    m.def(name, bigramx::DirectOp<Return(Class&, Arguments...)>::wrapped(name, call));
 }
 
 }  // namespace
@@ -132,16 +129,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("decode", &Alphabet::decode)
         .def("decode_sequence", &Alphabet::decode_sequence);
     using cpu::PairCounter;
-    py::class_<PairCounter>(m, "PairCounter")
-        .def(py::init<int64_t, std::optional<int64_t>>())
-        .def("update", beside_python(&PairCounter::update))
-        .def("merge", beside_python(&PairCounter::merge))
-        .def("add_csr", beside_python(&PairCounter::add_csr))
-        .def("num_pairs", beside_python(&PairCounter::num_pairs))
-        .def("num_distinct", beside_python(&PairCounter::num_distinct))
-        .def("equals", beside_python(&PairCounter::equals))
-        .def("csr", beside_python(&PairCounter::csr))
-        .def("parts", beside_python(&PairCounter::parts));
+    py::class_<PairCounter> counter(m, "PairCounter");
+    counter.def(py::init(DirectOp<std::unique_ptr<PairCounter>(int64_t, std::optional<int64_t>)>::wrapped(
+        "PairCounter", &std::make_unique<PairCounter, int64_t&, std::optional<int64_t>&>)));
+    define_method(counter, "update", &PairCounter::update);
+    define_method(counter, "merge", &PairCounter::merge);
+    define_method(counter, "add_csr", &PairCounter::add_csr);
+    define_method(counter, "num_pairs", &PairCounter::num_pairs);
+    define_method(counter, "num_distinct", &PairCounter::num_distinct);
+    define_method(counter, "equals", &PairCounter::equals);
+    define_method(counter, "csr", &PairCounter::csr);
+    define_method(counter, "parts", &PairCounter::parts);
     complete_registrations();
     handle_signals = [] {
         const py::gil_scoped_acquire gil;

@@ -239,7 +239,8 @@ def test_no_layout() -> None:
         ((torch.tensor([[0]]), 5), RuntimeError, r"1-D, got shape \[1, 1\]"),
         ((torch.tensor([0]), 0), ValueError, r"0 < vocab_size <= 2\^31, got 0"),
         ((torch.tensor([0]), 2**32), ValueError, r"0 < vocab_size <= 2\^31, got 4294967296"),
-        ((torch.tensor([0]), 2**63), TypeError, "incompatible"),
+        ((torch.tensor([0]), 2**63), ValueError, r"0 < vocab_size <= 2\^31"),
+        ((torch.tensor([0]), 1.5), TypeError, "expected vocab_size to be an int, got float"),
         (([0], 5), TypeError, r"expected tokens to be a Tensor or TokenShards, got list"),
     ],
 )

@@ -96,8 +96,8 @@ def test_equals_a_counter(
 
 
 # A task of a thread, and what is kept until there are more; keys of 32 bits, and of 64.
-@pytest.mark.parametrize("vocab_size", [2, 1000, 50257, 3 * 10**6])
-@pytest.mark.parametrize("num_tokens", [FEW, FEW + 1, TASK + 1, TASK + 2, 2 * TASK + 9])
+@pytest.mark.parametrize("vocab_size", [2, 50257, 3 * 10**6])
+@pytest.mark.parametrize("num_tokens", [FEW, FEW + 1, TASK + 2])
 def test_large(num_tokens: int, vocab_size: int) -> None:
     tokens = zipf(num_tokens, vocab_size)
     pairs, expected = (tokens[:-1] * vocab_size + tokens[1:]).unique(return_counts=True)
@@ -121,11 +121,11 @@ def test_several_chunks(vocab_size: int) -> None:
 
 
 def test_any_order_and_any_number_of_threads() -> None:
-    shards = [zipf(size, 5000).to(torch.int32) for size in (3, FEW + 7, 1000, FEW + 5, 0, 70_000)]
-    expected = counted(*shards, vocab_size=5000, eot=3)
+    shards = [zipf(size, 300).to(torch.int32) for size in (3, FEW + 7, 1000, FEW + 5, 0, 70_000)]
+    expected = counted(*shards, vocab_size=300, eot=3)
     for num_threads, order in ((1, shards), (2, shards[::-1])):
         torch.set_num_threads(num_threads)
-        counts = BigramCounts(5000, eot=3)
+        counts = BigramCounts(300, eot=3)
         counts.update(TokenShards(order, eot=3))
         assert counts == expected
     assert as_counter(expected) == sum((counter_of(shard, 3) for shard in shards), Counter())
@@ -246,12 +246,12 @@ def unchecked_csr(crow: list[int], columns: list[int], values: list[int], vocab_
 
 
 WRONG_CSR = [
-    ([0, 1, 2, 2], [0, 3], [1, 1], "columns of row 1 that ascend from 0 to below 3, got 3 after -1"),
-    ([0, 1, 2, 2], [-1, 0], [1, 1], "columns of row 0 that ascend"),
+    ([0, 1, 2, 2], [0, 3], [1, 1], "col_indices of row 1 that ascend from 0 to below 3, got 3 after -1"),
+    ([0, 1, 2, 2], [-1, 0], [1, 1], "col_indices of row 0 that ascend"),
     ([0, 2, 2, 2], [1, 1], [1, 1], "got 1 after 1"),
     ([0, 2, 2, 2], [1, 0], [1, 1], "got 0 after 1"),
-    ([0, 1, 1, 1], [0], [-1], "expected counts >= 0, got -1 in row 0, column 0"),
-    ([0, 1, 1, 1], [0], [-(2**63)], "expected counts >= 0"),
+    ([0, 1, 1, 1], [0], [-1], "expected values >= 0, got -1 in row 0, column 0"),
+    ([0, 1, 1, 1], [0], [-(2**63)], "expected values >= 0"),
     ([1, 1, 1, 1], [0], [1], "crow_indices that begin with 0"),
     ([0, 2, 1, 2], [0, 1], [1, 1], "do not descend, got 1 at position 2"),
     ([0, 1, 1, 2**62], [0], [1], "crow_indices to end with 1, the number of counts"),
@@ -271,7 +271,7 @@ def test_wrong_counts() -> None:
     for dtype in (torch.float32, torch.bool, torch.complex64):
         with pytest.raises(RuntimeError, match="expected counts to hold integers"):
             BigramCounts.from_csr(torch.zeros(2, 2, dtype=dtype))
-    with pytest.raises(ValueError, match="expected counts >= 0, got -1 in row 1, column 0"):
+    with pytest.raises(ValueError, match="expected values >= 0, got -1 in row 1, column 0"):
         BigramCounts.from_csr(torch.tensor([[0, 2], [-1, 0]]))
     with pytest.raises(OverflowError):
         BigramCounts.from_csr(torch.full((2, 2), 2**62))
@@ -282,11 +282,11 @@ def test_wrong_counts() -> None:
     [
         ((0,), ValueError, r"expected 0 < vocab_size <= 2\^31, got 0"),
         ((2**31 + 1,), ValueError, r"got 2147483649"),
-        ((5, 5), ValueError, r"expected 0 <= eot < 5, got 5"),
-        ((5, -1), ValueError, r"expected 0 <= eot < 5, got -1"),
-        ((1.5,), TypeError, "incompatible"),
-        ((2**70,), TypeError, "incompatible"),
-        ((5, "a"), TypeError, "incompatible"),
+        ((5, 5), ValueError, "expected eot to be a token, 0 <= eot < 5, got 5"),
+        ((5, -1), ValueError, "0 <= eot < 5, got -1"),
+        ((2**70,), ValueError, "got 1180591620717411303424"),
+        ((1.5,), TypeError, "expected vocab_size to be an int, got float"),
+        ((5, "a"), TypeError, "expected eot to be an int, got str"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

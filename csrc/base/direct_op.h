@@ -42,9 +42,15 @@ struct DirectOp<Return(Arguments...)> {
     // the lock: they are dropped after the call.
     template <typename Function>
     static void define(pybind11::module& m, const char* name, const Function& function) {
-        m.def(name, [name, function](const pybind11::args& arguments) {
+        m.def(name, wrapped(name, function));
+    }
+
+    // What Python calls in its place.
+    template <typename Function>
+    static auto wrapped(const char* name, const Function& function) {
+        return [name, function](const pybind11::args& arguments) {
             return call(name, function, arguments, std::index_sequence_for<Arguments...>());
-        });
+        };
     }
 
   private:

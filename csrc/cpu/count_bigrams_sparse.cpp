@@ -133,7 +133,8 @@ struct RunRows {
 RunRows rows_of(const PairFormat& format, const Runs& runs, int64_t begin_row, int64_t end_row) {
     RunRows rows{begin_row, end_row};
     if (runs.empty() || begin_row >= end_row) return rows;
-    const auto& [entries, carries, num_pairs] = *runs[0];
+    const Run& run = *runs[0];
+    const Array<uint64_t>& entries = run.entries;
     const auto first_of = [&](int64_t row) {
         return std::partition_point(
                    entries.begin(), entries.end(),
@@ -145,7 +146,7 @@ RunRows rows_of(const PairFormat& format, const Runs& runs, int64_t begin_row, i
     uint64_t largest = 0;
     for (const uint64_t entry : entries) largest = std::max(largest, format.count_of(entry));
     // Not more than the sum, nor less than what it is if there are carries.
-    rows.largest = carries.empty() ? static_cast<int64_t>(largest) : num_pairs;
+    rows.largest = run.carries.empty() ? static_cast<int64_t>(largest) : run.num_pairs;
     return rows;
 }
 
@@ -366,9 +367,9 @@ void PairCounter::add_csr(const at::Tensor& crow_indices, const at::Tensor& col_
                 for (int64_t k = ends[row]; k < ends[row + 1]; ++k) {
                     const int64_t column = columns[k], count = values[k];
                     TORCH_CHECK_VALUE(before < column && column < vocab_size, kCountBigrams,
-                                      ": expected columns of row ", row, " that ascend from 0 to below ",
+                                      ": expected col_indices of row ", row, " that ascend from 0 to below ",
                                       vocab_size, ", got ", column, " after ", before);
-                    TORCH_CHECK_VALUE(count >= 0, kCountBigrams, ": expected counts >= 0, got ", count,
+                    TORCH_CHECK_VALUE(count >= 0, kCountBigrams, ": expected values >= 0, got ", count,
                                       " in row ", row, ", column ", column);
                     before = column;
                     if (count == 0 || row == eot_) continue;

@@ -138,9 +138,16 @@ def of_module() -> Iterator[Target]:
         for method in definition.body:
             assert isinstance(method, ast.FunctionDef)
             is_init = method.name == "__init__"
-            path = f"_C.{definition.name}" if is_init else f"_C.{definition.name}({CHARACTERS!r}).{method.name}"
+            path = (
+                f"_C.{definition.name}"
+                if is_init
+                else f"_C.{definition.name}({MADE_OF[definition.name]}).{method.name}"
+            )
             kinds = [(a.arg, ast.unparse(a.annotation)) for a in method.args.args[1:] if a.annotation]
-            parameters = [Parameter(name, "list" if "list" in kind else kind) for name, kind in kinds]
+            parameters = [
+                Parameter(name, "list" if "list" in kind else kind.partition(" | ")[0], kind.endswith("| None"))
+                for name, kind in kinds
+            ]
             yield Target(path, f"{definition.name}.{method.name}", tuple(parameters))
 
 
@@ -165,6 +172,7 @@ def targets() -> tuple[Target, ...]:
 # ---------------------------------------------------------------------------------------------- plain arguments
 
 CHARACTERS = "abcdefgh"
+MADE_OF = {"Alphabet": repr(CHARACTERS), "PairCounter": "300, None"}  # the arguments of the bound classes
 
 
 class Draw(random.Random):
@@ -245,6 +253,11 @@ PLAIN: dict[str, str | Callable[[Draw], str]] = {
     "backoff": lambda draw: f"torch.full(({draw.V},), 0.5)",
     "unigram": lambda draw: f"torch.full(({draw.V},), {1 / draw.V})",
     "vocab_size": lambda draw: repr(draw.V),
+    "eot": "None",
+    "begin": "0",
+    "crow_indices": "torch.arange(301).clamp(max=2)",
+    "col_indices": "torch.tensor([7, 0])",
+    "values": "torch.tensor([1, 2])",
     "batch_size": lambda draw: repr(draw.B),
     "block_size": lambda draw: repr(draw.T),
     "lr": lambda draw: draw.option(0.01, 0.0),
@@ -267,6 +280,8 @@ PLAIN_OF_KIND: dict[str, str | Callable[[Draw], str]] = {
     "list": lambda draw: repr([draw.randrange(len(CHARACTERS)) for _ in range(draw.T)]),
     "Generator": "None",
     "dtype": lambda draw: draw.choice(["None", "torch.float32"]),
+    "layout": lambda draw: draw.choice(["torch.strided", "torch.sparse_csr"]),
+    "PairCounter": "_C.PairCounter(300, None)",
 }
 
 
@@ -303,6 +318,7 @@ NUMBERS = [
 TEXTS = [
     "'torch'", "'philox'", "''", "'Philox'", "'mean'", "'a\\0b'", "'\\ud800'", "'\\U0001F600'", "'x' * 1000", "'aa'",
 ]
+LAYOUTS = ["torch.strided", "torch.sparse_csr", "torch.sparse_coo", "torch.sparse_csc", "torch.jagged", "torch._mkldnn"]
 LISTS = [
     "[]", "()", "[-1]", "[8]", "[2**63]", "[2**64]", "[1.5]", "[None]", "['a']", "[True]", "{1, 2}", "range(3)",
     "iter([1])", "(1, 2)",
@@ -374,7 +390,14 @@ def odd(argument: str, parameter: Parameter, earlier: Sequence[str], draw: Draw)
         return draw.choice(STRANGERS)
     if parameter.kind == "int":
         return repr(draw.choice([*INTEGERS, draw.V, draw.V - 1, draw.V + 1, draw.T]))
-    choices = {"float": NUMBERS, "bool": ["True", "False"], "str": TEXTS, "list": LISTS, "Generator": GENERATORS}
+    choices = {
+        "layout": LAYOUTS,
+        "float": NUMBERS,
+        "bool": ["True", "False"],
+        "str": TEXTS,
+        "list": LISTS,
+        "Generator": GENERATORS,
+    }
     return draw.choice(choices.get(parameter.kind, DTYPES))
 
 

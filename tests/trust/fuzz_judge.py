@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
-from bigramx import functional, reference
+from bigramx import _C, functional, reference
 from tests.trust.fuzz_cases import CHARACTERS, PRELUDE, Case
 from tests.trust.fuzz_tensors import differentiate
 
@@ -293,6 +293,21 @@ def _decode(tokens: Any) -> str:
     return "".join(CHARACTERS[token] for token in torch.as_tensor(tokens).flatten().tolist())
 
 
+def _update(tokens: Tensor, begin: int, end: int) -> None:
+    reference.count_bigrams(tokens[begin : end + 1], 300)
+
+
+def _merge(other: _C.PairCounter) -> None:
+    other.num_pairs()
+
+
+def _rows_without_counts(begin: int, end: int, releases: bool) -> Tensor:
+    if not 0 <= begin <= end <= 300:
+        raise IndexError(f"begin and end are {begin} and {end}")
+    integers = torch.zeros(end - begin + 1, dtype=torch.int64)
+    return torch.sparse_csr_tensor(integers, integers[:0], integers[:0], (end - begin, 300), check_invariants=False)
+
+
 TWINS: dict[str, Callable[..., Any]] = {
     "embedding_cross_entropy_forward": _loss_forward,
     "embedding_cross_entropy_backward": _loss_backward,
@@ -300,6 +315,13 @@ TWINS: dict[str, Callable[..., Any]] = {
     "fit_": _fit,
     "Alphabet.encode": _encode,
     "Alphabet.decode": _decode,
+    "PairCounter.update": _update,
+    "PairCounter.num_pairs": lambda: 0,
+    "PairCounter.num_distinct": lambda: 0,
+    "PairCounter.merge": _merge,
+    "PairCounter.csr": _rows_without_counts,
+    "PairCounter.parts": lambda: (torch.zeros(301, dtype=torch.int64), *torch.zeros(2, 0, dtype=torch.int32)),
+    "PairCounter.equals": lambda other: other.num_pairs() == 0,
 }
 
 
