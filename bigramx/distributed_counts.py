@@ -256,8 +256,8 @@ class _Partial(NamedTuple):
         try:
             pieces = {_Piece(*piece) for piece in json.loads(metadata["pieces"])}
             return cls(path, json.loads(metadata["options"]), pieces)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{storage.name_of(path)}: damaged, or no counts that bigramx saved") from None
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise _damaged(path) from None
 
     @property
     def rank(self) -> int:
@@ -265,8 +265,20 @@ class _Partial(NamedTuple):
         return int(self.path.stem.rpartition("-")[2])
 
     def load(self, like: BigramCounts) -> BigramCounts:
+        """The counts, of the vocabulary of others.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         tensors, _metadata = storage.read_tensors(self.path, _KIND)
-        return BigramCounts._of_parts(like.vocab_size, like.eot, *(tensors[name] for name in parts.NAMES))
+        try:
+            return BigramCounts._of_parts(like.vocab_size, like.eot, *(tensors[name] for name in parts.NAMES))
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise _damaged(self.path) from None
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{storage.name_of(path)}: damaged, or no counts that bigramx saved")
 
 
 # ----------------------------------------------------------------------------------------------------------- exchange

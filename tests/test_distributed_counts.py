@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bigramx import BigramCounts, CharTokenizer, data, distributed_counts, parts
+from bigramx import BigramCounts, CharTokenizer, data, distributed_counts, parts, storage
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
 from tests import processes
 from tests.tree import ROOT, TESTS
@@ -224,6 +224,17 @@ def test_damaged_partial_counts(shards: Path, tmp_path: Path) -> None:
     for damaged in (content[:100], content[:-1], content.replace(b"pieces", b"pisces"), b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path}: "):
+            count_shards([shards], tmp_path / "out")
+    path.write_bytes(content)
+    metadata, kind = parts.read_metadata(path), "counts-partial"
+    tensors, _metadata = storage.read_tensors(path, kind)
+    for change in ({"pieces": "[[1]]"}, {"pieces": "[[[], 1, 1, 1, 1]]"}, {"pieces": "[" * 100_000}, {"options": "{"}):
+        storage.write_tensors(path, kind, tensors, {**metadata, **change})
+        with pytest.raises(ValueError, match=f"{path}: damaged"):
+            count_shards([shards], tmp_path / "out")
+    for name in tensors:
+        storage.write_tensors(path, kind, {**tensors, name: tensors[name][:-1]}, metadata)
+        with pytest.raises(ValueError, match=f"{path}: damaged"):
             count_shards([shards], tmp_path / "out")
 
 
