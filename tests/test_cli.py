@@ -189,7 +189,7 @@ def test_version() -> None:
 
 
 def test_help() -> None:
-    for command in ("train", "generate", "evaluate", "plot", "info"):
+    for command in ("count", "train", "generate", "evaluate", "plot", "info"):
         assert "Usage" in bigramx(command, "--help", cwd=Path.cwd())
 
 
