@@ -32,7 +32,7 @@ PairFormat::PairFormat(int64_t size)
       num_blocks(block_of(size) + 1) {}
 
 void for_each_task(int64_t num_tasks, int64_t num_elements, c10::function_ref<void(int64_t task)> visit) {
-    constexpr int64_t kGrainSize = 1 << 15;
+    constexpr int64_t kGrainSize = 1 << 17;
     std::atomic<int64_t> next{0};
     const int64_t num_threads =
         std::min({int64_t{at::get_num_threads()}, num_tasks, 1 + num_elements / kGrainSize});
