@@ -22,7 +22,7 @@ from torch import Tensor
 # among threads, which on a busy machine wait for each other at each of many small steps. Its index_select does not; its
 # indexing and repeat_interleave do.
 _CHUNK = 2**15 - 1
-_CHUNK_OF_PAIRS = 2**18  # of those that a kernel seeks
+_CHUNK_OF_PAIRS = 2**21  # of those that a kernel seeks: memory that malloc keeps from one part to the next
 _LARGEST_DISCOUNTED = 3  # counts from here on share a discount
 _BISECTIONS = 60
 

@@ -149,13 +149,16 @@ def test_targets_of_another_shape() -> None:
 # --------------------------------------------------------------------------------------------------------- chains
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*[(options, torch.float32) for options in OPTIONS], *[(options, torch.float64) for options in OPTIONS[::4]]],
+    ids=str,
+)
 def test_generates_what_the_twin_does(options: dict[str, Any], dtype: torch.dtype) -> None:
     parts = some_model(dtype=dtype)
     idx = torch.tensor([[0, 59], [7, 3], [5, 0]])
-    tokens = functional.interpolated_bigram_generate(idx, *parts, 80, **options, generator=seeded(5))
-    expected = reference.interpolated_bigram_generate(idx, *parts, 80, **options, generator=seeded(5))
+    tokens = functional.interpolated_bigram_generate(idx, *parts, 30, **options, generator=seeded(5))
+    expected = reference.interpolated_bigram_generate(idx, *parts, 30, **options, generator=seeded(5))
     assert torch.equal(tokens, expected)
 
 
@@ -165,8 +168,8 @@ def test_of_all_methods(method: str) -> None:
     idx = torch.tensor([[0], [59]])
     several: list[dict[str, Any]] = [{}, {"top_p": 0.8}, {"top_k": 20, "temperature": 0.7}]
     for options in several:
-        tokens = functional.interpolated_bigram_generate(idx, *parts, 60, **options, generator=seeded(6))
-        expected = reference.interpolated_bigram_generate(idx, *parts, 60, **options, generator=seeded(6))
+        tokens = functional.interpolated_bigram_generate(idx, *parts, 20, **options, generator=seeded(6))
+        expected = reference.interpolated_bigram_generate(idx, *parts, 20, **options, generator=seeded(6))
         assert torch.equal(tokens, expected)
 
 

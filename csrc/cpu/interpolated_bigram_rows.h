@@ -124,7 +124,7 @@ struct RowWeights {
 
 class InterpolatedRows {
   public:
-    static constexpr int kLanes = 8;
+    static constexpr int kLanes = 16;
     static constexpr int64_t kGrainSize = 1 << 12;
     static constexpr bool kNeedsLowBits = false, kNeedsSecondDraws = true;
 
