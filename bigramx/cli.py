@@ -347,8 +347,8 @@ def train(
         raise CommandError("--resume is for training by steps: a smoothed model is estimated at once")
     if method is None and held_out:
         raise CommandError("--held-out is for --smoothing and --from-counts")
-    if from_counts is not None and (text or bpe is not None or vocab_size is not None):
-        raise CommandError("--from-counts takes the place of a text, --bpe and --vocab-size")
+    if from_counts is not None and (text or any(option is not None for option in (bpe, vocab_size, eot))):
+        raise CommandError("--from-counts takes the place of a text, --bpe, --vocab-size and --eot")
     if method is not None and from_counts is not None:
         counts = BigramCounts.load(from_counts)
         made = None if tokenizer is None else tokenizers.load(tokenizer)
@@ -359,8 +359,10 @@ def train(
     if vocab_size is not None and source.texts is not None:
         raise CommandError("--vocab-size is for .bin tokens: a text has the characters that it has")
     run = _load_run(out) if resume else None
-    made = None if run is None or bpe is None else run[0].tokenizer  # to train it again would give the same
-    made = source.tokenizer(tokenizer, bpe) if made is None else made
+    if run is not None and bpe is not None and _is_bpe(run[0].tokenizer, bpe):
+        made = run[0].tokenizer  # to train it again would give the same
+    else:
+        made = source.tokenizer(tokenizer, bpe)
     end = _eot_of(eot, made)
     tokens = source.tokens(made, end)
     if len(tokens) == 0:
@@ -371,6 +373,7 @@ def train(
         if held_out:
             train_tokens, validation = tokens, _Source(held_out, dtype).tokens(made, end)
         print_line(_sizes(tokens, size, len(train_tokens)))
+        _check_place(out, 16 * size)
         _estimate(_counted(train_tokens, size), method, made, validation, out, sample)
         return
     if run is not None and run[1] is None:
@@ -398,6 +401,11 @@ def train(
     _print_written(out, *pictures)
 
 
+def _is_bpe(tokenizer: Tokenizer | None, most: int) -> bool:
+    """Whether `--bpe` with this number may have made it: of fewer tokens, where the texts have fewer merges."""
+    return not isinstance(tokenizer, CharTokenizer | None) and tokenizer.vocab_size <= most
+
+
 def _model_of_size(vocab_size: int) -> BigramLanguageModel:
     try:
         memory.check_training(vocab_size)
@@ -408,6 +416,12 @@ def _model_of_size(vocab_size: int) -> BigramLanguageModel:
 
 def _sizes(tokens: TokenShards, vocab_size: int, num_train: int) -> str:
     return f"{len(tokens):,} tokens, a vocabulary of {vocab_size:,}; the first {num_train:,} to train on"
+
+
+def _check_place(out: Path, num_bytes: int) -> None:
+    """Raises before the work what saving a model would raise after it."""
+    out.mkdir(parents=True, exist_ok=True)
+    storage.check_writable(out / _MODEL, num_bytes)
 
 
 def _print_sample(model: Model, num_tokens: int) -> None:
@@ -448,14 +462,12 @@ def _estimate(
     sample: int,
 ) -> None:
     """Estimates a smoothed model, saves it, and measures it."""
-    path = out / _MODEL
-    out.mkdir(parents=True, exist_ok=True)
-    storage.check_writable(path, 8 * counts.num_distinct + 16 * counts.vocab_size)
+    _check_place(out, 8 * counts.num_distinct + 16 * counts.vocab_size)
     print_line(_described(counts.num_pairs, counts.num_distinct, counts.vocab_size))
     held_out = validation if method is Smoothing.jelinek_mercer else None
     model = SmoothedBigramModel.from_counts(counts, method.value, held_out=held_out)
     model.tokenizer = tokenizer
-    model.save(path)
+    model.save(out / _MODEL)
     if validation is not None:
         print_line(f"{method.value} on held-out tokens")
         _print_evaluation(_evaluated(model, validation))
@@ -548,9 +560,8 @@ class _Checkpoint:
     def check(self, steps: int) -> None:
         """Raises before the training what saving would raise after it."""
         num_states, num_other = 2, 2**15  # AdamW's; the header, the generator's state and the evaluations
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         table = self._model.token_embedding_table.weight.nbytes
-        storage.check_writable(self._path, (1 + num_states) * table + 8 * steps + num_other)
+        _check_place(self._path.parent, (1 + num_states) * table + 8 * steps + num_other)
 
     def save(self, history: History) -> None:
         self._model.save(self._path, history=history)

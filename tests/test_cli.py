@@ -805,6 +805,9 @@ def test_steps_with_a_bpe_and_their_resumption(corpus: Path, monkeypatch: pytest
     command = ["train", "texts", "--tokenizer", "tokenizer.json", "--eval-interval", "10"]
     bigramx(*command, "--steps", "20", "--out", "whole", cwd=corpus)
     assert_same_run(corpus / "whole" / "model.safetensors", corpus / "part" / "model.safetensors")
+    for other in (["--bpe", "270"], []):
+        output = bigramx("train", "texts", *other, "--out", "part", "--resume", cwd=corpus, code=1)
+        assert output.endswith("this model was trained on another vocabulary than the text has\n")
     output = bigramx("count", "texts", "--tokenizer", "tokenizer.json", cwd=corpus)
     assert "of a vocabulary of 280\n" in output
     output = bigramx("train", "texts", "--bpe", "300", "--out", "runs", "--resume", cwd=corpus, code=1)

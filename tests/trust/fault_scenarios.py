@@ -322,11 +322,15 @@ def kills_of_counting(run: Run) -> None:
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
             _wait(pid)
-        if BigramCounts.load(path) not in counts.values():
-            run.log.finding(f"a kill of bigramx count after {delay:.4f} s: the counts are neither the old nor the new")
+        what = f"a kill of bigramx count after {delay:.4f} s"
+        try:
+            if BigramCounts.load(path) not in counts.values():
+                run.log.finding(f"{what}: the counts are neither the old nor the new ones")
+        except (ValueError, OSError) as error:
+            run.log.finding(f"{what}: the file is not whole: {error}")
         failed = failed or _run_to_its_end(count, output)
         if failed or BigramCounts.load(path) != counts["new"] or list(path.parent.iterdir()) != [path]:
-            run.log.finding(f"bigramx count does not go on after a kill after {delay:.4f} s: {failed}")
+            run.log.finding(f"{what}: it does not go on: {failed}")
 
 
 def full_disks(run: Run) -> None:
