@@ -255,8 +255,6 @@ PLAIN: dict[str, str | Callable[[Draw], str]] = {
     "vocab_size": lambda draw: repr(draw.V),
     "eot": "None",
     "begin": "0",
-    "crow_indices": "torch.arange(301).clamp(max=2)",
-    "col_indices": "torch.tensor([7, 0])",
     "values": "torch.tensor([1, 2])",
     "batch_size": lambda draw: repr(draw.B),
     "block_size": lambda draw: repr(draw.T),
@@ -285,8 +283,16 @@ PLAIN_OF_KIND: dict[str, str | Callable[[Draw], str]] = {
 }
 
 
+PLAIN_OF_COUNTS = {  # of MADE_OF's size
+    "crow_indices": "torch.arange(301).clamp(max=2)",
+    "col_indices": "torch.tensor([7, 0])",
+}
+
+
 def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
     """A valid argument."""
+    if target.op.startswith("PairCounter") and parameter.name in PLAIN_OF_COUNTS:
+        return PLAIN_OF_COUNTS[parameter.name]
     if target.op.startswith("Alphabet") and parameter.kind == "Tensor":
         return f"torch.randint(0, {len(CHARACTERS)}, ({draw.B}, {draw.T}))"
     if parameter.name == "reduction" and parameter.kind == "str":
