@@ -384,7 +384,7 @@ def test_progress_that_raises(num_tokens: int) -> None:
 
 def test_handlers_run_during_an_update() -> None:
     """And may use the counts that are being updated."""
-    tokens = zipf(2**22, 50257).repeat(4).to(torch.uint16)
+    tokens = zipf(2**22, 50257).to(torch.uint16).repeat(16)
     counts = counted(torch.tensor([0, 1]), vocab_size=50257)
     others = counted(tokens, vocab_size=50257)
 

@@ -283,16 +283,15 @@ PLAIN_OF_KIND: dict[str, str | Callable[[Draw], str]] = {
 }
 
 
-PLAIN_OF_COUNTS = {  # of MADE_OF's size
-    "crow_indices": "torch.arange(301).clamp(max=2)",
-    "col_indices": "torch.tensor([7, 0])",
+# Of the ops whose names begin so.
+PLAIN_OF_OP: dict[str, dict[str, str | Callable[[Draw], str]]] = {
+    "PairCounter": {"crow_indices": "torch.arange(301).clamp(max=2)", "col_indices": "torch.tensor([7, 0])"},
+    "interpolated_bigram": {"targets": lambda draw: draw.tokens(f"({draw.B}, {draw.T})", "int32")},
 }
 
 
 def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
     """A valid argument."""
-    if target.op.startswith("PairCounter") and parameter.name in PLAIN_OF_COUNTS:
-        return PLAIN_OF_COUNTS[parameter.name]
     if target.op.startswith("Alphabet") and parameter.kind == "Tensor":
         return f"torch.randint(0, {len(CHARACTERS)}, ({draw.B}, {draw.T}))"
     if parameter.name == "reduction" and parameter.kind == "str":
@@ -302,8 +301,9 @@ def plain(target: Target, parameter: Parameter, draw: Draw) -> str:
     if parameter.name == "stop" and parameter.kind == "list":
         return draw.option([], [0])
     of_kind = PLAIN_OF_KIND[parameter.kind]
+    of_op = next((own for op, own in PLAIN_OF_OP.items() if target.op.startswith(op)), {})
     is_own = target.op.startswith("Alphabet") and parameter.kind == "list"
-    made = of_kind if is_own else PLAIN.get(parameter.name, of_kind)
+    made = of_kind if is_own else of_op.get(parameter.name, PLAIN.get(parameter.name, of_kind))
     return made if isinstance(made, str) else made(draw)
 
 

@@ -330,7 +330,22 @@ def _rows_without_counts(begin: int, end: int, releases: bool) -> Tensor:
     return torch.sparse_csr_tensor(integers, integers[:0], integers[:0], (end - begin, 300), check_invariants=False)
 
 
+def _of_csr(twin: Callable[..., Any]) -> Callable[..., Any]:
+    """The twin of an op that searches rows, where their columns ascend, as they must."""
+
+    def judged(crow_indices: Tensor, col_indices: Tensor, unigram: Tensor, **arguments: Any) -> Any:
+        rows = torch.arange(len(unigram)).repeat_interleave(crow_indices.diff())
+        keys = rows * len(unigram) + col_indices
+        if not (keys.diff() > 0).all() or not ((col_indices >= 0) & (col_indices < len(unigram))).all():
+            raise NoTwinError
+        return twin(crow_indices=crow_indices, col_indices=col_indices, unigram=unigram, **arguments)
+
+    return judged
+
+
 TWINS: dict[str, Callable[..., Any]] = {
+    "interpolated_bigram": _of_csr(reference.interpolated_bigram),
+    "interpolated_bigram_generate": _of_csr(reference.interpolated_bigram_generate),
     "embedding_cross_entropy_forward": _loss_forward,
     "embedding_cross_entropy_backward": _loss_backward,
     "adamw_step": _adamw_step,
