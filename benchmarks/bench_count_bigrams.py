@@ -159,6 +159,7 @@ CASES = [
     ),
     Case(
         count_sparse,
+        headline="sparse counts of the pairs of 10 million tokens, V=50257",
         num_tokens=10**7,
         quick_tokens=2 * 10**6,
         targets=lambda _n: [faster_than(NUMPY, 20), faster_than(SCIPY, 20), faster_than(UNIQUE, 12)],
@@ -166,7 +167,6 @@ CASES = [
     ),
     Case(
         count_sparse,
-        headline="sparse counts of the pairs of 100 million tokens, V=50257",
         num_tokens=10**8,
         quick_tokens=10**7,
         targets=lambda n: [faster_than(UNIQUE, 12), ns_per_token(n, 8)],
