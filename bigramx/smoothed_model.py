@@ -53,6 +53,7 @@ class SmoothedBigramModel(nn.Module):
         backoff: (V), alike.
         unigram: (V), alike.
         method: How the probabilities were estimated; None: otherwise.
+        eot: The token that ends a document, as the counts had it: no pair that begins with it was counted. None: none.
         tokenizer: Saved and loaded with the model, as ``BigramLanguageModel``'s; None without one.
     """
 
@@ -72,6 +73,7 @@ class SmoothedBigramModel(nn.Module):
         if dtype not in _FLOATS:
             raise TypeError(f"expected dtype to be float32 or float64, got {dtype}")
         self.method: str | None = None
+        self.eot: int | None = None
         self.tokenizer: Tokenizer | None = None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("crow_indices", torch.zeros(vocab_size + 1, dtype=torch.int64, device=device))
@@ -130,7 +132,7 @@ class SmoothedBigramModel(nn.Module):
         model = cls(csr.size(0), device="meta")
         model.crow_indices, model.col_indices = csr.crow_indices(), csr.col_indices().int()
         model.pair_probs, model.backoff, model.unigram = estimator(csr, **options)
-        model.method = method
+        model.method, model.eot = method, getattr(counts, "eot", None)
         return model
 
     @property
@@ -362,6 +364,8 @@ class SmoothedBigramModel(nn.Module):
         tensors = dict(zip(_BUFFERS, self._parts(), strict=True))
         _check_parts(tensors)
         metadata = {} if self.method is None else {"method": self.method}
+        if self.eot is not None:
+            metadata["eot"] = str(self.eot)
         if self.tokenizer is not None:
             metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
         write_tensors(path, _KIND, tensors, metadata)
@@ -385,7 +389,7 @@ class SmoothedBigramModel(nn.Module):
             model = cls(len(tensors["unigram"]), device="meta", dtype=tensors["unigram"].dtype)
             for name in _BUFFERS:
                 setattr(model, name, tensors[name])
-            model.method = metadata.get("method")
+            model.method, model.eot = metadata.get("method"), _eot_in(metadata, model.vocab_size)
             if "tokenizer" in metadata:
                 model.tokenizer = deserialize(metadata["tokenizer"], model.vocab_size)
             return model
@@ -478,6 +482,14 @@ def _csr(counts: BigramCounts | Tensor) -> Tensor:
     return BigramCounts.from_csr(counts).to_csr()
 
 
+def _eot_in(metadata: dict[str, str], vocab_size: int) -> int | None:
+    """The token that a file's metadata name; a ValueError where it is none."""
+    text = metadata.get("eot")
+    if text is not None and not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < vocab_size):
+        raise ValueError(f"expected eot to be a token, 0 <= eot < {vocab_size}")
+    return None if text is None else int(text)
+
+
 def _csr_of_tokens(tokens: BigramCounts | TokenShards | Tensor, vocab_size: int) -> Tensor:
     """Pair counts, (V, V) torch.sparse_csr, of tokens, or as they are given."""
     if isinstance(tokens, BigramCounts) or (isinstance(tokens, Tensor) and tokens.dim() == 2):
@@ -485,6 +497,6 @@ def _csr_of_tokens(tokens: BigramCounts | TokenShards | Tensor, vocab_size: int)
         if csr.size(0) != vocab_size:
             raise RuntimeError(f"expected counts to be (V, V) with V = {vocab_size}, got {tuple(csr.shape)}")
         return csr
-    counts = BigramCounts(vocab_size)
+    counts = BigramCounts(vocab_size, eot=getattr(tokens, "eot", None))
     counts.update(tokens)
     return counts.to_csr()

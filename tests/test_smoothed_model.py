@@ -343,6 +343,8 @@ def test_evaluate(model: SmoothedBigramModel) -> None:
     shards = data.TokenShards([tokens[:700], tokens[700:]])
     expected = torch.cat((losses[:699], losses[700:])).mean().item()
     assert model.evaluate(shards) == pytest.approx(expected, rel=1e-12)
+    documents = data.TokenShards([tokens], eot=2)
+    assert model.evaluate(documents) == pytest.approx(losses[tokens[:-1] != 2].mean().item(), rel=1e-12)
     assert math.isnan(model.evaluate(tokens[:1]))
     assert math.isnan(model.evaluate_counts(BigramCounts(V)))
 
@@ -516,6 +518,23 @@ def test_files_that_hold_no_model(spoil: Callable[[dict[str, Tensor]], Any], mat
     write_tensors(file, "smoothed-model", parts, {})
     file.seek(0)
     with pytest.raises(ValueError, match=match):
+        SmoothedBigramModel.load(file)
+
+
+def test_the_end_of_a_document_is_that_of_the_counts(tmp_path: Path) -> None:
+    counts = BigramCounts(V, eot=2)
+    counts.update(tokens_of(2))
+    model = SmoothedBigramModel.from_counts(counts)
+    model.save(path := tmp_path / "model.safetensors")
+    assert (model.eot, SmoothedBigramModel.load(path).eot, some_model().eot) == (2, 2, None)
+
+
+@pytest.mark.parametrize("eot", ["-1", "x", str(V), "9" * 30, "\u0663", ""])
+def test_files_that_name_no_token(eot: str) -> None:
+    file = io.BytesIO()
+    write_tensors(file, "smoothed-model", some_model().state_dict(), {"eot": eot})
+    file.seek(0)
+    with pytest.raises(ValueError, match="expected eot to be a token"):
         SmoothedBigramModel.load(file)
 
 

@@ -28,7 +28,7 @@ from tests.test_capability import CAPABILITIES, can_run
 from tests.trust import report
 
 HERE = Path(__file__).parent
-TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "ops", "tokenizer", "storage")]
+TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "counts", "ops", "tokenizer", "storage")]
 SECONDS = 7200.0  # for one test file; sanitized code takes many times as long
 # Reports name lines. Python's own flags may have -fwrapv, with which a signed overflow is nothing to report.
 FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv")
