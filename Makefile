@@ -159,6 +159,8 @@ $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/d
 # meanwhile; so do the builds with sanitizers, which the tests wait for.
 ASIDE := tests/test_simt.py tests/test_capability.py
 
+# OpenMP's threads sleep while they wait: those that spin would keep the others from the core.
+$(STAMPS)/tested: export OMP_WAIT_POLICY := passive
 $(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/* tests/trust/results/* tests/trust/*.supp)
 	@$(MAKE) --no-print-directory simt
 	@for name in asan tsan; do MAX_JOBS=1 nice $(BIN)/python -m tests.trust.sanitizers $$name --build; done >build/sanitizers.log 2>&1 &

@@ -338,6 +338,24 @@ class TestSizesOfClassWeights:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"class_weight": [0.2, 0.9, 0.7], "label_smoothing": 1.0}], ids=str)
+def test_gradients_of_a_row_whose_sum_float32_does_not_hold(reduction: str, options: dict[str, Any]) -> None:
+    idx, targets = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 1, 2] * 2)
+    weight, gradients = torch.tensor([[0.0, 0.1, 0.2]]), []
+    for dtype, function in ((torch.float32, functional), (torch.float64, reference)):
+        leaf = weight.to(dtype).requires_grad_()
+        given = {
+            name: torch.tensor(value, dtype=dtype) if name == "class_weight" else value
+            for name, value in options.items()
+        }
+        loss = function.embedding_cross_entropy(idx, leaf, targets, reduction=reduction, **given)
+        (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 3e38))
+        gradients.append(gradient.double())
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e32)
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "sparse": True}, {"label_smoothing": 0.1}], ids=str)
 def test_sums_of_class_weights_beyond_float64_are_those_of_eager(reduction: str, options: dict[str, Any]) -> None:

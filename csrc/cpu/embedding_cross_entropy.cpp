@@ -243,10 +243,20 @@ bool needs_float64(const EmbeddingCrossEntropyParams& params) {
            outgrows_dtype_cpu(class_weight);
 }
 
+// The same for the gradients of a row's pairs, which are summed before they are multiplied.
+bool needs_float64(const at::Tensor& grad_loss, const EmbeddingCrossEntropyParams& params) {
+    if (params.weight.scalar_type() == at::kDouble) return false;
+    const auto is_large = [](double number) { return std::isfinite(number) && std::abs(number) > 0x1p60; };
+    if (params.is_reduced()) return is_large(grad_loss.item<double>()) || needs_float64(params);
+    const at::Tensor numbers = grad_loss.to(at::kFloat).contiguous();
+    const float* const first = numbers.const_data_ptr<float>();
+    return std::any_of(first, first + numbers.numel(), is_large) || needs_float64(params);
+}
+
 EmbeddingCrossEntropyParams in_float64(const EmbeddingCrossEntropyParams& params) {
     EmbeddingCrossEntropyParams wide = params;
     wide.weight = params.weight.to(at::kDouble).contiguous();
-    wide.class_weight = params.class_weight.to(at::kDouble);
+    if (params.class_weight.defined()) wide.class_weight = params.class_weight.to(at::kDouble);
     return wide;
 }
 
@@ -291,7 +301,7 @@ double cpu::embedding_cross_entropy_step(const EmbeddingCrossEntropyParams& para
 
 WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss,
                                                     const EmbeddingCrossEntropyParams& params) {
-    if (needs_float64(params)) {
+    if (needs_float64(grad_loss, params)) {
         auto [rows, values] = embedding_cross_entropy_backward_cpu(grad_loss, in_float64(params));
         return {rows, values.to(params.weight.scalar_type())};
     }

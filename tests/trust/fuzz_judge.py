@@ -336,7 +336,11 @@ def _of_csr(twin: Callable[..., Any]) -> Callable[..., Any]:
     def judged(crow_indices: Tensor, col_indices: Tensor, unigram: Tensor, **arguments: Any) -> Any:
         rows = torch.arange(len(unigram)).repeat_interleave(crow_indices.diff())
         keys = rows * len(unigram) + col_indices
-        if not (keys.diff() > 0).all() or not ((col_indices >= 0) & (col_indices < len(unigram))).all():
+        if (
+            not unigram.sum() > 0
+            or not (keys.diff() > 0).all()
+            or not ((col_indices >= 0) & (col_indices < len(unigram))).all()
+        ):
             raise NoTwinError
         return twin(crow_indices=crow_indices, col_indices=col_indices, unigram=unigram, **arguments)
 
