@@ -306,7 +306,7 @@ def test_wrapped_models(one_process: None, wrap: Callable[[nn.Module], Any], kin
 
 
 WORKER = """
-import sys, warnings
+import os, sys, warnings
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -333,6 +333,8 @@ for wrap in (
     history = fit(model, tokens, max_steps=12, generator=torch.Generator(), resume=history, **options)
     print([history.losses, history.train_losses])
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # torch's own threads may abort a process that ends
 """
 
 

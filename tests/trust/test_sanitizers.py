@@ -33,9 +33,11 @@ ops.count_bigrams(torch.frombuffer(tokens, dtype=torch.uint8), 4)
 RACES = """
 import threading
 tensors = [torch.ones(10_000) for _ in range(4)]
+both = threading.Barrier(2)  # on a busy machine one might be done before the other begins
 
 def update(step):
-    for _ in range(20):
+    both.wait()
+    for _ in range(100):
         ops.adamw_(*tensors, None, step, 0.1, 0.9, 0.99, 1e-8, 0.0, False)
 
 threads = [threading.Thread(target=update, args=[torch.ones(())]) for _ in range(2)]
