@@ -84,7 +84,14 @@ TSAN = Sanitizer(
     "thread",
     ("tsan",),
     # What Python and torch do is known only where it passes through pthreads and the allocator.
-    {"TSAN_OPTIONS": {"ignore_noninstrumented_modules": 1, "die_after_fork": 0, "suppressions": HERE / "tsan.supp"}},
+    {
+        "TSAN_OPTIONS": {
+            "ignore_noninstrumented_modules": 1,
+            "die_after_fork": 0,
+            "allocator_may_return_null": 1,
+            "suppressions": HERE / "tsan.supp",
+        }
+    },
     for_each_capability=False,
     sources=("planted_faults.cpp", "tsan_openmp.cpp"),
     link_flags=("-Wl,--wrap=GOMP_parallel",),
