@@ -93,7 +93,7 @@ bench-cuda: $(STAMPS)/built peers-cuda
 
 # Others that the benchmarks compare with; one that cannot be installed is named there as skipped.
 peers: $(STAMPS)/built
-	@$(BIN)/python -c 'import jax, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench]" || echo "make bench: goes on without the peers that are missing"
+	@$(BIN)/python -c 'import jax, numpy, matplotlib, polars, scipy, tokenizers' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench]" || echo "make bench: goes on without the peers that are missing"
 
 peers-cuda: $(STAMPS)/built
 	@$(BIN)/python -c 'import liger_kernel, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench-cuda]" || echo "make bench-cuda: goes on without the peers that are missing"
