@@ -25,7 +25,7 @@ CORE = """
 import importlib, pkgutil, torch
 import bigramx
 for module in pkgutil.iter_modules(bigramx.__path__):
-    if module.name not in {"cli", "plots"}:
+    if module.name not in {"cli", "console", "plots"}:
         importlib.import_module(f"bigramx.{module.name}")
 text = bigramx.data.default_text()
 tokenizer = bigramx.CharTokenizer.from_text(text)
