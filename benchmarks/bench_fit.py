@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bigramx
 from benchmarks import lower_bounds, peers
@@ -17,14 +18,17 @@ from benchmarks.comparison import (
     Comparison,
     Result,
     RunConfig,
+    Target,
     as_tensor,
     assert_means_within,
     assert_within,
     at_most,
     faster_than,
+    within,
 )
 from benchmarks.timing import Function
 from bigramx import data, optim, reference
+from bigramx.steps import Steps
 
 STEPS = 3000
 
@@ -119,11 +123,133 @@ def fit(config: RunConfig) -> Result:
     return comparison.run(config)
 
 
+class LargeFit:
+    """What ``fit`` does between two evaluations, and what the lecture's loop does, over and over."""
+
+    def __init__(self, tokens: Tensor, vocab_size: int, num_steps: int) -> None:
+        self.tokens, self.vocab_size, self.num_steps = tokens, vocab_size, num_steps
+
+    def ours(self) -> Function:
+        """The table is up to date at the end of each call."""
+        model = bigramx.BigramLanguageModel(self.vocab_size)
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        steps = Steps(model, model, optimizer, None, None, bigramx.History(), self.tokens, 32, 8, None)
+
+        def run() -> object:
+            end = steps.history.step + self.num_steps
+            while steps.history.step < end:
+                steps.take(end - steps.history.step)
+            steps.catch_up()
+            return steps.history.losses[-self.num_steps :]
+
+        return run
+
+    def _loop(self, model: nn.Module, optimizer: torch.optim.Optimizer, get_batch: peers.GetBatch) -> Function:
+        step = partial(peers.lecture_step, model, optimizer, get_batch, self.tokens)
+        return lambda: [step().item() for _ in range(self.num_steps)]
+
+    def eager(self) -> Function:
+        """The lecture's loop with the fastest of PyTorch's AdamW."""
+        model = reference.BigramLanguageModel(self.vocab_size)
+        return self._loop(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), peers.lecture_get_batch)
+
+    def three_imports(self) -> Function:
+        """That loop with our model, batches and optimizer."""
+        model = bigramx.BigramLanguageModel(self.vocab_size)
+        return self._loop(model, optim.AdamW(model.parameters(), lr=1e-2), data.get_batch)
+
+    def deferred(self) -> Function:
+        """A loop with a sparse gradient; the table is up to date at the end of each call."""
+        model = bigramx.BigramLanguageModel(self.vocab_size, sparse=True)
+        optimizer = optim.DeferredAdamW(model, lr=1e-2)
+        loop = self._loop(model, optimizer, data.get_batch)
+
+        def run() -> object:
+            losses = loop()
+            optimizer.catch_up()
+            return losses
+
+        return run
+
+    def copies(self) -> Function:
+        """As many copies of the table as there are steps, between two buffers in use."""
+        table, other = (torch.randn(self.vocab_size, self.vocab_size) for _ in range(2))
+
+        def run() -> None:
+            for _ in range(self.num_steps):
+                other.copy_(table)
+
+        return run
+
+
+def fit_large(config: RunConfig, vocab_size: int, num_steps: int, kind: str, targets: Sequence[Target]) -> Result:
+    """Steps of ``fit`` with B = 32, T = 8, after which the table is up to date; and of loops in Python."""
+    comparison = Comparison(
+        f"fit, {num_steps} steps, V={vocab_size} B=32 T=8, {kind} tokens", targets, check=assert_means_within(0.2)
+    )
+    if reason := config.device.lacks_memory(4 * 4 * 4 * vocab_size**2):
+        return comparison.skip(reason)
+    try:
+        tokens = TOKENS[kind](vocab_size)
+    except ImportError as error:
+        return comparison.skip(str(error))
+    runs = LargeFit(tokens, vocab_size, num_steps)
+    comparison.add(OURS, runs.ours())
+    comparison.add("eager, AdamW fused", runs.eager())
+    comparison.add("three imports changed", runs.three_imports())
+    comparison.add("sparse, DeferredAdamW", runs.deferred())
+    comparison.add_lower_bound(COPIES, runs.copies())
+    return comparison.run(config)
+
+
+def over_vocabulary(config: RunConfig, sizes: Sequence[int]) -> Result:
+    """The time of a step; a quick run leaves out the four largest sizes, which take the longest."""
+    sizes = sizes[:-4] if config.quick else sizes
+    result = Result("fit, a step, B=32 T=8, uniform tokens, over V", series={"V": [float(size) for size in sizes]})
+    for size in sizes:
+        num_steps = max(1, min(1000, 2**24 // size**2))
+        comparison = Comparison(f"V={size}", check=assert_means_within(0.2))
+        tokens = TOKENS["uniform"](size)
+        runs = LargeFit(tokens, size, num_steps)
+        comparison.add(OURS, runs.ours())
+        comparison.add("sparse, DeferredAdamW", runs.deferred())
+        comparison.add("eager, AdamW fused", runs.eager())
+        comparison.add_peer("JAX lax.scan", partial(peers.jax_fit, torch.randn(size, size), tokens, num_steps))
+        point = comparison.run(replace(config, seconds=config.seconds / len(sizes)))
+        result.skipped |= point.skipped
+        for name, times in point.implementations.items():
+            result.series.setdefault(name, []).append(times.median / num_steps)
+    return result
+
+
+COPIES = "a copy of the table a step"
+TOKENS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": lambda vocab_size: torch.randint(vocab_size, (10**6,)),
+    "BPE": peers.package_tokens,
+}
 STEP = "a step of the lecture's loop: batch, forward, backward, AdamW"
 
 CASES = [
     Case(step, headline=STEP, target=10),
     Case(fit, headline="`fit`: 3000 steps of that loop"),
+    *(
+        Case(
+            fit_large,
+            headline=f"`fit`: {num_steps} steps, V={vocab_size}" if vocab_size == 8192 and kind == "uniform" else "",
+            vocab_size=vocab_size,
+            num_steps=num_steps,
+            kind=kind,
+            targets=[faster_than("eager, AdamW fused", target), *more],
+        )
+        for vocab_size, num_steps, kind, target, more in (
+            (256, 1000, "uniform", 25, []),
+            (1024, 200, "uniform", 10, []),
+            (4096, 20, "uniform", 8, []),
+            (8192, 20, "uniform", 10, [within(COPIES, 1.5)]),
+            (8192, 20, "BPE", 10, [within(COPIES, 1.5)]),
+        )
+    ),
+    Case(over_vocabulary, sizes=[65, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]),
 ]
 
 CUDA_CASES = [

@@ -7,27 +7,12 @@ that is trained on the rest.
 from __future__ import annotations
 
 import math
-import sysconfig
-from functools import cache
-from pathlib import Path
 from typing import get_args
 
 from benchmarks.comparison import OURS, Case, Outcome, Result, RunConfig
+from benchmarks.peers import package_texts
 from bigramx import BigramCounts, SmoothedBigramModel
 from bigramx.smoothed_model import Method
-
-
-@cache
-def package_texts(num_characters: int) -> list[str]:
-    """The texts of installed modules, so many characters in all or fewer."""
-    texts: list[str] = []
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
-        if num_characters <= 0:
-            break
-        text = path.read_text(encoding="utf-8", errors="replace")[:num_characters]
-        num_characters -= len(text)
-        texts.append(text)
-    return texts
 
 
 def perplexity(config: RunConfig, vocab_size: int, most: float) -> Result:

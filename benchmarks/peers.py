@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import sysconfig
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,32 @@ def zipf_tokens(num_tokens: int, vocab_size: int = 8192) -> Tensor:
     """(N) int64 tokens of which token k is about as frequent as 1 / (k + 1): as words are, and byte pairs."""
     ranks = (torch.rand(num_tokens, dtype=torch.float64) * math.log(vocab_size + 1)).exp().long()
     return ranks.clamp_(max=vocab_size) - 1
+
+
+@cache
+def package_texts(num_characters: int) -> list[str]:
+    """The texts of installed modules, so many characters in all or fewer."""
+    texts: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+        if num_characters <= 0:
+            break
+        text = path.read_text(encoding="utf-8", errors="replace")[:num_characters]
+        num_characters -= len(text)
+        texts.append(text)
+    return texts
+
+
+@cache
+def package_tokens(vocab_size: int) -> Tensor:
+    """(N) int64 tokens of these texts, by a BPE that is trained on them.
+
+    Raises:
+        ImportError: tokenizers is not installed.
+    """
+    from bigramx.tokenizer import train_bpe
+
+    texts = package_texts(4 * 10**6)
+    return train_bpe(texts, vocab_size).encode("\n".join(texts)).long()
 
 
 def chain_tokens(num_tokens: int, vocab_size: int) -> Tensor:

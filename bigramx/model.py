@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -11,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.types import FileLike
+from torch.utils.hooks import RemovableHandle
 
 from bigramx import evaluation, functional, fusion, reference
 from bigramx.counts import BigramCounts
@@ -85,6 +87,7 @@ class BigramLanguageModel(nn.Module):
     ignore_index = -100
     label_smoothing = 0.0
     tokenizer = None
+    _table_pre_hooks: OrderedDict[int, Callable[[Tensor | None], object]] | None = None
 
     def __init__(
         self,
@@ -108,13 +111,13 @@ class BigramLanguageModel(nn.Module):
     @_Derived
     def vocab_size(self) -> int:
         """V, or as many rows as a table that has taken the place of this model's has."""
-        table = self.token_embedding_table
+        table = self._table()
         return table.num_embeddings if hasattr(table, "num_embeddings") else self._vocab_size
 
     @_Derived
     def device(self) -> torch.device:
         """The device of the table's parameters; the CPU where it has none."""
-        parameter = next(self.token_embedding_table.parameters(), None)
+        parameter = next(self._table().parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     @property
@@ -125,7 +128,7 @@ class BigramLanguageModel(nn.Module):
         rule). Otherwise forward, generate, evaluate and fit call the parts, as plain PyTorch does; the shards of
         a DTensor table take bigramx.distributed.
         """
-        return self._is_direct() and not fusion.any_dtensor(self.token_embedding_table.weight)
+        return self._is_direct() and not fusion.any_dtensor(self._table().weight)
 
     def _is_direct(self) -> bool:
         """Whether bigramx.functional on the table's weight does all that calling this model does."""
@@ -157,13 +160,67 @@ class BigramLanguageModel(nn.Module):
             ValueError: ``targets`` has another number of tokens than ``idx``.
             RuntimeError: A dtype or device is off, or no kernel is built for the device.
         """
-        if targets is None:
-            return self.token_embedding_table(idx), None
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self._table_pre_hooks is not None:
+                self._before_reading(idx)
+            if targets is None:
+                return self._table()(idx), None
             table = self._fusable_table()
             if table is not None:
                 return self._fused_forward(idx, table, targets, return_logits)
-        return self._plain_forward(idx, targets, return_logits)
+            return self._plain_forward(self._table()(idx), targets, return_logits)
+        logits = self.token_embedding_table(idx)
+        return (logits, None) if targets is None else self._plain_forward(logits, targets, return_logits)
+
+    def register_table_pre_hook(self, hook: Callable[[Tensor | None], object]) -> RemovableHandle:
+        """Registers a function that is called before rows of the table are read.
+
+        ``hook(idx)`` is given the tokens whose rows a forward pass is about to read; or None before all rows may be:
+        by generate, evaluate, save, state_dict, copies, casts, and by whoever looks up ``token_embedding_table``. An
+        optimizer whose steps are deferred brings the rows up to date there. The model stays fused.
+
+        Returns:
+            A handle; its ``remove()`` removes the hook.
+        """
+        if self._table_pre_hooks is None:
+            self._table_pre_hooks = OrderedDict()
+        handle = RemovableHandle(self._table_pre_hooks)
+        self._table_pre_hooks[handle.id] = hook
+        return handle
+
+    @torch.jit.unused
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_reading(self, idx: Tensor | None = None) -> None:
+        for hook in tuple((self._table_pre_hooks or {}).values()):
+            hook(idx)
+
+    def _table(self) -> Any:
+        """``token_embedding_table`` for those who read no row of it, or only rows that are up to date."""
+        table = self._modules.get("token_embedding_table")
+        return self.token_embedding_table if table is None else table
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "token_embedding_table" and self._table_pre_hooks is not None:
+            self._before_reading()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which has no optimizer."""
+        self._before_reading()
+        return {name: value for name, value in vars(self).items() if name != "_table_pre_hooks"}
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._before_reading()
+        return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As that of every module; what ``register_table_pre_hook`` has registered runs before."""
+        self._before_reading()
+        return super().state_dict(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._before_reading()
+        super()._load_from_state_dict(*arguments, **options)
 
     @torch.jit.unused
     def _fused_forward(
@@ -188,8 +245,9 @@ class BigramLanguageModel(nn.Module):
         )
         return logits if return_logits else None, loss
 
-    def _plain_forward(self, idx: Tensor, targets: Tensor, return_logits: bool) -> tuple[Tensor | None, Tensor | None]:
-        logits = self.token_embedding_table(idx)
+    def _plain_forward(
+        self, logits: Tensor, targets: Tensor, return_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         logits = logits.reshape(-1, logits.size(-1))
         is_soft = isinstance(targets, Tensor) and targets.is_floating_point()  # no Tensor, but a proxy, in torch.fx
         targets = targets.reshape(logits.shape) if is_soft else targets.reshape(-1).long()

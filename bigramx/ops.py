@@ -81,6 +81,7 @@ def _op(name: str) -> Callable[..., Any]:
 
 adamw_ = _op("adamw_")
 count_bigrams = _op("count_bigrams")
+deferred_adamw_ = _op("deferred_adamw_")
 embedding_cross_entropy = _op("embedding_cross_entropy")
 fit_ = _op("fit_")
 generate = _op("generate")
@@ -312,6 +313,30 @@ def _(
         )
 
 
+@_fake("deferred_adamw_")
+def _(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_steps: Tensor,
+    schedule: Tensor,
+    step: int,
+    rows: Tensor | None = None,
+    grad: Tensor | None = None,
+    maximize: bool = False,
+) -> None:
+    _check_same_device(
+        "deferred_adamw_",
+        param=param,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        row_steps=row_steps,
+        schedule=schedule,
+        rows=rows,
+        grad=grad,
+    )
+
+
 @_fake("fit_")
 def _(
     weight: Tensor,
@@ -330,9 +355,17 @@ def _(
     weight_decay: float,
     max_seconds: float,
     generator: torch.Generator | None = None,
+    row_steps: Tensor | None = None,
 ) -> int:
     _check_same_device(
-        "fit_", weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step, losses=losses, tokens=tokens
+        "fit_",
+        weight=weight,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        step=step,
+        losses=losses,
+        tokens=tokens,
+        row_steps=row_steps,
     )
     raise NotImplementedError("fit_: not implemented under torch.compile: how many steps it takes depends on the time")
 

@@ -1,4 +1,4 @@
-"""AdamW with one fused kernel per parameter."""
+"""AdamW with one fused kernel per parameter, and its deferred form for large tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.overrides import _get_current_function_mode_stack
@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 
 from bigramx import ops
 from bigramx.fusion import is_plain_tensor
+from bigramx.wrappers import module_in
 
 _DTYPES = (torch.float32, torch.float64)
 _NUMBER = (float, int)
@@ -67,6 +68,200 @@ class AdamW(torch.optim.AdamW):
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it: the wrapper is slower than the step
 
 
+class DeferredAdamW(AdamW):
+    """AdamW for a model with a large table, of which a batch meets few rows: the same bits, without reading the rest.
+
+    A row that the batch did not meet has the gradient zero, and misses the step for now. Before it is read next, by a
+    forward pass of the model for example, it takes the steps that it missed, one after another, in registers. AdamW
+    acts element by element, so each element sees the same operations as in ``AdamW`` on the dense gradient, and has the
+    same bits; but memory is touched only for rows that occur. (torch.optim.SparseAdam is another algorithm: there,
+    momentum and weight decay stop while a row does not occur.) Give the model a sparse gradient::
+
+        model = BigramLanguageModel(50257, sparse=True)
+        optimizer = DeferredAdamW(model, lr=1e-2)
+
+    The rows are up to date wherever the table is seen through the model (``register_table_pre_hook`` says where), and
+    in ``state_dict()``, which is that of torch.optim.AdamW. Code that keeps the weight itself calls ``catch_up()``
+    before it reads the weight.
+
+    Deferred are steps of a float32 or float64 table on the CPU with numbers as options. Any other step is AdamW's, of
+    the dense gradient. The model's other parameters take all steps at once.
+
+    With DistributedDataParallel over gloo each rank defers by itself: as the ranks average the sparse gradient, all
+    take the same steps, and the tables agree to the bit once they are up to date.
+
+    Args:
+        model: A BigramLanguageModel, or one in DistributedDataParallel.
+        lr: Learning rate; a scheduler may change it between steps, as it may all options.
+        betas: The decay rates of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: As in torch.optim.AdamW.
+        maximize: Whether to ascend.
+
+    Raises:
+        TypeError: ``model`` is none, its parameters for example.
+        NotImplementedError: The table is a DTensor or another subclass: each rank has rows that others read.
+    """
+
+    _MOST = 1 << 10  # steps that rows may miss: their options stay in the L1 cache
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        module = module_in(model)
+        table = module._table()
+        weight = getattr(table, "_parameters", {}).get("weight")
+        if not isinstance(table, nn.Embedding) or not is_plain_tensor(weight):
+            kind = type(table if weight is None else weight).__name__
+            raise NotImplementedError(f"DeferredAdamW: not implemented for a table that is a {kind}; use AdamW")
+        super().__init__(model.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        self._weight: Tensor | None = weight
+        self._row_steps: Tensor | None = None  # (V) int64, how many steps each row has taken; None: all of them
+        self._schedule = torch.empty((self._MOST, 5), dtype=torch.float64, device="cpu")  # the options of steps missed
+        self._num_missed = 0  # by the row that has missed most, at most
+        self._handle = module.register_table_pre_hook(self._before_reading)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates the parameters from their gradients; ``closure``, if given, recomputes the loss first.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        weight = self._weight
+        if weight is None or (grad := weight.grad) is None:
+            super().step()
+            return loss
+        may_defer = self._may_defer(weight, grad)
+        try:
+            if may_defer:
+                self._step_rows(weight, grad)
+                weight.grad = None  # for the others' step
+            else:
+                self.catch_up()
+                weight.grad = grad.to_dense()
+            super().step()
+        finally:
+            weight.grad = grad
+        return loss
+
+    @torch.no_grad()
+    def catch_up(self, idx: Tensor | None = None) -> None:
+        """Takes the steps that rows of the table have missed: those of the tokens ``idx``, int64, or all."""
+        if self._row_steps is None or self._weight is None:
+            return
+        self._update(self._weight, None if idx is None else idx.reshape(-1), None)
+        if idx is None:
+            self._row_steps, self._num_missed = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of torch.optim.AdamW, once all rows have taken all steps."""
+        self.catch_up()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state of this optimizer, of AdamW, or of torch.optim.AdamW."""
+        self.catch_up()
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.catch_up()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has no model whose reads it could wait for: its steps are AdamW's."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_weight" not in vars(self):
+            self._weight = self._row_steps = None
+
+    def _before_reading(self, idx: Tensor | None) -> None:
+        may_be_rows = idx is not None and is_plain_tensor(idx) and idx.is_cpu and not _is_intercepted()
+        if not may_be_rows or idx is None or idx.dtype not in (torch.int32, torch.int64):
+            self.catch_up()
+            return
+        with contextlib.suppress(IndexError):  # the forward pass says so in its own words
+            self.catch_up(idx.long())
+
+    def _group(self) -> dict[str, Any]:
+        """The options of the table."""
+        groups: list[dict[str, Any]] = self.param_groups
+        return next(group for group in groups if any(param is self._weight for param in group["params"]))
+
+    def _may_defer(self, weight: Tensor, grad: Tensor) -> bool:
+        group = self._group()
+        state = self.state.get(weight, {})
+        others = [value for value in state.values() if isinstance(value, Tensor)]
+        return (
+            weight.is_cpu
+            and weight.is_contiguous()
+            and weight.dtype in _DTYPES
+            and type(grad) is Tensor
+            and grad.dtype == weight.dtype
+            and grad.layout in (torch.strided, torch.sparse_coo)
+            and _kernel_options(group) is not None
+            and not (group["amsgrad"] or group["capturable"] or _names_implementation(self, group))
+            and state.keys() in (set(), {"step", "exp_avg", "exp_avg_sq"})
+            and all(type(value) is Tensor and value.is_cpu and value.is_contiguous() for value in others)
+            and all(value.shape in (weight.shape, ()) for value in others)
+            and all(value.dtype == weight.dtype for name, value in state.items() if name != "step")
+            and (not state or state["step"] + 1 < most_counted(state["step"]))
+            and not _is_intercepted()
+        )
+
+    @torch.no_grad()
+    def _step_rows(self, weight: Tensor, grad: Tensor) -> None:
+        """The step of the rows that have a gradient."""
+        group = self._group()
+        state = state_of(self, weight, group)
+        if self._num_missed == self._MOST:
+            self.catch_up()
+        if self._row_steps is None:
+            self._row_steps = torch.full((len(weight),), int(state["step"]), dtype=torch.int64, device="cpu")
+        options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        self._schedule[self._num_missed] = torch.tensor(options, dtype=torch.float64, device="cpu")
+        rows, values = _rows_of(grad)
+        self._num_missed += 1
+        state["step"] += 1
+        try:
+            self._update(weight, rows, values)
+        except BaseException:  # it was not taken
+            self._num_missed -= 1
+            state["step"] -= 1
+            raise
+
+    def _update(self, weight: Tensor, rows: Tensor | None, grad: Tensor | None) -> None:
+        state, group = self.state[weight], self._group()
+        schedule, step = self._schedule[: self._num_missed], int(state["step"])
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        ops.deferred_adamw_(weight, *moments, self._row_steps, schedule, step, rows, grad, group["maximize"])
+
+
+def _rows_of(grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The rows that have a gradient, and it; None for all rows."""
+    if grad.layout == torch.strided:
+        return None, grad
+    if grad.sparse_dim() != 1:
+        return None, grad.to_dense()
+    grad = grad.coalesce()
+    return grad.indices()[0], grad.values()
+
+
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether hooks run around a step."""
     return bool(
@@ -92,6 +287,11 @@ def state_of(optimizer: torch.optim.Optimizer, param: Tensor, group: dict[str, A
 def _step_dtype() -> torch.dtype:
     """Wide enough to count: float32, or float64 where that is the default."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def most_counted(step: Tensor) -> int:
+    """How many steps a tensor of this dtype can count."""
+    return 2**24 if step.dtype == torch.float32 else 2**53
 
 
 def _is_observed(optimizer: torch.optim.Optimizer) -> bool:

@@ -558,6 +558,39 @@ def adamw_(
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**number))
 
 
+def deferred_adamw_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    row_steps: Tensor,
+    schedule: Tensor,
+    step: int,
+    rows: Tensor | None = None,
+    grad: Tensor | None = None,
+    maximize: bool = False,
+) -> None:
+    """See the op deferred_adamw_ (csrc/deferred_adamw.h): each row takes its steps one after another."""
+    rows = torch.arange(len(param)) if rows is None else rows
+    for k, row in enumerate(rows.tolist()):
+        while row_steps[row] < step:
+            row_steps[row] += 1
+            is_last = bool(row_steps[row] == step)
+            lr, beta1, beta2, eps, weight_decay = schedule[int(row_steps[row]) - step - 1].tolist()
+            adamw_(
+                param[row],
+                grad[k] if grad is not None and is_last else torch.zeros_like(param[row]),
+                exp_avg[row],
+                exp_avg_sq[row],
+                step=row_steps[row],
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+                maximize=maximize,
+            )
+
+
 def fit_(
     weight: Tensor,
     exp_avg: Tensor,
@@ -575,9 +608,16 @@ def fit_(
     weight_decay: float,
     max_seconds: float,
     generator: torch.Generator | None = None,
+    row_steps: Tensor | None = None,
 ) -> int:
-    """See the op fit_ (csrc/fit.h): the loop, a step for each element of ``losses`` or until the time is up."""
+    """See the op fit_ (csrc/fit.h): the loop, a step for each element of ``losses`` or until the time is up.
+
+    All rows take each step; with ``row_steps``, first those that they have missed.
+    """
     start = time.monotonic()
+    if row_steps is not None:
+        schedule = torch.tensor([lr, beta1, beta2, eps, weight_decay], dtype=torch.float64).expand(int(step), 5)
+        deferred_adamw_(weight, exp_avg, exp_avg_sq, row_steps, schedule, int(step))
     for k in range(len(losses)):
         if k > 0 and time.monotonic() - start > max_seconds:
             return k
@@ -587,6 +627,8 @@ def fit_(
             loss = embedding_cross_entropy(idx, leaf, targets, padding_idx=None if padding_idx == -1 else padding_idx)
             (grad,) = torch.autograd.grad(loss, leaf)
         step += 1
+        if row_steps is not None:
+            row_steps += 1
         adamw_(
             weight,
             grad,

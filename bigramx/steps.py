@@ -7,7 +7,7 @@ import inspect
 import itertools
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,33 +22,16 @@ from bigramx.data import TokenShards, get_batch, shards_of
 from bigramx.fusion import is_plain_tensor
 from bigramx.history import History, encode_state
 from bigramx.model import BigramLanguageModel
-from bigramx.optim import AdamW, has_hooks, state_of
+from bigramx.optim import AdamW, has_hooks, most_counted, state_of
 from bigramx.storage import checksum
+from bigramx.wrappers import is_fsdp, layers_of
 
 # As they were at import: who replaces one of them later wants to see the calls.
 _FORWARD, _ADAMW_STEP, _ADAMW_ZERO_GRAD = BigramLanguageModel.forward, AdamW.step, AdamW.zero_grad
 
 _MOST_STEPS = 1 << 14  # of a native call, for each of which there is memory
 _NOT_TAKEN = -1.0  # in place of a loss
-
-
-def module_in(model: object) -> BigramLanguageModel:
-    """The model, without what wraps it.
-
-    Raises:
-        TypeError: There is none.
-    """
-    *_wrappers, module = _layers(model)
-    if isinstance(module, BigramLanguageModel):
-        return module
-    kind, what = (module, "the class ") if isinstance(module, type) else (type(module), "")
-    advice = ""
-    if kind.__name__ == "BigramLanguageModel" and kind is not BigramLanguageModel:
-        advice = "; change the import: from bigramx import BigramLanguageModel"
-    raise TypeError(
-        "expected model to be a bigramx.BigramLanguageModel, or one in DistributedDataParallel, DataParallel, "
-        f"FullyShardedDataParallel or torch.compile, got {what}{kind.__module__}.{kind.__qualname__}{advice}"
-    )
+_DEFERRED_FROM = 1 << 20  # bytes of a table: with AdamW's moments it exceeds the second-level cache
 
 
 def has_plain_loss(module: BigramLanguageModel) -> bool:
@@ -59,28 +42,13 @@ def has_plain_loss(module: BigramLanguageModel) -> bool:
 
 def fsdp_in(model: nn.Module) -> Any:
     """The FullyShardedDataParallel around the model, which holds the parameters in shards; None without one."""
-    return next((layer for layer in _layers(model) if _is_fsdp(layer, "FullyShardedDataParallel")), None)
-
-
-def _layers(model: object) -> Iterator[Any]:
-    """The model, and what PyTorch's wrappers wrap, from the outside to the inside."""
-    yield model
-    wraps = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if wraps or _is_fsdp(model, "FullyShardedDataParallel"):
-        yield from _layers(model.module)  # type: ignore[attr-defined]
-    elif hasattr(model, "_orig_mod"):  # of torch.compile
-        yield from _layers(model._orig_mod)
-
-
-def _is_fsdp(layer: object, kind: str) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes long
-    return fsdp is not None and isinstance(layer, getattr(fsdp, kind))
+    return next((layer for layer in layers_of(model) if is_fsdp(layer, "FullyShardedDataParallel")), None)
 
 
 def _parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that an optimizer takes: those of fully_shard are others after a forward pass."""
     for part in model.modules():
-        if _is_fsdp(part, "FSDPModule"):
+        if is_fsdp(part, "FSDPModule"):
             part.reshard()  # type: ignore[operator]
     return list(model.parameters())
 
@@ -131,6 +99,27 @@ def _check_step(name: str, made: Any) -> None:
             )
 
 
+_Options = tuple[float, float, float, float, float]  # lr, beta1, beta2, eps, weight_decay
+
+
+@dataclass
+class _Deferred:
+    """Native steps that rows of a large table have missed, as no batch met them and their gradient is zero."""
+
+    row_steps: Tensor  # (V) int64: how many steps each row has taken
+    param: Tensor
+    state: dict[str, Any]
+    options: _Options  # of AdamW, at all of these steps
+
+    def catch_up(self) -> None:
+        """Takes all of them: the table and its state have the bits that steps of all rows leave."""
+        step = int(self.state["step"])
+        num_steps = step - int(self.row_steps.min())
+        schedule = torch.tensor([self.options], dtype=torch.float64, device="cpu").expand(num_steps, 5)
+        moments = self.state["exp_avg"], self.state["exp_avg_sq"]
+        ops.deferred_adamw_(self.param, *moments, self.row_steps, schedule, step, None, None, False)
+
+
 @dataclass
 class Steps:
     """What a step needs, and two implementations of steps, which record the losses."""
@@ -147,6 +136,7 @@ class Steps:
     generator: torch.Generator | None
     is_saving_checked: bool = False
     is_torn: bool = False  # a step of the optimizer or of the scheduler was left in its middle
+    deferred: _Deferred | None = None  # rows of the table have missed steps
 
     def begin(self, lr: float | None) -> None:
         """Goes on where the history ends, at the learning rate ``lr`` if one is given.
@@ -203,6 +193,7 @@ class Steps:
     def record(self) -> None:
         """Brings the states in the history up to date, so that the run can be resumed from it."""
         history = self.history
+        self.catch_up()
         history.table_checksum = None  # until all belong to the same step
         history.optimizer_state = _local(self.optimizer.state_dict())
         history.optimizer_name = type(self.optimizer).__name__
@@ -220,6 +211,7 @@ class Steps:
         if self.has_native_steps():
             self._take_native(min(most, _MOST_STEPS))
         else:
+            self.catch_up()
             self._take_one()
         if not self.is_saving_checked:  # the first step makes the optimizer's states
             self._check_saving()
@@ -242,12 +234,33 @@ class Steps:
         )
 
     @torch.no_grad()
+    def catch_up(self) -> None:
+        """Brings all rows of the table up to date. Whoever lets others see the table calls this first."""
+        if self.deferred is not None:
+            self.deferred.catch_up()
+            self.deferred = None
+
+    def _row_steps(self, param: Tensor, state: dict[str, Any], options: _Options) -> Tensor | None:
+        """How many steps each row of the table has taken; None where all rows take each step."""
+        deferred = self.deferred
+        if deferred is not None and (deferred.param is not param or deferred.options != options):
+            self.catch_up()
+        if self.deferred is None:
+            step = state["step"]
+            if param.nbytes < _DEFERRED_FROM or step + _MOST_STEPS > most_counted(step):
+                return None
+            row_steps = torch.full((len(param),), int(step), dtype=torch.int64, device="cpu")
+            self.deferred = _Deferred(row_steps, param, state, options)
+        return self.deferred.row_steps
+
+    @torch.no_grad()
     def _take_native(self, most: int) -> None:
         """Takes as many steps as fit into the time for which Ctrl-C may wait."""
         max_seconds = 0.05
         table, (group,) = self.module.token_embedding_table, self.optimizer.param_groups
         table.weight.grad = None
         state = state_of(self.optimizer, table.weight, group)
+        options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         losses = torch.full((most,), _NOT_TAKEN, dtype=torch.float64, device="cpu")
         try:
             ops.fit_(
@@ -260,12 +273,10 @@ class Steps:
                 self.batch_size,
                 self.block_size,
                 ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
-                group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
+                *options,
                 max_seconds,
                 self.generator,
+                self._row_steps(table.weight, state, options),
             )
         finally:  # a signal handler may raise between two steps
             self.history.losses += losses[losses != _NOT_TAKEN].tolist()
@@ -356,7 +367,7 @@ def _are_equal(marks: tuple[list[object], Tensor], others: tuple[list[object], T
 
 
 def _have_hooks(model: nn.Module) -> bool:
-    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in _layers(model))
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(model))
 
 
 def _is_plain_leaf(table: nn.Embedding) -> bool:

@@ -26,16 +26,18 @@ from bigramx.evaluation import optimal_loss, optimal_loss_of_counts
 from bigramx.fusion import is_plain_tensor
 from bigramx.history import History
 from bigramx.model import BigramLanguageModel
-from bigramx.steps import Steps, fsdp_in, has_plain_loss, module_in, new_optimizer, new_scheduler
+from bigramx.steps import Steps, fsdp_in, has_plain_loss, new_optimizer, new_scheduler
+from bigramx.wrappers import module_in
 
 Callback = Callable[[History], object]
 
 
-class _Interrupt:
+class _Signals:
     """Holds back SIGINT while a run lasts, and hands it to the handler that was there where all states agree.
 
     Only in the main thread, where Python delivers it, and only where a handler of Python's or of the user's would be
-    called. In between the handler does nothing but note the time, so that no bytecode of a step is the last.
+    called. In between the handler does nothing but note the time, so that no bytecode of a step is the last. Handlers
+    of other signals are called at once, but see no table with rows that have missed steps.
     """
 
     _PATIENCE = 1.0  # seconds after which another SIGINT breaks what has not ended
@@ -45,10 +47,12 @@ class _Interrupt:
     def __init__(self) -> None:
         self._history: History | None = None  # once the run is over
         self._handler: Any = None
+        self._others: dict[int, Any] = {}  # of other signals
+        self._catch_up: Callable[[], None] = lambda: None
         self._since: float | None = None  # when the first came that has not been handed over
         self._ended: float | None = None  # when the handler was given the one that it raised at
 
-    def __enter__(self) -> _Interrupt:
+    def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):
@@ -56,7 +60,25 @@ class _Interrupt:
                 signal.signal(signal.SIGINT, self._hold)
         return self
 
+    def watch(self, steps: Steps) -> None:
+        """Lets these steps catch up before a handler is called."""
+        self._catch_up = steps.catch_up
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signal.valid_signals() - {signal.SIGINT}:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._others[number] = handler
+                signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, frame: types.FrameType | None) -> None:
+        self._catch_up()
+        self._others[number](number, frame)
+
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        for number, handler in self._others.items():
+            if signal.getsignal(number) == self._pass_on:  # else the user has set another one
+                signal.signal(number, handler)
         if self._handler is None:
             return
         if self._ended is not None:
@@ -78,6 +100,7 @@ class _Interrupt:
     def hand_over(self) -> None:
         """Calls the handler if there was a SIGINT. To be called where all states agree, as it may raise."""
         if self._since is not None:
+            self._catch_up()
             self._since, self._ended = None, time.monotonic()
             self._handler(signal.SIGINT, sys._getframe())
             self._ended = None
@@ -98,8 +121,8 @@ class _Interrupt:
 class _Recorded:
     """Brings the history up to date when the run ends, whatever ended it; a KeyboardInterrupt goes no further."""
 
-    def __init__(self, steps: Steps, interrupt: _Interrupt) -> None:
-        self._steps, self._interrupt = steps, interrupt
+    def __init__(self, steps: Steps, signals: _Signals) -> None:
+        self._steps, self._signals = steps, signals
         self._grad_mode = torch.is_grad_enabled()
 
     def __enter__(self) -> None:
@@ -107,7 +130,7 @@ class _Recorded:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
         history = self._steps.history
-        self._interrupt.end(history)
+        self._signals.end(history)
         torch._C._set_grad_enabled(self._grad_mode)  # a step may have been broken where this is due
         history.interrupted = isinstance(error, KeyboardInterrupt)
         try:
@@ -241,7 +264,7 @@ def fit(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("fit: nothing can be trained under torch.inference_mode()")
-    with _Interrupt() as interrupt:
+    with _Signals() as signals:
         module = module_in(model)
         batch_size, block_size = _size("batch_size", batch_size), _size("block_size", block_size)
         max_steps, eval_interval = _integer("max_steps", max_steps), _integer("eval_interval", eval_interval)
@@ -274,17 +297,22 @@ def fit(
         )
         evaluation = _Evaluation(steps, train_tokens, val_tokens, on_evaluation)
         steps.begin(lr)
-        with _Recorded(steps, interrupt), _Bar(progress, history, max_steps) as bar:
+        signals.watch(steps)
+        next_look = 0.0
+        with _Recorded(steps, signals), _Bar(progress, history, max_steps) as bar:
             while history.step < max_steps and not history.stopped:
-                interrupt.hand_over()
+                signals.hand_over()
                 if history.step % eval_interval == 0 and evaluation.run():
                     history.stopped = True
                     break
                 steps.take(min(max_steps - history.step, eval_interval - history.step % eval_interval))
                 bar.report()
-                if on_progress is not None and _is_true(on_progress(history)):
-                    history.stopped = history.step < max_steps
-            interrupt.hand_over()
+                # Rows that have missed steps are more work at once: not after each native call.
+                if on_progress is not None and (steps.deferred is None or time.monotonic() >= next_look):
+                    steps.catch_up()
+                    history.stopped = _is_true(on_progress(history)) and history.step < max_steps
+                    next_look = time.monotonic() + 0.25
+            signals.hand_over()
             evaluation.run()
     return history
 
@@ -419,6 +447,7 @@ class _Evaluation:
         if history.steps and history.steps[-1] == history.step:
             return False
         step = history.step
+        self._steps.catch_up()
         with _whole_parameters(self._steps.model):
             train_loss = self._train.loss()
             val_loss = float("nan") if self._val is None else self._val.loss()

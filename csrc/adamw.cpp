@@ -41,8 +41,9 @@ void check_step(const char* op, const at::Tensor& step, const at::Tensor& param)
                 step.device());
 }
 
-// As torch.optim.AdamW, which divides by 1 - beta^step.
-void check_options(const char* op, const AdamWOptions& options, at::ScalarType dtype) {
+}  // namespace
+
+void check_adamw_options(const char* op, const AdamWOptions& options, at::ScalarType dtype) {
     TORCH_CHECK(dtype == at::kDouble || !std::isfinite(options.lr) ||
                     std::abs(options.lr) <= std::numeric_limits<float>::max(),
                 op, ": lr: value cannot be converted to type float without overflow, got ", options.lr);
@@ -51,6 +52,8 @@ void check_options(const char* op, const AdamWOptions& options, at::ScalarType d
     TORCH_CHECK_VALUE(options.beta2 >= 0 && options.beta2 < 1, op, ": expected 0 <= beta2 < 1, got ",
                       options.beta2);
 }
+
+namespace {
 
 // Whether no dispatch mode, transform or tracer is active.
 bool has_no_mode() {
@@ -126,13 +129,15 @@ void check_adamw(const char* op, const AdamWParams& params) {
     check_defined(op, "param", param);
     check_dtype(op, "param", param, {at::kFloat, at::kDouble});
     check_changed(op, "param", param, param);
-    check_tensor(op, "grad", params.grad);
-    check_like_param(op, "grad", params.grad, param);
+    if (params.grad.defined()) {
+        check_tensor(op, "grad", params.grad);
+        check_like_param(op, "grad", params.grad, param);
+    }
     check_changed(op, "exp_avg", params.exp_avg, param);
     check_changed(op, "exp_avg_sq", params.exp_avg_sq, param);
     if (params.max_exp_avg_sq.defined()) check_changed(op, "max_exp_avg_sq", params.max_exp_avg_sq, param);
     check_step(op, params.step, param);
-    check_options(op, params.options, param.scalar_type());
+    check_adamw_options(op, params.options, param.scalar_type());
     check_apart(op,
                 {{"param", param},
                  {"exp_avg", params.exp_avg},
@@ -143,10 +148,9 @@ void check_adamw(const char* op, const AdamWParams& params) {
                 /*num_written=*/4);
 }
 
-void bump_versions(const AdamWParams& params) {
-    for (const at::Tensor* changed :
-         {&params.param, &params.exp_avg, &params.exp_avg_sq, &params.max_exp_avg_sq}) {
-        if (changed->defined() && !changed->is_inference()) changed->unsafeGetTensorImpl()->bump_version();
+void bump_versions(std::initializer_list<at::Tensor> changed) {
+    for (const at::Tensor& tensor : changed) {
+        if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
     }
 }
 
@@ -155,7 +159,7 @@ namespace {
 // Of parameters that have been checked.
 void take_step(AdamWParams&& params) {
     if (!params.grad.is_contiguous()) params.grad = params.grad.contiguous();
-    bump_versions(params);
+    bump_versions({params.param, params.exp_avg, params.exp_avg_sq, params.max_exp_avg_sq});
     BIGRAMX_DISPATCH_DEVICE(params.param, adamw, params);
 }
 
@@ -192,6 +196,7 @@ void adamw(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at::Ten
            double beta2, double eps, double weight_decay, bool maximize) {
     AdamWParams params = params_of(std::move(param), grad, std::move(exp_avg), std::move(exp_avg_sq),
                                    max_exp_avg_sq, step, {lr, beta1, beta2, eps, weight_decay, maximize});
+    check_defined(kAdamW, "grad", grad);
     check_adamw(kAdamW, params);
     take_step(std::move(params));
 }
@@ -204,6 +209,7 @@ void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at
                                    max_exp_avg_sq, step, {lr, beta1, beta2, eps, weight_decay, maximize});
     check_plain(params);
     check_writable(kAdamW, "step", step);
+    check_defined(kAdamW, "grad", grad);
     check_adamw(kAdamW, params);
     count(step, 1);
     try {

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "adamw_step.h"
@@ -13,7 +14,7 @@ namespace bigramx {
 struct AdamWParams {
     // Contiguous, of one shape and one dtype, float32 or float64.
     at::Tensor param;
-    at::Tensor grad;
+    at::Tensor grad;  // undefined: another op computes it
     at::Tensor exp_avg;
     at::Tensor exp_avg_sq;
     at::Tensor max_exp_avg_sq;  // undefined: no AMSGrad
@@ -22,12 +23,15 @@ struct AdamWParams {
     AdamWOptions options;
 };
 
+// Raises where the step of torch.optim.AdamW does, which divides by 1 - beta^step.
+void check_adamw_options(const char* op, const AdamWOptions& options, at::ScalarType dtype);
+
 // Raises if the parameters are not as above.
 void check_adamw(const char* op, const AdamWParams& params);
 
-// Bumps the versions of the tensors that a step changes: backward then raises if autograd has saved one of
-// them.
-void bump_versions(const AdamWParams& params);
+// Bumps the versions of the tensors, where they are defined, that a step changes: backward then raises if
+// autograd has saved one of them.
+void bump_versions(std::initializer_list<at::Tensor> changed);
 
 // The count in a step on the CPU, and another one in its place.
 double adamw_count_cpu(const at::Tensor& step);

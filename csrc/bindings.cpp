@@ -12,6 +12,7 @@
 #include "base/op_names.h"
 #include "count_bigrams.h"
 #include "cpu/count_bigrams_sparse.h"
+#include "deferred_adamw.h"
 #include "embedding_cross_entropy.h"
 #include "fit.h"
 #include "generate.h"
@@ -85,13 +86,22 @@ TORCH_LIBRARY(bigramx, m) {
         "Tensor(d!)? max_exp_avg_sq, Tensor step, float lr, float beta1, float beta2, float eps, "
         "float weight_decay, bool maximize) -> ()");
 
+    // Takes the steps that rows of param, (R, C), have yet to take, in place; row_steps, (R) int64: how many
+    // each has taken. schedule, (S, 5) float64: lr, beta1, beta2, eps, weight_decay of the last S of `step`
+    // steps. rows, (K): None for all. grad, (K, C): of the rows at the last step; it is zero at all others.
+    m.def(
+        "deferred_adamw_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_steps, "
+        "Tensor schedule, int step, Tensor? rows=None, Tensor? grad=None, bool maximize=False) -> ()");
+
     // Steps of get_batch, embedding_cross_entropy and adamw_, until losses, (steps) float64, is full or the
-    // time is up; returns the number of steps, which is added to `step`.
+    // time is up; returns the number of steps, which is added to `step`. row_steps, (V) int64: as of
+    // deferred_adamw_, which takes what is left of the steps of rows that no batch met; None: no steps are
+    // left.
     m.def(
         "fit_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, "
         "Tensor(e!) losses, Tensor tokens, int batch_size, int block_size, int padding_idx, float lr, "
         "float beta1, float beta2, float eps, float weight_decay, float max_seconds, "
-        "Generator? generator=None) -> int",
+        "Generator? generator=None, Tensor(f!)? row_steps=None) -> int",
         {at::Tag::nondeterministic_seeded});
 }
 
@@ -116,6 +126,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     DirectOp<decltype(adamw_step)>::define(m, "adamw_step", adamw_step);
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);
     DirectOp<decltype(count_bigrams)>::define(m, "bigramx", kCountBigrams);
+    DirectOp<decltype(deferred_adamw)>::define(m, "bigramx", kDeferredAdamW);
     DirectOp<decltype(EmbeddingCrossEntropy::differentiable)>::define(m, "bigramx", kEmbeddingCrossEntropy);
     DirectOp<decltype(fit)>::define(m, "bigramx", kFit);
     DirectOp<decltype(generate)>::define(m, "bigramx", kGenerate);

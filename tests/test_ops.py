@@ -71,6 +71,16 @@ def test_opcheck_others() -> None:
 
 
 @pytest.mark.cpu_only
+def test_opcheck_deferred_adamw() -> None:
+    tables, row_steps = [torch.rand(4, 3) for _ in range(3)], torch.tensor([1, 0, 2, 1])
+    schedule = torch.tensor([[0.1, 0.9, 0.99, 1e-8, 0.1]], dtype=torch.float64).expand(3, 5)
+    library.opcheck(OPS.deferred_adamw_.default, (*tables, row_steps, schedule, 3))
+    grad = torch.rand(2, 3)
+    arguments = (*tables, row_steps, schedule, 3, torch.tensor([2, 0]), grad, True)
+    library.opcheck(OPS.deferred_adamw_.default, arguments)
+
+
+@pytest.mark.cpu_only
 def test_opcheck_fit() -> None:
     table, losses = [torch.rand(4, 4) for _ in range(3)], torch.zeros(2, dtype=torch.float64)
     tokens = torch.arange(4)  # one block alone
@@ -122,6 +132,15 @@ def arguments_of(op: str) -> Arguments:
             "padding_idx": -1,
             **numbers,
             "max_seconds": 100.0,
+            "row_steps": torch.zeros(5, dtype=torch.int64),
+        },
+        "deferred_adamw_": {
+            **{name: torch.rand(5, 5) for name in ("param", "exp_avg", "exp_avg_sq")},
+            "row_steps": torch.zeros(5, dtype=torch.int64),
+            "schedule": torch.tensor(list(numbers.values()), dtype=torch.float64).expand(3, 5),
+            "step": 3,
+            "rows": torch.tensor([3, 0]),
+            "grad": torch.rand(2, 5),
         },
     }
     return arguments[op]
@@ -150,11 +169,21 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
     return [value for value in results if isinstance(value, torch.Tensor)]
 
 
-DIRECT_OPS = ["embedding_cross_entropy", "multinomial", "generate", "count_bigrams", "get_batch", "adamw_", "fit_"]
+DIRECT_OPS = [
+    "embedding_cross_entropy",
+    "multinomial",
+    "generate",
+    "count_bigrams",
+    "get_batch",
+    "adamw_",
+    "deferred_adamw_",
+    "fit_",
+]
+CPU_ONLY = ("deferred_adamw_", "fit_")
 KERNEL_OPS = ["embedding_cross_entropy_forward", "embedding_cross_entropy_backward"]
 TENSORS = [
     pytest.param(
-        op, argument.name, entry, id=f"{op}-{argument.name}-{entry}", marks=[pytest.mark.cpu_only] * (op == "fit_")
+        op, argument.name, entry, id=f"{op}-{argument.name}-{entry}", marks=[pytest.mark.cpu_only] * (op in CPU_ONLY)
     )
     for op in DIRECT_OPS + KERNEL_OPS
     for argument in schema_of(op)

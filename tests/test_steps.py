@@ -166,7 +166,7 @@ def test_dropout_does_not_evaluate() -> None:
     assert evaluations[0] == evaluations[1] == pytest.approx(new_model().evaluate(TOKENS), rel=1e-5)
     model = new_model(WithDropout)
     fit(model, TOKENS, max_steps=3, eval_interval=1)
-    assert model.dropout.training  # type: ignore[union-attr]
+    assert model.dropout.training
 
 
 @pytest.mark.parametrize(

@@ -263,8 +263,8 @@ HANGS = ("forward", "progress", "evaluation", "optimizer", "scheduler")
 def test_another_interrupt_breaks_what_hangs(
     keyboard_interrupt: None, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setattr("bigramx.training._Interrupt._PATIENCE", 0.05)
-    monkeypatch.setattr("bigramx.training._Interrupt._ECHO", 0.001)
+    monkeypatch.setattr("bigramx.training._Signals._PATIENCE", 0.05)
+    monkeypatch.setattr("bigramx.training._Signals._ECHO", 0.001)
     hung: list[str] = []
 
     def hang(place: str) -> None:

@@ -5,6 +5,7 @@ namespace bigramx {
 
 constexpr const char* kAdamW = "adamw_";
 constexpr const char* kCountBigrams = "count_bigrams";
+constexpr const char* kDeferredAdamW = "deferred_adamw_";
 constexpr const char* kEmbeddingCrossEntropy = "embedding_cross_entropy";
 constexpr const char* kFit = "fit_";
 constexpr const char* kGenerate = "generate";

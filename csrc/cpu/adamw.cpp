@@ -4,20 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include "base/op_names.h"
-
-namespace bigramx::cpu {
-
-template <typename scalar_t>
-struct AdamWKernelParams : AdamWConstants<scalar_t> {
-    // (size) each.
-    scalar_t* param;
-    const scalar_t* grad;
-    scalar_t* exp_avg;
-    scalar_t* exp_avg_sq;
-    scalar_t* max_exp_avg_sq;  // null: no AMSGrad
-};
-
-}  // namespace bigramx::cpu
+#include "cpu/adamw_elements.h"
 
 #define BIGRAMX_KERNELS "cpu/adamw_kernels.h"
 #include "cpu/base/foreach_target.h"
@@ -25,20 +12,6 @@ struct AdamWKernelParams : AdamWConstants<scalar_t> {
 namespace bigramx {
 
 using namespace cpu;
-
-namespace {
-
-template <typename scalar_t>
-AdamWKernelParams<scalar_t> kernel_params(const AdamWParams& params, double step) {
-    return {adamw_constants<scalar_t>(params.options, step),
-            params.param.data_ptr<scalar_t>(),
-            params.grad.const_data_ptr<scalar_t>(),
-            params.exp_avg.data_ptr<scalar_t>(),
-            params.exp_avg_sq.data_ptr<scalar_t>(),
-            params.max_exp_avg_sq.defined() ? params.max_exp_avg_sq.data_ptr<scalar_t>() : nullptr};
-}
-
-}  // namespace
 
 double adamw_count_cpu(const at::Tensor& step) {
     return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
@@ -57,10 +30,16 @@ void adamw_cpu(const AdamWParams& params) {
     const double step = adamw_count_cpu(params.step);
     TORCH_CHECK_VALUE(step >= 1, kAdamW, ": expected step >= 1, got ", step);
     AT_DISPATCH_FLOATING_TYPES(params.param.scalar_type(), kAdamW, [&] {
-        const auto kernel_args = kernel_params<scalar_t>(params, step);
+        const auto constants = adamw_constants<scalar_t>(params.options, step);
+        const AdamWElements<scalar_t> elements{
+            params.param.data_ptr<scalar_t>(), params.exp_avg.data_ptr<scalar_t>(),
+            params.exp_avg_sq.data_ptr<scalar_t>(),
+            params.max_exp_avg_sq.defined() ? params.max_exp_avg_sq.data_ptr<scalar_t>() : nullptr};
+        const scalar_t* const grad = params.grad.const_data_ptr<scalar_t>();
         const auto kernel = BIGRAMX_DISPATCH_TARGET(adamw_kernel<scalar_t>);
-        at::parallel_for(0, params.param.numel(), kGrainSize,
-                         [&](int64_t begin, int64_t end) { kernel(kernel_args, begin, end); });
+        at::parallel_for(0, params.param.numel(), kGrainSize, [&](int64_t begin, int64_t end) {
+            kernel(constants, elements.from(begin), grad + begin, end - begin);
+        });
     });
 }
 

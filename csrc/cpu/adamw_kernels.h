@@ -1,35 +1,48 @@
-// The AdamW update of the elements from `begin` to `end`. Compiled once for each CPU target
-// (cpu/base/foreach_target.h).
+// The AdamW update of some elements. Compiled once for each CPU target (cpu/base/foreach_target.h), hence no
+// include guard.
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
 template <typename scalar_t>
-void adamw_kernel(const AdamWKernelParams<scalar_t>& params, int64_t begin, int64_t end) {
+inline __attribute__((always_inline)) void update_moments(const AdamWConstants<scalar_t>& step,
+                                                          Vector<scalar_t> grad, Vector<scalar_t>& exp_avg,
+                                                          Vector<scalar_t>& exp_avg_sq) {
+    const Vector<scalar_t> difference = grad - exp_avg;
+    exp_avg =
+        step.from_exp_avg ? exp_avg + difference * step.one_minus_beta1 : grad - difference * step.beta1;
+    exp_avg_sq = exp_avg_sq * step.beta2 + step.one_minus_beta2 * grad * grad;
+}
+
+template <typename scalar_t>
+inline __attribute__((always_inline)) Vector<scalar_t> updated_param(const AdamWConstants<scalar_t>& step,
+                                                                     Vector<scalar_t> param,
+                                                                     Vector<scalar_t> exp_avg,
+                                                                     Vector<scalar_t> exp_avg_sq) {
+    const Vector<scalar_t> denominator = sqrt(exp_avg_sq) * step.inverse_root_correction2 + step.eps;
+    return param * step.decay - step.step_size * exp_avg / denominator;
+}
+
+template <typename scalar_t>
+void adamw_kernel(const AdamWConstants<scalar_t>& step_params, const AdamWElements<scalar_t>& elements,
+                  const scalar_t* grads, int64_t size) {
+    const AdamWConstants<scalar_t> step = step_params;  // a copy, for registers
     const scalar_t none = 0;
-    scalar_t* const param_row = params.param + begin;
-    scalar_t* const exp_avg_row = params.exp_avg + begin;
-    scalar_t* const exp_avg_sq_row = params.exp_avg_sq + begin;
-    scalar_t* const largest_row = params.max_exp_avg_sq != nullptr ? params.max_exp_avg_sq + begin : nullptr;
-    for_each_vector<scalar_t>(end - begin, [&](Lanes<scalar_t> lanes) {
-        const Vector<scalar_t> grad = params.grad_sign * lanes.load(params.grad + begin, none);
-        Vector<scalar_t> exp_avg = lanes.load(exp_avg_row, none);
-        const Vector<scalar_t> difference = grad - exp_avg;
-        exp_avg = params.from_exp_avg ? exp_avg + difference * params.one_minus_beta1
-                                      : grad - difference * params.beta1;
-        const Vector<scalar_t> exp_avg_sq =
-            lanes.load(exp_avg_sq_row, none) * params.beta2 + params.one_minus_beta2 * grad * grad;
-        Vector<scalar_t> largest = exp_avg_sq;
+    scalar_t* const largest_row = elements.max_exp_avg_sq;
+    for_each_vector<scalar_t>(size, [&](Lanes<scalar_t> lanes) {
+        const Vector<scalar_t> grad = step.grad_sign * lanes.load(grads, none);
+        Vector<scalar_t> exp_avg = lanes.load(elements.exp_avg, none);
+        Vector<scalar_t> exp_avg_sq = lanes.load(elements.exp_avg_sq, none);
+        update_moments(step, grad, exp_avg, exp_avg_sq);
+        lanes.store(elements.exp_avg, exp_avg);
+        lanes.store(elements.exp_avg_sq, exp_avg_sq);
         if (largest_row != nullptr) {
             const Vector<scalar_t> before = lanes.load(largest_row, none);
-            largest = before > exp_avg_sq ? before : exp_avg_sq;
-            largest = before == before ? largest : before;  // a NaN stays, as in torch.maximum
-            lanes.store(largest_row, largest);
+            const Vector<scalar_t> largest = before > exp_avg_sq ? before : exp_avg_sq;
+            exp_avg_sq = before == before ? largest : before;  // a NaN stays, as in torch.maximum
+            lanes.store(largest_row, exp_avg_sq);
         }
-        const Vector<scalar_t> denominator = sqrt(largest) * params.inverse_root_correction2 + params.eps;
-        lanes.store(exp_avg_row, exp_avg);
-        lanes.store(exp_avg_sq_row, exp_avg_sq);
-        lanes.store(param_row,
-                    lanes.load(param_row, none) * params.decay - params.step_size * exp_avg / denominator);
+        lanes.store(elements.param,
+                    updated_param(step, lanes.load(elements.param, none), exp_avg, exp_avg_sq));
     });
 }
 

@@ -6,64 +6,12 @@
 #include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "base/op_names.h"
 #include "cpu/base/huge_pages.h"
-#include "cpu/embedding_cross_entropy_workspace.h"
-#include "embedding_cross_entropy_row.h"
-
-namespace bigramx::cpu {
-
-// What one call computes for the rows. acc_t: the accumulation dtype. All offsets are in elements.
-struct EmbeddingCrossEntropyKernelParams {
-    const void* weight;  // (R, C)
-    int64_t row_stride;
-    int64_t num_classes;
-    const Pairs* pairs;
-    const void* class_weight;  // (C) of acc_t, or null: all ones
-    int64_t padding_idx;
-    RowLossOptions options;
-
-    const int64_t* rows;  // (num_slots): the row of each slot; null: slot i is row i
-    int64_t num_slots;
-    bool want_loss;
-    void* losses;               // (N) of acc_t, or null: only their sum
-    void* gradient;             // (num_slots, C), or null
-    bool nontemporal_gradient;  // whether it is written by non-temporal stores
-    const void* grad_losses;    // (N) of acc_t, or null: all ones
-    LossScales scales;          // multiplied by the gradient of the loss
-};
-
-constexpr int64_t kMaxRowsAtOnce = 16;
-
-// The number of rows that a kernel processes together: as many as fit into the L1 cache.
-inline int64_t rows_at_once(int64_t num_classes) {
-    constexpr int64_t kElements = 2048;
-    return std::clamp<int64_t>(kElements / std::max<int64_t>(num_classes, 1), 1, kMaxRowsAtOnce);
-}
-
-// One more for non-temporal stores: a row leaves its scratch while the next rows are computed.
-inline int64_t rows_of_scratch(const EmbeddingCrossEntropyKernelParams& params) {
-    return rows_at_once(params.num_classes) + (params.nontemporal_gradient ? 1 : 0);
-}
-
-struct LossScratch {
-    void* exponentials;      // (rows_of_scratch, padded C) of acc_t
-    int32_t* target_counts;  // (C), zero before and after
-};
-
-struct GatherParams {
-    const int64_t* idx;  // (N)
-    const char* table;
-    int64_t stride_bytes;
-    int64_t row_bytes;
-    char* to;  // (N, row_bytes)
-};
-
-}  // namespace bigramx::cpu
+#include "cpu/embedding_cross_entropy_rows.h"
 
 #define BIGRAMX_KERNELS "cpu/embedding_cross_entropy_kernels.h"
 #include "cpu/base/foreach_target.h"
@@ -72,12 +20,9 @@ namespace bigramx {
 
 using namespace cpu;
 
-namespace {
-
 using KernelParams = EmbeddingCrossEntropyKernelParams;
 
-// The distinct rows, ascending, except that the padding row is last: the gradient leaves it out.
-at::Tensor occurring_rows(const Pairs& pairs, int64_t num_rows, int64_t padding_idx) {
+at::Tensor cpu::occurring_rows(const Pairs& pairs, int64_t num_rows, int64_t padding_idx) {
     std::vector<int64_t> found;
     bool padding_occurs = false;
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -94,7 +39,24 @@ at::Tensor occurring_rows(const Pairs& pairs, int64_t num_rows, int64_t padding_
     return rows;
 }
 
-KernelParams kernel_params(const EmbeddingCrossEntropyParams& params, const Pairs& pairs) {
+void cpu::divide_slots(const KernelParams& params, Buffer<int64_t>& block_begins) {
+    const int64_t block = rows_of_block(params.num_classes);
+    block_begins.resize(params.num_slots + 1);
+    int64_t num_blocks = 0;
+    for (int64_t slot = 0; slot < params.num_slots;) {
+        block_begins[num_blocks++] = slot;
+        if (params.rows == nullptr) {
+            slot = std::min(slot + block, params.num_slots);
+        } else {
+            const int64_t number = params.rows[slot] / block;
+            while (slot < params.num_slots && params.rows[slot] / block == number) ++slot;
+        }
+    }
+    block_begins[num_blocks] = params.num_slots;
+    block_begins.resize(num_blocks + 1);
+}
+
+KernelParams cpu::kernel_params(const EmbeddingCrossEntropyParams& params, const Pairs& pairs) {
     const EmbeddingCrossEntropyOptions& options = params.options;
     KernelParams result{};
     result.weight = params.weight.const_data_ptr();
@@ -116,65 +78,19 @@ KernelParams kernel_params(const EmbeddingCrossEntropyParams& params, const Pair
     return result;
 }
 
-// How the slots are divided. Blocks of fixed size, whose sums are added in order, make the result independent
-// of the number of threads. Runs of blocks, which threads take one after another, balance the load, as rows
-// differ in cost.
-struct Partition {
-    Partition(int64_t num_slots, int64_t num_classes) {
-        constexpr int64_t kBlockElements = 1 << 15;  // the grain size
-        constexpr int64_t kRunsOfThread = 8;
-        block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, num_classes));
-        num_blocks = (num_slots + block - 1) / block;
-        num_threads = std::min<int64_t>(num_blocks, at::get_num_threads());
-        run = std::max<int64_t>(1, num_blocks / (kRunsOfThread * num_threads));
-    }
-
-    int64_t block;  // in slots
-    int64_t num_blocks;
-    int64_t num_threads;
-    int64_t run;  // in blocks
-};
-
-// Calls visit(thread, block) for all blocks.
-template <typename Visit>
-void for_each_block(const Partition& partition, const Visit& visit) {
-    std::atomic<int64_t> next = 0;
-    at::parallel_for(0, partition.num_threads, 1, [&](int64_t first, int64_t last) {
-        for (int64_t thread = first; thread < last; ++thread) {
-            for (int64_t begin; (begin = next.fetch_add(partition.run)) < partition.num_blocks;) {
-                const int64_t end = std::min(begin + partition.run, partition.num_blocks);
-                for (int64_t block = begin; block < end; ++block) visit(thread, block);
-            }
-        }
-    });
-}
+namespace {
 
 LossSums run_slots(const KernelParams& params, at::ScalarType dtype, LossWorkspace& workspace) {
-    if (params.num_slots == 0) return {};
-    const Partition partition(params.num_slots, params.num_classes);
-    workspace.target_counts.resize_zeros(partition.num_threads * params.num_classes);
-    workspace.sums_of_block.resize(partition.num_blocks);
-
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kEmbeddingCrossEntropy, [&] {
-        using acc_t = opmath_t<scalar_t>;
+    return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kEmbeddingCrossEntropy, [&] {
         const auto kernel = BIGRAMX_DISPATCH_TARGET(rows_kernel<scalar_t>);
-        const int64_t scratch_bytes =
-            rows_of_scratch(params) * padded(params.num_classes) * static_cast<int64_t>(sizeof(acc_t));
-        workspace.exponentials.resize(partition.num_threads * scratch_bytes);
-        for_each_block(partition, [&](int64_t thread, int64_t block) {
-            const LossScratch scratch{workspace.exponentials.begin() + thread * scratch_bytes,
-                                      workspace.target_counts.begin() + thread * params.num_classes};
-            workspace.sums_of_block[block] =
-                kernel(params, scratch, block * partition.block,
-                       std::min(params.num_slots, (block + 1) * partition.block));
-        });
+        return sum_over_slots<scalar_t>(params, workspace,
+                                        [&](const LossScratch& scratch, int64_t begin, int64_t end) {
+                                            return kernel(params, scratch, begin, end);
+                                        });
     });
-    LossSums total;
-    for (const LossSums& sums : workspace.sums_of_block) total = total + sums;
-    return total;
 }
 
-// Processes the rows that occur, or all rows for a dense gradient. Allocates gradient->values unless defined.
+// Processes the rows that occur, or all rows for a dense gradient, which it allocates.
 LossSums run(KernelParams& kernel_params, const EmbeddingCrossEntropyParams& params, WeightGradient* gradient,
              LossWorkspace& workspace) {
     constexpr int64_t kCached = int64_t{1} << 25;  // bytes: a larger gradient is evicted before it is read
@@ -188,11 +104,9 @@ LossSums run(KernelParams& kernel_params, const EmbeddingCrossEntropyParams& par
     }
     kernel_params.num_slots = num_slots;
     if (gradient != nullptr) {
-        if (!gradient->values.defined()) {
-            gradient->rows = all_rows ? at::empty({0}, at::dtype(at::kLong)) : rows;
-            gradient->values = at::empty({num_slots, kernel_params.num_classes}, params.weight.options());
-            advise_huge_pages(gradient->values);
-        }
+        gradient->rows = all_rows ? at::empty({0}, at::dtype(at::kLong)) : rows;
+        gradient->values = at::empty({num_slots, kernel_params.num_classes}, params.weight.options());
+        advise_huge_pages(gradient->values);
         kernel_params.gradient = gradient->values.data_ptr();
         kernel_params.nontemporal_gradient = static_cast<int64_t>(gradient->values.nbytes()) > kCached;
     }
@@ -288,15 +202,6 @@ EmbeddingCrossEntropyResult embedding_cross_entropy_cpu(const EmbeddingCrossEntr
         result.loss = scalar_tensor(reduced_loss(sums, kernel.scales), loss_options);
     }
     return result;
-}
-
-double cpu::embedding_cross_entropy_step(const EmbeddingCrossEntropyParams& params,
-                                         const at::Tensor& grad_weight, LossWorkspace& workspace) {
-    workspace.pairs.group(params);
-    KernelParams kernel = kernel_params(params, workspace.pairs);
-    kernel.want_loss = true;
-    WeightGradient gradient{at::Tensor(), grad_weight};
-    return reduced_loss(run(kernel, params, &gradient, workspace), kernel.scales);
 }
 
 WeightGradient embedding_cross_entropy_backward_cpu(const at::Tensor& grad_loss,

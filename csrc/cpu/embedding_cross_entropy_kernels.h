@@ -17,12 +17,15 @@ class RowKernel {
           grad_losses_(static_cast<const acc_t*>(params.grad_losses)),
           exponentials_(static_cast<acc_t*>(scratch.exponentials)),
           target_counts_(scratch.target_counts),
+          gradient_(static_cast<scalar_t*>(scratch.gradient != nullptr ? scratch.gradient : params.gradient)),
           is_plain_(class_weight_ == nullptr && grad_losses_ == nullptr &&
                     params.options.label_smoothing == 0 && params.options.z_loss == 0),
           rows_of_scratch_(rows_of_scratch(params)) {}
 
-    LossSums process(int64_t begin, int64_t end) {
+    // Adds the losses of the rows one after another: rows without pairs between them change nothing.
+    void process(int64_t begin, int64_t end, LossSums& sums) {
         num_rows_ = 0;
+        first_of_gradient_ = params_.gradient_in_scratch ? begin : 0;
         for (int64_t slot = begin; slot < end; ++slot) add_row(slot);
         find_maxima(std::min(params_.num_classes, kFirstPart));
         exponentiate();
@@ -32,11 +35,9 @@ class RowKernel {
         }
         if (class_weight_ != nullptr) for_each_row([&](Row& row) { sum_class_weights(row); });
         if (!params_.pairs->counted) for_each_row([&](Row& row) { sum_listed_pairs(row); });
-        LossSums sums;
         if (params_.want_loss) for_each_row([&](Row& row) { sums = sums + losses(row); });
-        if (params_.gradient != nullptr) for_each_row([&](Row& row) { write_gradient(row); });
+        if (gradient_ != nullptr) for_each_row([&](Row& row) { write_gradient(row); });
         for_each_row([&](Row& row) { clear_counts(row); });
-        return sums;
     }
 
     void finish() {
@@ -70,9 +71,8 @@ class RowKernel {
     void add_row(int64_t slot) {
         Row& row = rows_[num_rows_];
         row.index = params_.rows != nullptr ? params_.rows[slot] : slot;
-        row.gradient = params_.gradient != nullptr
-                           ? static_cast<scalar_t*>(params_.gradient) + slot * params_.num_classes
-                           : nullptr;
+        row.gradient =
+            gradient_ != nullptr ? gradient_ + (slot - first_of_gradient_) * params_.num_classes : nullptr;
         row.num_pairs = 0;
         row.pairs = {};
         if (!find_pairs(row)) {
@@ -412,8 +412,10 @@ class RowKernel {
     const EmbeddingCrossEntropyKernelParams& params_;
     const acc_t* class_weight_;
     const acc_t* grad_losses_;
-    acc_t* exponentials_;                // (rows_of_scratch, padded C)
-    int32_t* target_counts_;             // (C), all zero between rows
+    acc_t* exponentials_;       // (rows_of_scratch, padded C)
+    int32_t* target_counts_;    // (C), all zero between rows
+    scalar_t* const gradient_;  // of the slots from first_of_gradient_ on, or null
+    int64_t first_of_gradient_ = 0;
     NonTemporalRow<scalar_t> outgoing_;  // the gradient row that is written while the next row is computed
     const bool is_plain_;                // cross entropy alone, with equal weights for all pairs
     const int64_t rows_of_scratch_;
@@ -431,7 +433,7 @@ LossSums rows_kernel(const EmbeddingCrossEntropyKernelParams& params, const Loss
     const int64_t step = rows_at_once(params.num_classes);
     LossSums sums;
     for (int64_t slot = begin; slot < end; slot += step)
-        sums = sums + kernel.process(slot, std::min(end, slot + step));
+        kernel.process(slot, std::min(end, slot + step), sums);
     kernel.finish();
     return sums;
 }

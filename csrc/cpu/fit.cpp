@@ -1,25 +1,37 @@
 #include "fit.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <chrono>
 #include <mutex>
 
 #include "base/interrupt.h"
-#include "cpu/embedding_cross_entropy_workspace.h"
+#include "base/op_names.h"
+#include "cpu/deferred_adamw_rows.h"
+#include "cpu/embedding_cross_entropy_rows.h"
 #include "sampling/generator.h"
 
-namespace bigramx {
-namespace {
+namespace bigramx::cpu {
 
-// step: float32 or float64.
-void increment(const at::Tensor& step) {
-    if (step.scalar_type() == at::kFloat) {
-        ++*step.data_ptr<float>();
-    } else {
-        ++*step.data_ptr<double>();
-    }
-}
+template <typename scalar_t>
+struct FitKernelParams {
+    const EmbeddingCrossEntropyKernelParams* loss;  // its slots are the rows to be updated
+    DeferredRows<scalar_t> rows;                    // row_steps null: all rows take each step
+    int64_t step;                                   // the count of this one, from 1
+};
+
+}  // namespace bigramx::cpu
+
+#define BIGRAMX_KERNELS "cpu/fit_kernels.h"
+#include "cpu/base/foreach_target.h"
+
+namespace bigramx {
+
+using namespace cpu;
+
+namespace {
 
 // Puts the generator back where a step raises before it changes anything: its batch is still to be drawn.
 class DrawsOfStep {
@@ -45,37 +57,114 @@ class DrawsOfStep {
     bool is_taken_ = false;
 };
 
-}  // namespace
+// The steps, of batches that are given.
+template <typename scalar_t>
+class FitSteps {
+  public:
+    explicit FitSteps(const FitParams& params)
+        : params_(params),
+          oldest_step_(oldest_step()),
+          schedule_(oldest_step_ + 1),
+          rows_{{params.adamw.param.data_ptr<scalar_t>(), params.adamw.exp_avg.data_ptr<scalar_t>(),
+                 params.adamw.exp_avg_sq.data_ptr<scalar_t>()},
+                params.adamw.param.size(1),
+                params.row_steps.defined() ? params.row_steps.data_ptr<int64_t>() : nullptr,
+                &schedule_} {
+        while (schedule_.next_step() <= steps_taken()) schedule_.add(params.adamw.options);
+    }
 
-int64_t fit_cpu(const FitParams& params) {
+    // Returns the loss before the step.
+    double take(const EmbeddingCrossEntropyParams& batch) {
+        workspace_.pairs.group(batch);
+        EmbeddingCrossEntropyKernelParams loss = kernel_params(batch, workspace_.pairs);
+        loss.want_loss = loss.gradient_in_scratch = true;
+        loss.num_slots = rows_.num_columns;
+        at::Tensor rows;
+        if (rows_.row_steps != nullptr) {
+            rows = occurring_rows(workspace_.pairs, rows_.num_columns, kNoPadding);
+            loss.rows = rows.const_data_ptr<int64_t>();
+            loss.num_slots = rows.numel();
+        }
+        const int64_t step = steps_taken() + 1;
+        if (schedule_.next_step() == step) schedule_.add(params_.adamw.options);
+        const FitKernelParams<scalar_t> kernel_args{&loss, rows_, step};
+        const auto kernel = BIGRAMX_DISPATCH_TARGET(fit_kernel<scalar_t>);
+        const LossSums sums = sum_over_slots<scalar_t>(
+            loss, workspace_, [&](const LossScratch& scratch, int64_t begin, int64_t end) {
+                return kernel(kernel_args, scratch, begin, end);
+            });
+        adamw_set_count_cpu(params_.adamw.step, static_cast<double>(step));
+        limit_missed_steps();
+        return static_cast<scalar_t>(reduced_loss(sums, loss.scales));
+    }
+
+  private:
+    int64_t steps_taken() const { return static_cast<int64_t>(adamw_count_cpu(params_.adamw.step)); }
+
+    // How many steps the row has taken that has taken the fewest.
+    int64_t oldest_step() const {
+        if (!params_.row_steps.defined() || params_.row_steps.numel() == 0) return steps_taken();
+        const at::Tensor& row_steps = params_.row_steps;
+        const int64_t* const first = row_steps.const_data_ptr<int64_t>();
+        const auto [least, most] = std::minmax_element(first, first + row_steps.numel());
+        TORCH_CHECK_VALUE(*least >= 0 && *most <= steps_taken(), kFit,
+                          ": expected 0 <= row_steps <= ", steps_taken(), ", the number of steps, got ",
+                          *least, " to ", *most);
+        return *least;
+    }
+
+    // The constants of the missed steps stay in the L1 cache.
+    void limit_missed_steps() {
+        constexpr int64_t kMost = 1 << 10;
+        if (schedule_.next_step() - oldest_step_ <= kMost) return;
+        oldest_step_ = steps_taken();
+        if (rows_.row_steps != nullptr) catch_up(rows_, nullptr, rows_.num_columns, oldest_step_);
+        schedule_ = AdamWSchedule<scalar_t>(oldest_step_ + 1);
+    }
+
+    const FitParams& params_;
+    int64_t oldest_step_;
+    AdamWSchedule<scalar_t> schedule_;
+    const DeferredRows<scalar_t> rows_;
+    LossWorkspace workspace_;
+};
+
+// Calls take(batch) for one step after the other, which returns its loss.
+template <typename Take>
+int64_t take_steps(const FitParams& params, const Take& take) {
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
     const std::chrono::duration<double> limit(params.max_seconds);
     const int64_t num_pairs = params.batch.batch_size * params.batch.block_size;
-    const EmbeddingCrossEntropyParams loss_params{
+    const EmbeddingCrossEntropyParams batch{
         at::empty({num_pairs}, at::dtype(at::kLong)),
         params.adamw.param,
         at::empty({num_pairs}, at::dtype(at::kLong)),
         /*class_weight=*/at::Tensor(),
         {/*ignore_index=*/-100, at::Reduction::Mean, /*label_smoothing=*/0.0, /*z_loss=*/0.0,
          params.padding_idx, /*sparse=*/false}};
-    cpu::LossWorkspace workspace;
     const at::Tensor& losses = params.losses;
     double* const losses_of_steps = losses.data_ptr<double>();
-    const bool single = params.adamw.param.scalar_type() == at::kFloat;
     SignalCheck signals;
     for (int64_t k = 0; k < losses.size(0); ++k) {
         if (k > 0 && Clock::now() - start > limit) return k;
         signals.poll();  // here all agree
         DrawsOfStep draws(cpu_generator(params.batch.generator));
-        get_batch_cpu(params.batch, loss_params.idx, loss_params.targets);
-        const double loss = cpu::embedding_cross_entropy_step(loss_params, params.adamw.grad, workspace);
+        get_batch_cpu(params.batch, batch.idx, batch.targets);
+        losses_of_steps[k] = take(batch);
         draws.take();
-        increment(params.adamw.step);
-        adamw_cpu(params.adamw);
-        losses_of_steps[k] = single ? static_cast<float>(loss) : loss;
     }
     return losses.size(0);
+}
+
+}  // namespace
+
+int64_t fit_cpu(const FitParams& params) {
+    return AT_DISPATCH_FLOATING_TYPES(params.adamw.param.scalar_type(), kFit, [&] {
+        FitSteps<scalar_t> steps(params);
+        return take_steps(params,
+                          [&](const EmbeddingCrossEntropyParams& batch) { return steps.take(batch); });
+    });
 }
 
 }  // namespace bigramx

@@ -296,8 +296,31 @@ inline Vector<float> sqrt(Vector<float> x) {
 }
 
 inline Vector<double> sqrt(Vector<double> x) {
+#if BIGRAMX_VECTOR_BYTES == 64
+    return reinterpret_cast<Vector<double>>(_mm512_maskz_sqrt_pd(0xFF, reinterpret_cast<__m512d>(x)));
+#elif BIGRAMX_VECTOR_BYTES == 32
+    return reinterpret_cast<Vector<double>>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
+#elif defined(__x86_64__)
+    return reinterpret_cast<Vector<double>>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
+#else
     for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::sqrt(x[lane]);
     return x;
+#endif
+}
+
+// The bits that are set in a or in b.
+template <typename T>
+inline Vector<T> bits_of_either(Vector<T> a, Vector<T> b) {
+    using Words = Vector<uint64_t>;
+    return reinterpret_cast<Vector<T>>(reinterpret_cast<Words>(a) | reinterpret_cast<Words>(b));
+}
+
+template <typename T>
+inline bool has_bits(Vector<T> vector) {
+    const auto words = reinterpret_cast<Vector<uint64_t>>(vector);
+    uint64_t all = 0;
+    for (int64_t lane = 0; lane < kLanes<uint64_t>; ++lane) all |= words[lane];
+    return all != 0;
 }
 
 // The products of the low words of 64-bit lanes.
