@@ -382,7 +382,9 @@ class WithBias(BigramLanguageModel):
     def forward(self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True) -> Any:
         logits: Any = super().forward(idx)[0]
         logits = logits + self.bias
-        return logits if return_logits else None, None if targets is None else nn.functional.cross_entropy(logits, targets)
+        return logits if return_logits else None, None if targets is None else nn.functional.cross_entropy(
+            logits, targets
+        )
 
 
 def test_other_parameters_take_all_steps() -> None:

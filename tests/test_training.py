@@ -106,7 +106,11 @@ def test_interrupt_keeps_the_model_and_the_history() -> None:
 
 
 @pytest.mark.cpu_only
-def test_runs_resumed_after_ctrl_c_at_any_moment_equal_one(keyboard_interrupt: None) -> None:
+@pytest.mark.parametrize("smallest", [0, 2**62], ids=["deferred", "all"])
+def test_runs_resumed_after_ctrl_c_at_any_moment_equal_one(
+    keyboard_interrupt: None, monkeypatch: pytest.MonkeyPatch, smallest: int
+) -> None:
+    monkeypatch.setattr("bigramx.steps._DEFERRED_FROM", smallest)
     tokens = torch.randint(20, (500,))
 
     def run(history: History | None, interrupt_after: float | None) -> tuple[History, torch.Tensor]:
