@@ -95,7 +95,8 @@ def test_more_steps_than_rows_may_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("rows")
 def test_callbacks_and_handlers_see_whole_tables() -> None:
     """Of all steps that the optimizer has counted: equal to the table of a run of so many steps."""
-    tokens, seen = torch.randint(65, (500,)), []
+    tokens = torch.randint(65, (500,))
+    seen: list[tuple[int, Tensor]] = []
     optimizers: list[optim.AdamW] = []
 
     def new() -> BigramLanguageModel:
