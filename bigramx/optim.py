@@ -166,7 +166,9 @@ class DeferredAdamW(AdamW):
         """Takes the steps that rows of the table have missed: those of the tokens ``idx``, int64, or all."""
         if self._row_steps is None or self._weight is None:
             return
-        self._update(self._weight, None if idx is None else idx.reshape(-1), None)
+        step, rows = int(self.state[self._weight]["step"]), None if idx is None else idx.reshape(-1)
+        is_between = bool((self._row_steps > step).any())  # a handler looks at a step that is about to be counted
+        self._update(self._weight, step + is_between, self._num_missed + is_between, rows, None)
         if idx is None:
             self._row_steps, self._num_missed = None, 0
 
@@ -233,23 +235,34 @@ class DeferredAdamW(AdamW):
             self.catch_up()
         if self._row_steps is None:
             self._row_steps = torch.full((len(weight),), int(state["step"]), dtype=torch.int64, device="cpu")
+        num_missed, step = self._num_missed, int(state["step"])
         options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        self._schedule[self._num_missed] = torch.tensor(options, dtype=torch.float64, device="cpu")
+        self._schedule[num_missed] = torch.tensor(options, dtype=torch.float64, device="cpu")
         rows, values = _rows_of(grad)
-        self._num_missed += 1
-        state["step"] += 1
+        is_taken = False
         try:
-            self._update(weight, rows, values)
-        except BaseException:  # it was not taken
-            self._num_missed -= 1
-            state["step"] -= 1
-            raise
+            self._update(weight, step + 1, num_missed + 1, rows, values)
+            is_taken = True
+        finally:  # a signal handler may raise once the kernel is done, or have looked at the table
+            if self._row_steps is None:
+                state["step"].fill_(step + 1)
+            elif is_taken or (self._row_steps > step).any():
+                self._num_missed = num_missed + 1
+                state["step"].fill_(step + 1)
 
-    def _update(self, weight: Tensor, rows: Tensor | None, grad: Tensor | None) -> None:
-        state, group = self.state[weight], self._group()
-        schedule, step = self._schedule[: self._num_missed], int(state["step"])
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        ops.deferred_adamw_(weight, *moments, self._row_steps, schedule, step, rows, grad, group["maximize"])
+    def _update(self, weight: Tensor, step: int, num_missed: int, rows: Tensor | None, grad: Tensor | None) -> None:
+        state = self.state[weight]
+        ops.deferred_adamw_(
+            weight,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            self._row_steps,
+            self._schedule[:num_missed],
+            step,
+            rows,
+            grad,
+            self._group()["maximize"],
+        )
 
 
 def _rows_of(grad: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -31,7 +31,7 @@ _FORWARD, _ADAMW_STEP, _ADAMW_ZERO_GRAD = BigramLanguageModel.forward, AdamW.ste
 
 _MOST_STEPS = 1 << 14  # of a native call, for each of which there is memory
 _NOT_TAKEN = -1.0  # in place of a loss
-_DEFERRED_FROM = 1 << 20  # bytes of a table: with AdamW's moments it exceeds the second-level cache
+_DEFERRED_FROM = 1 << 22  # bytes of a table: with AdamW's moments it exceeds the second-level cache
 
 
 def has_plain_loss(module: BigramLanguageModel) -> bool:
@@ -115,6 +115,8 @@ class _Deferred:
         """Takes all of them: the table and its state have the bits that steps of all rows leave."""
         step = int(self.state["step"])
         num_steps = step - int(self.row_steps.min())
+        if num_steps == 0:
+            return
         schedule = torch.tensor([self.options], dtype=torch.float64, device="cpu").expand(num_steps, 5)
         moments = self.state["exp_avg"], self.state["exp_avg_sq"]
         ops.deferred_adamw_(self.param, *moments, self.row_steps, schedule, step, None, None, False)
@@ -211,7 +213,9 @@ class Steps:
         if self.has_native_steps():
             self._take_native(min(most, _MOST_STEPS))
         else:
-            self.catch_up()
+            if self.deferred is not None:
+                self.deferred.catch_up()
+                self.deferred = None
             self._take_one()
         if not self.is_saving_checked:  # the first step makes the optimizer's states
             self._check_saving()
@@ -221,6 +225,7 @@ class Steps:
         """Whether the kernels do all that a step does, and nobody can tell."""
         return (
             self.model is self.module
+            and self.module._table_pre_hooks is None
             and self.scheduler is None
             and self.max_grad_norm is None
             and len(shards_of(self.tokens)) == 1
@@ -235,23 +240,33 @@ class Steps:
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Brings all rows of the table up to date. Whoever lets others see the table calls this first."""
+        """Brings all rows of the table up to date. Whoever lets others see the table calls this first.
+
+        A signal handler may do so in the middle of a native call, between two of its steps.
+        """
         if self.deferred is not None:
             self.deferred.catch_up()
-            self.deferred = None
+        self.module._before_reading()  # the optimizer may be a DeferredAdamW
+
+    @property
+    def are_deferred(self) -> bool:
+        """Whether rows of the table may have missed steps."""
+        return self.deferred is not None or self.module._table_pre_hooks is not None
 
     def _row_steps(self, param: Tensor, state: dict[str, Any], options: _Options) -> Tensor | None:
         """How many steps each row of the table has taken; None where all rows take each step."""
+        step = int(state["step"])
+        if param.nbytes < _DEFERRED_FROM or step + _MOST_STEPS > most_counted(state["step"]):
+            self.catch_up()
+            self.deferred = None
+            return None
         deferred = self.deferred
         if deferred is not None and (deferred.param is not param or deferred.options != options):
             self.catch_up()
-        if self.deferred is None:
-            step = state["step"]
-            if param.nbytes < _DEFERRED_FROM or step + _MOST_STEPS > most_counted(step):
-                return None
-            row_steps = torch.full((len(param),), int(step), dtype=torch.int64, device="cpu")
-            self.deferred = _Deferred(row_steps, param, state, options)
-        return self.deferred.row_steps
+        if deferred is None or not (deferred.row_steps < step).any():  # a callback may have set the step
+            row_steps = torch.full((len(param),), step, dtype=torch.int64, device="cpu")
+            self.deferred = deferred = _Deferred(row_steps, param, state, options)
+        return deferred.row_steps
 
     @torch.no_grad()
     def _take_native(self, most: int) -> None:

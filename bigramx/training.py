@@ -308,7 +308,7 @@ def fit(
                 steps.take(min(max_steps - history.step, eval_interval - history.step % eval_interval))
                 bar.report()
                 # Rows that have missed steps are more work at once: not after each native call.
-                if on_progress is not None and (steps.deferred is None or time.monotonic() >= next_look):
+                if on_progress is not None and (not steps.are_deferred or time.monotonic() >= next_look):
                     steps.catch_up()
                     history.stopped = _is_true(on_progress(history)) and history.step < max_steps
                     next_look = time.monotonic() + 0.25

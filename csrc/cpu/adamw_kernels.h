@@ -22,27 +22,34 @@ inline __attribute__((always_inline)) Vector<scalar_t> updated_param(const AdamW
     return param * step.decay - step.step_size * exp_avg / denominator;
 }
 
+// A step of one vector.
+template <typename scalar_t>
+inline __attribute__((always_inline)) void update(const AdamWConstants<scalar_t>& step,
+                                                  const AdamWElements<scalar_t>& elements,
+                                                  Lanes<scalar_t> lanes, Vector<scalar_t> grad) {
+    const scalar_t none = 0;
+    Vector<scalar_t> exp_avg = lanes.load(elements.exp_avg, none);
+    Vector<scalar_t> exp_avg_sq = lanes.load(elements.exp_avg_sq, none);
+    update_moments<scalar_t>(step, step.grad_sign * grad, exp_avg, exp_avg_sq);
+    lanes.store(elements.exp_avg, exp_avg);
+    lanes.store(elements.exp_avg_sq, exp_avg_sq);
+    if (elements.max_exp_avg_sq != nullptr) {
+        const Vector<scalar_t> before = lanes.load(elements.max_exp_avg_sq, none);
+        const Vector<scalar_t> largest = before > exp_avg_sq ? before : exp_avg_sq;
+        exp_avg_sq = before == before ? largest : before;  // a NaN stays, as in torch.maximum
+        lanes.store(elements.max_exp_avg_sq, exp_avg_sq);
+    }
+    lanes.store(elements.param,
+                updated_param<scalar_t>(step, lanes.load(elements.param, none), exp_avg, exp_avg_sq));
+}
+
 template <typename scalar_t>
 void adamw_kernel(const AdamWConstants<scalar_t>& step_params, const AdamWElements<scalar_t>& elements,
                   const scalar_t* grads, int64_t size) {
-    const AdamWConstants<scalar_t> step = step_params;  // a copy, for registers
-    const scalar_t none = 0;
-    scalar_t* const largest_row = elements.max_exp_avg_sq;
+    const AdamWConstants<scalar_t> step = step_params;  // copies, for registers
+    const AdamWElements<scalar_t> from = elements;
     for_each_vector<scalar_t>(size, [&](Lanes<scalar_t> lanes) {
-        const Vector<scalar_t> grad = step.grad_sign * lanes.load(grads, none);
-        Vector<scalar_t> exp_avg = lanes.load(elements.exp_avg, none);
-        Vector<scalar_t> exp_avg_sq = lanes.load(elements.exp_avg_sq, none);
-        update_moments(step, grad, exp_avg, exp_avg_sq);
-        lanes.store(elements.exp_avg, exp_avg);
-        lanes.store(elements.exp_avg_sq, exp_avg_sq);
-        if (largest_row != nullptr) {
-            const Vector<scalar_t> before = lanes.load(largest_row, none);
-            const Vector<scalar_t> largest = before > exp_avg_sq ? before : exp_avg_sq;
-            exp_avg_sq = before == before ? largest : before;  // a NaN stays, as in torch.maximum
-            lanes.store(largest_row, exp_avg_sq);
-        }
-        lanes.store(elements.param,
-                    updated_param(step, lanes.load(elements.param, none), exp_avg, exp_avg_sq));
+        update<scalar_t>(step, from, lanes, lanes.load(grads, scalar_t(0)));
     });
 }
 

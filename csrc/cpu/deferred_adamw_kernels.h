@@ -50,8 +50,8 @@ struct MissedSteps {
         for (int64_t s = 0; s < num_steps; ++s) {
             const Vector<scalar_t> grad = broadcast(steps[s].grad_sign * scalar_t(0));
             for (int64_t k = 0; k < size; ++k) {
-                update_moments(steps[s], grad, exp_avg[k], exp_avg_sq[k]);
-                param[k] = updated_param(steps[s], param[k], exp_avg[k], exp_avg_sq[k]);
+                update_moments<scalar_t>(steps[s], grad, exp_avg[k], exp_avg_sq[k]);
+                param[k] = updated_param<scalar_t>(steps[s], param[k], exp_avg[k], exp_avg_sq[k]);
             }
         }
     }

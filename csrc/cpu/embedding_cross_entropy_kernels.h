@@ -3,21 +3,73 @@
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
+// Where the gradient of the rows goes: to memory, if it is wanted. fit has another one.
+template <typename scalar_t>
+class GradientInMemory {
+  public:
+    using acc_t = opmath_t<scalar_t>;
+
+    explicit GradientInMemory(const EmbeddingCrossEntropyKernelParams& params) : params_(params) {}
+
+    bool is_wanted() const { return params_.gradient != nullptr; }
+
+    void fill(int64_t slot, acc_t value) const {
+        std::fill(row(slot), row(slot) + params_.num_classes, static_cast<scalar_t>(value));
+    }
+
+    // gradient(lanes): a part of the row.
+    template <typename Gradient>
+    void write(int64_t slot, const Gradient& gradient) const {
+        scalar_t* const to = row(slot);
+        for_each_vector<acc_t>(params_.num_classes,
+                               [&](Lanes<acc_t> lanes) { lanes.store(to, gradient(lanes)); });
+    }
+
+    // exponentials * scale, without a NaN.
+    void write_numbers(int64_t slot, const acc_t* exponentials, acc_t scale) {
+        if (params_.nontemporal_gradient) {
+            outgoing_.start(row(slot), exponentials, params_.num_classes, scale);
+        } else {
+            write(slot, [exponentials, scale = broadcast(scale)](Lanes<acc_t> lanes) {
+                return load(exponentials + lanes.begin) * scale;
+            });
+        }
+    }
+
+    // While the next row is computed, some of one leaves the scratch. A copy of its state is kept in
+    // registers.
+    NonTemporalRow<scalar_t> outgoing() const { return outgoing_; }
+    void set_outgoing(const NonTemporalRow<scalar_t>& outgoing) { outgoing_ = outgoing; }
+
+    void finish() {
+        outgoing_.finish();
+        if (params_.nontemporal_gradient) fence_nontemporal_stores();
+    }
+
+  private:
+    scalar_t* row(int64_t slot) const {
+        return static_cast<scalar_t*>(params_.gradient) + slot * params_.num_classes;
+    }
+
+    const EmbeddingCrossEntropyKernelParams& params_;
+    NonTemporalRow<scalar_t> outgoing_;
+};
+
 // Processes a few short rows together, each step for all of them before the next step: the steps of one row
 // depend on each other, those of different rows overlap. Together the rows fit into the L1 cache. A long row
 // is processed alone, while the next one is prefetched.
-template <typename scalar_t>
+template <typename scalar_t, typename Gradient>
 class RowKernel {
   public:
     using acc_t = opmath_t<scalar_t>;
 
-    RowKernel(const EmbeddingCrossEntropyKernelParams& params, const LossScratch& scratch)
+    RowKernel(const EmbeddingCrossEntropyKernelParams& params, const LossScratch& scratch, Gradient& gradient)
         : params_(params),
+          gradient_(gradient),
           class_weight_(static_cast<const acc_t*>(params.class_weight)),
           grad_losses_(static_cast<const acc_t*>(params.grad_losses)),
           exponentials_(static_cast<acc_t*>(scratch.exponentials)),
           target_counts_(scratch.target_counts),
-          gradient_(static_cast<scalar_t*>(scratch.gradient != nullptr ? scratch.gradient : params.gradient)),
           is_plain_(class_weight_ == nullptr && grad_losses_ == nullptr &&
                     params.options.label_smoothing == 0 && params.options.z_loss == 0),
           rows_of_scratch_(rows_of_scratch(params)) {}
@@ -25,7 +77,6 @@ class RowKernel {
     // Adds the losses of the rows one after another: rows without pairs between them change nothing.
     void process(int64_t begin, int64_t end, LossSums& sums) {
         num_rows_ = 0;
-        first_of_gradient_ = params_.gradient_in_scratch ? begin : 0;
         for (int64_t slot = begin; slot < end; ++slot) add_row(slot);
         find_maxima(std::min(params_.num_classes, kFirstPart));
         exponentiate();
@@ -36,21 +87,16 @@ class RowKernel {
         if (class_weight_ != nullptr) for_each_row([&](Row& row) { sum_class_weights(row); });
         if (!params_.pairs->counted) for_each_row([&](Row& row) { sum_listed_pairs(row); });
         if (params_.want_loss) for_each_row([&](Row& row) { sums = sums + losses(row); });
-        if (gradient_ != nullptr) for_each_row([&](Row& row) { write_gradient(row); });
+        if (gradient_.is_wanted()) for_each_row([&](Row& row) { write_gradient(row); });
         for_each_row([&](Row& row) { clear_counts(row); });
-    }
-
-    void finish() {
-        outgoing_.finish();
-        if (params_.nontemporal_gradient) fence_nontemporal_stores();
     }
 
   private:
     struct Row {
+        int64_t slot;
         int64_t index;            // in the table
         const scalar_t* weight;   // (C)
         const scalar_t* next;     // the next row, to prefetch
-        scalar_t* gradient;       // (C), or null
         int64_t begin, end;       // its pairs in the list
         int32_t* counts;          // (padded C): its pairs by target; or null
         acc_t* exponentials;      // (padded C): e^(W[i, j] - max)
@@ -71,13 +117,11 @@ class RowKernel {
     void add_row(int64_t slot) {
         Row& row = rows_[num_rows_];
         row.index = params_.rows != nullptr ? params_.rows[slot] : slot;
-        row.gradient =
-            gradient_ != nullptr ? gradient_ + (slot - first_of_gradient_) * params_.num_classes : nullptr;
+        row.slot = slot;
         row.num_pairs = 0;
         row.pairs = {};
         if (!find_pairs(row)) {
-            if (row.gradient != nullptr)
-                std::fill(row.gradient, row.gradient + params_.num_classes, scalar_t(0));
+            if (gradient_.is_wanted()) gradient_.fill(slot, acc_t(0));
             return;
         }
         row.weight = weight_of_slot(slot);
@@ -155,10 +199,10 @@ class RowKernel {
             if (params_.pairs->counted) {
                 exponentiate_counted(k);
             } else {
-                NonTemporalRow<scalar_t> outgoing = outgoing_;  // a copy, for registers
+                auto outgoing = gradient_.outgoing();
                 partial_[k] =
                     exponentials_of(rows_[k], [&](Lanes<acc_t>, Vector<acc_t>) { outgoing.step(); });
-                outgoing_ = outgoing;
+                gradient_.set_outgoing(outgoing);
             }
         }
         alignas(BIGRAMX_VECTOR_BYTES) acc_t sums[kMaxRowsAtOnce];
@@ -329,7 +373,7 @@ class RowKernel {
         if (row.num_pairs == 0 || row.index == params_.padding_idx) {
             // Where all pairs are ignored the softmax counts 0 times, which is NaN if it is NaN.
             const acc_t none = row.index == params_.padding_idx ? 0 : 0 * row.sum;
-            std::fill(row.gradient, row.gradient + params_.num_classes, static_cast<scalar_t>(none));
+            gradient_.fill(row.slot, none);
             return;
         }
         const RowGradient terms = gradient_of_row(params_.options, params_.scales, row.pairs, row.lse());
@@ -345,37 +389,23 @@ class RowKernel {
             write_counted_gradient(row, spread, terms.target);
         } else if (is_plain_ && std::isnormal(scale) && std::isfinite(row.sum)) {
             subtract_targets(row, exponentials, terms.target / scale);
-            write_numbers(row, scale);
+            gradient_.write_numbers(row.slot, exponentials, scale);
         } else {
             for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
                 store(exponentials + lanes.begin, spread(lanes));
             });
             subtract_targets(row, exponentials, terms.target);
-            for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
-                lanes.store(row.gradient, load(exponentials + lanes.begin));
-            });
+            gradient_.write(row.slot, [&](Lanes<acc_t> lanes) { return load(exponentials + lanes.begin); });
         }
     }
 
     template <typename Spread>
-    void write_counted_gradient(const Row& row, const Spread& spread, double target) const {
-        scalar_t* const gradient = row.gradient;
+    void write_counted_gradient(const Row& row, const Spread& spread, double target) {
         const Vector<acc_t> target_part = broadcast(static_cast<acc_t>(target));
-        for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
+        gradient_.write(row.slot, [&](Lanes<acc_t> lanes) {
             const Vector<acc_t> counts = load_counts(row, lanes);
-            lanes.store(gradient, spread(lanes) - weigh(counts, lanes) * target_part);
+            return spread(lanes) - weigh(counts, lanes) * target_part;
         });
-    }
-
-    // gradient = exponentials * scale, without a NaN.
-    void write_numbers(const Row& row, acc_t scale) {
-        if (params_.nontemporal_gradient) {
-            outgoing_.start(row.gradient, row.exponentials, params_.num_classes, scale);
-        } else {
-            for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
-                lanes.store(row.gradient, load(row.exponentials + lanes.begin) * broadcast(scale));
-            });
-        }
     }
 
     // target_part: what a pair of class weight 1 subtracts at its target.
@@ -412,12 +442,10 @@ class RowKernel {
     const EmbeddingCrossEntropyKernelParams& params_;
     const acc_t* class_weight_;
     const acc_t* grad_losses_;
-    acc_t* exponentials_;       // (rows_of_scratch, padded C)
-    int32_t* target_counts_;    // (C), all zero between rows
-    scalar_t* const gradient_;  // of the slots from first_of_gradient_ on, or null
-    int64_t first_of_gradient_ = 0;
-    NonTemporalRow<scalar_t> outgoing_;  // the gradient row that is written while the next row is computed
-    const bool is_plain_;                // cross entropy alone, with equal weights for all pairs
+    acc_t* exponentials_;     // (rows_of_scratch, padded C)
+    int32_t* target_counts_;  // (C), all zero between rows
+    Gradient& gradient_;
+    const bool is_plain_;  // cross entropy alone, with equal weights for all pairs
     const int64_t rows_of_scratch_;
     int64_t next_scratch_ = 0;
     Row rows_[kMaxRowsAtOnce];
@@ -429,12 +457,13 @@ class RowKernel {
 template <typename scalar_t>
 LossSums rows_kernel(const EmbeddingCrossEntropyKernelParams& params, const LossScratch& scratch,
                      int64_t begin, int64_t end) {
-    RowKernel<scalar_t> kernel(params, scratch);
+    GradientInMemory<scalar_t> gradient(params);
+    RowKernel<scalar_t, GradientInMemory<scalar_t>> kernel(params, scratch, gradient);
     const int64_t step = rows_at_once(params.num_classes);
     LossSums sums;
     for (int64_t slot = begin; slot < end; slot += step)
         kernel.process(slot, std::min(end, slot + step), sums);
-    kernel.finish();
+    gradient.finish();
     return sums;
 }
 

@@ -30,7 +30,6 @@ struct EmbeddingCrossEntropyKernelParams {
     bool want_loss;
     void* losses;               // (N) of acc_t, or null: only their sum
     void* gradient;             // (num_slots, C), or null
-    bool gradient_in_scratch;   // in place of that: of the rows that are processed together
     bool nontemporal_gradient;  // whether it is written by non-temporal stores
     const void* grad_losses;    // (N) of acc_t, or null: all ones
     LossScales scales;          // multiplied by the gradient of the loss
@@ -52,7 +51,6 @@ inline int64_t rows_of_scratch(const EmbeddingCrossEntropyKernelParams& params) 
 struct LossScratch {
     void* exponentials;      // (rows_of_scratch, padded C) of acc_t
     int32_t* target_counts;  // (C), zero before and after
-    void* gradient;          // (rows_at_once, C) of scalar_t, or null
 };
 
 struct GatherParams {
@@ -68,7 +66,6 @@ struct LossWorkspace {
     Pairs pairs;
     Buffer<char> exponentials;       // for each thread, of the rows that it works on
     Buffer<int32_t> target_counts;   // (threads, C), all zero between rows
-    Buffer<char> gradients;          // for each thread, of the rows that it works on
     Buffer<int64_t> block_begins;    // (blocks + 1), in slots
     Buffer<LossSums> sums_of_block;  // (blocks)
 };
@@ -87,19 +84,12 @@ LossSums sum_over_slots(const EmbeddingCrossEntropyKernelParams& params, LossWor
     const int64_t num_blocks = workspace.block_begins.size() - 1, num_threads = num_threads_for(num_blocks);
     const int64_t exponentials = rows_of_scratch(params) * padded(params.num_classes) *
                                  static_cast<int64_t>(sizeof(at::opmath_type<scalar_t>));
-    const int64_t gradients =
-        params.gradient_in_scratch
-            ? rows_at_once(params.num_classes) * params.num_classes * static_cast<int64_t>(sizeof(scalar_t))
-            : 0;
     workspace.exponentials.resize(num_threads * exponentials);
-    workspace.gradients.resize(num_threads * gradients);
     workspace.target_counts.resize_zeros(num_threads * params.num_classes);
     workspace.sums_of_block.resize(num_blocks);
     for_each_block(num_blocks, [&](int64_t thread, int64_t block) {
-        const LossScratch scratch{
-            workspace.exponentials.begin() + thread * exponentials,
-            workspace.target_counts.begin() + thread * params.num_classes,
-            params.gradient_in_scratch ? workspace.gradients.begin() + thread * gradients : nullptr};
+        const LossScratch scratch{workspace.exponentials.begin() + thread * exponentials,
+                                  workspace.target_counts.begin() + thread * params.num_classes};
         workspace.sums_of_block[block] = kernel(scratch, begins[block], begins[block + 1]);
     });
     LossSums total;

@@ -77,7 +77,7 @@ class FitSteps {
     double take(const EmbeddingCrossEntropyParams& batch) {
         workspace_.pairs.group(batch);
         EmbeddingCrossEntropyKernelParams loss = kernel_params(batch, workspace_.pairs);
-        loss.want_loss = loss.gradient_in_scratch = true;
+        loss.want_loss = true;
         loss.num_slots = rows_.num_columns;
         at::Tensor rows;
         if (rows_.row_steps != nullptr) {
