@@ -117,7 +117,7 @@ void deferred_adamw_cpu(const DeferredAdamWParams& params) {
         const auto take = BIGRAMX_DISPATCH_TARGET(step_row_kernel<scalar_t>);
         for_each_row(rows, count, deferred.num_columns, [&](int64_t k, int64_t row) {
             miss(deferred, row, params.step - 1);
-            take(deferred, row, grad + k * deferred.num_columns);
+            take(deferred, row, params.step, grad + k * deferred.num_columns);
         });
     });
 }

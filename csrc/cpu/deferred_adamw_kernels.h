@@ -57,11 +57,13 @@ struct MissedSteps {
     }
 };
 
-// The steps of a row up to last_step, whose gradient is zero.
+// The steps of a row up to last_step, whose gradient is zero. Another thread that writes to row_steps may
+// make the result wrong, but not lead out of the schedule.
 template <typename scalar_t>
 void catch_up_kernel(const DeferredRows<scalar_t>& rows, int64_t row, int64_t last_step) {
     constexpr int64_t kTogether = 4;
-    const int64_t first_step = rows.row_steps[row] + 1, num_steps = last_step + 1 - first_step;
+    const int64_t first_step = std::max(rows.row_steps[row] + 1, rows.schedule->first_step());
+    const int64_t num_steps = last_step + 1 - first_step;
     if (num_steps <= 0) return;
     const AdamWElements<scalar_t> elements = rows.elements.from(row * rows.num_columns);
     Lanes<scalar_t> places[kTogether];
@@ -78,10 +80,10 @@ void catch_up_kernel(const DeferredRows<scalar_t>& rows, int64_t row, int64_t la
     rows.row_steps[row] = last_step;
 }
 
-// The next step of a row that has missed none.
+// The step of a row that has missed none.
 template <typename scalar_t>
-void step_row_kernel(const DeferredRows<scalar_t>& rows, int64_t row, const scalar_t* grad) {
-    const int64_t step = ++rows.row_steps[row];
+void step_row_kernel(const DeferredRows<scalar_t>& rows, int64_t row, int64_t step, const scalar_t* grad) {
+    rows.row_steps[row] = step;
     adamw_kernel(*rows.schedule->step(step), rows.elements.from(row * rows.num_columns), grad,
                  rows.num_columns);
 }

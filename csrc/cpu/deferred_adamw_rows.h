@@ -24,6 +24,7 @@ class AdamWSchedule {
                        std::isfinite(step.inverse_root_correction2);
     }
 
+    int64_t first_step() const { return first_step_; }
     int64_t next_step() const { return first_step_ + static_cast<int64_t>(steps_.size()); }
     const AdamWConstants<scalar_t>* step(int64_t step) const { return steps_.data() + (step - first_step_); }
 

@@ -14,7 +14,8 @@ class GradientForAdamW {
     explicit GradientForAdamW(const FitKernelParams<scalar_t>& params)
         : rows_(params.rows),
           slots_(params.loss->rows),
-          step_(*rows_.schedule->step(params.step)),
+          number_(params.step),
+          step_(*rows_.schedule->step(number_)),
           collects_(slots_ == nullptr && rows_.num_columns <= kLongestToCollect) {}
 
     void begin_group(int64_t first_slot) { first_slot_ = first_slot; }
@@ -65,11 +66,12 @@ class GradientForAdamW {
         for_each_vector<scalar_t>(rows_.num_columns, [&](Lanes<scalar_t> lanes) {
             update<scalar_t>(step, elements, lanes, gradient(lanes));
         });
-        if (rows_.row_steps != nullptr) ++rows_.row_steps[row];
+        if (rows_.row_steps != nullptr) rows_.row_steps[row] = number_;
     }
 
     const DeferredRows<scalar_t>& rows_;
     const int64_t* const slots_;
+    const int64_t number_;
     const AdamWConstants<scalar_t>& step_;
     const bool collects_;
     int64_t first_slot_ = 0;

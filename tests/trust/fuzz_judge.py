@@ -303,6 +303,8 @@ def _fit(beta2: float, **arguments: Any) -> int:
     # of a single class is, the rounding error makes a whole step.
     if not beta2 > 0.1 or arguments["eps"] < 0 or arguments["weight"].size(-1) == 1:
         raise NoTwinError
+    if arguments["row_steps"] is not None:  # of the op, rows may miss steps; of its twin they do not
+        raise NoTwinError
     return reference.fit_(beta2=beta2, **arguments)
 
 

@@ -79,7 +79,8 @@ def op_cases() -> dict[str, Case]:
     param, exp_avg, exp_avg_sq, step = torch.zeros(5, 5), torch.zeros(5, 5), torch.zeros(5, 5), torch.ones(())
     losses, options = torch.empty(2, dtype=torch.float64), (0.01, 0.9, 0.99, 1e-8, 0.01)
     pairs, tokenizer = (tokens[:-1], weight, tokens[1:]), CharTokenizer("abcde")
-    text = "abcde" * 12
+    text, row_steps = "abcde" * 12, torch.zeros(5, dtype=torch.int64)
+    schedule = torch.tensor(options, dtype=torch.float64).expand(3, 5)
     smoothed = SmoothedBigramModel.from_counts(torch.eye(5, dtype=torch.int64))._parts()
 
     def backward() -> None:
@@ -89,6 +90,9 @@ def op_cases() -> dict[str, Case]:
     return {
         "adamw_": lambda: kernels.adamw_(param, grad, exp_avg, exp_avg_sq, None, step, *options, False),
         "count_bigrams": lambda: kernels.count_bigrams(tokens, 5),
+        "deferred_adamw_": lambda: kernels.deferred_adamw_(
+            param, exp_avg, exp_avg_sq, row_steps.zero_(), schedule, 3, tokens[:4]
+        ),
         "embedding_cross_entropy": lambda: kernels.embedding_cross_entropy(*pairs),
         "embedding_cross_entropy_forward": lambda: kernels.embedding_cross_entropy_forward(*pairs),
         "embedding_cross_entropy_backward": lambda: kernels.embedding_cross_entropy_backward(losses[0] * 0, *pairs),
@@ -351,7 +355,7 @@ class InterruptedRun:
         options = {**self._options, **callbacks, "generator": generator}
         return fit(model, tokens, max_steps=max_steps, resume=resume, **options)
 
-    def check(self, interrupting: contextlib.AbstractContextManager[object], max_steps: int) -> list[str]:
+    def check(self, interrupting: AtBytecodes | AtMoments, max_steps: int) -> list[str]:
         """Takes the steps in a context that sends the SIGINTs; returns what is wrong with what they leave behind."""
         model, histories, found = self._new_model(), [], []
         with torch.set_grad_enabled(self._grad_mode), _handled_by(self._handler):
@@ -360,6 +364,8 @@ class InterruptedRun:
                     histories.append(self._fit(model, max_steps))
             except (KeyboardInterrupt, EndedError) as error:
                 histories += [error.history] if hasattr(error, "history") else []
+            finally:
+                interrupting.end()
             if torch.is_grad_enabled() != self._grad_mode:
                 found.append("the grad mode is another")
             if signal.getsignal(signal.SIGINT) is not self._handler:
@@ -418,6 +424,9 @@ class AtBytecodes:
     def __exit__(self, *_error: object) -> None:
         sys.settrace(None)
 
+    def end(self) -> None:
+        """Nothing: none is left to be sent."""
+
     def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -437,7 +446,15 @@ class AtMoments:
         self._thread.start()
 
     def __exit__(self, *_error: object) -> None:
-        self._thread.join()
+        self.end()
+
+    def end(self) -> None:
+        """Waits for the last: on a busy machine it comes late, when the first has ended the run, or its beginning."""
+        while self._thread.is_alive():
+            with contextlib.suppress(KeyboardInterrupt, EndedError):
+                self._thread.join()
+        with contextlib.suppress(KeyboardInterrupt, EndedError):
+            time.sleep(1e-3)  # handlers run
 
     def _send(self, seconds: tuple[float, ...]) -> None:
         begin = time.monotonic()
@@ -450,7 +467,7 @@ class AtMoments:
 def interrupted_runs(seed: int, count: int) -> list[str]:
     """Interrupts runs at random bytecodes and moments by two SIGINTs, at most 0.2 ms apart; returns what is wrong."""
     chance, found = random.Random(seed), []
-    interrupting: contextlib.AbstractContextManager[object]
+    interrupting: AtBytecodes | AtMoments
     for number in range(count):
         run = InterruptedRun(chance.randrange(24))
         if number % 2:

@@ -39,7 +39,7 @@ kernels.multinomial = leak_after(kernels.multinomial, thread)"""
 
 
 def test_a_run_that_lets_interrupts_through_is_found() -> None:
-    first = "from bigramx import training; training._Interrupt.__enter__ = lambda self: self"
+    first = "from bigramx import training; training._Signals.__enter__ = lambda self: self"
     assert any("the history is lost" in line for line in soak.in_a_process({"interrupts": 24}, 1, first=first))
 
 
