@@ -358,6 +358,7 @@ def test_fork() -> None:
 import os, torch
 from bigramx import functional, memory
 torch.set_num_threads(1)
+memory.set_gradient_pool_limit(2**30)
 weight, idx = torch.randn(512, 512, requires_grad=True), torch.arange(512)
 def gradient(): return torch.autograd.grad(functional.embedding_cross_entropy(idx, weight, idx), weight)[0]
 expected, where = gradient().clone(), gradient().data_ptr()
@@ -383,6 +384,7 @@ if pid: print(os.waitpid(pid, 0)[1], live.eq(pid).all().item())
 def test_gradients_that_outlive_the_interpreter() -> None:
     script = """
 import atexit, builtins, sys, threading, torch, bigramx
+bigramx.memory.set_gradient_pool_limit(2**30)
 weight, idx = torch.randn(512, 512, requires_grad=True), torch.arange(512)
 def gradient(loss=bigramx.functional.embedding_cross_entropy):
     return torch.autograd.grad(loss(idx, weight, idx), weight)[0]
@@ -455,19 +457,18 @@ def test_the_peak_grows_by_one_gradient_at_most() -> None:
 
 @pytest.mark.skipif(not ON_LINUX, reason="page faults are counted by Linux")
 def test_a_step_takes_no_fresh_pages() -> None:
-    weight = table(1448)
-    idx = torch.arange(1448)
+    weight = torch.zeros(3000, 3000, requires_grad=True)  # too large for the C library to keep
 
-    def steps(number: int) -> int:
+    def faults() -> int:
+        backward(weight)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(number):
-            loss = functional.embedding_cross_entropy(idx, weight, idx)
-            weight.grad = None
-            loss.backward()
+        for _ in range(5):
+            backward(weight)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    steps(3)
-    assert steps(10) < 1000  # a gradient has 2048 pages
+    kept = faults()
+    memory.set_gradient_pool_limit(0)
+    assert kept < faults() / 5
 
 
 @pytest.mark.skipif(
@@ -484,7 +485,7 @@ def test_the_system_may_take_large_blocks() -> None:
     before = lazily_freed()
     del gradient
     assert held() == weight.nbytes
-    assert lazily_freed() - before > weight.nbytes - 6 * MB
+    assert lazily_freed() - before > weight.nbytes / 2  # it may have taken some already
     gradient = backward(weight)
     assert torch.equal(gradient, expected)
     assert lazily_freed() - before < 6 * MB

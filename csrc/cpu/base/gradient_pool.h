@@ -2,10 +2,10 @@
 // step, and the C library gives such memory back to the system when it is freed: clearing fresh pages takes
 // as long as the loss's own work on them.
 //
-// Of one size a single block is kept, that freed last, and at most one of another size beside it. Beside a
-// gradient in use there is thus at most one block that a program without the pool would not have. Its pages
-// are the system's for the taking (MADV_FREE). Nothing is locked, so that a fork at any moment leaves a pool
-// that works.
+// Of one size a single block is kept, that freed last, and at most one of another size, until it has been
+// passed over some times. Fresh memory is taken beside one kept block, not two: the pool adds one gradient to
+// the peak at most. Where memory runs short, the system takes the pages of large blocks (MADV_FREE). Nothing
+// is locked, so that a fork at any moment leaves a pool that works.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,5 @@
 // Transparent huge pages for large arrays. Fresh memory costs a page fault per 4 KiB, several times the cost
-// of writing to it, and the gradient of a large table is fresh at each step. With huge pages it is a fault
-// per 2 MiB. They also avoid TLB misses in random access.
+// of writing to it; with huge pages it is a fault per 2 MiB. They also avoid TLB misses in random access.
 #pragma once
 
 #include <ATen/core/Tensor.h>
