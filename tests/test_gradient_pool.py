@@ -160,7 +160,7 @@ def test_models_of_two_sizes() -> None:
     weights = [table(256), table(512)]
     places: list[list[int]] = [[], []]
     gradients = [backward(weight) for weight in weights]
-    for k in range(12):
+    for k in range(40):
         new = backward(weights[k % 2])
         places[k % 2].append(memory_of(new))
         gradients[k % 2] = new
@@ -451,7 +451,7 @@ def test_the_peak_grows_by_one_gradient_at_most() -> None:
     printed = processes.run([sys.executable, "-c", PEAK + SEQUENCES], env=environment, check=True).stdout
     peaks = {name: (float(none_kept), float(kept)) for name, none_kept, kept in re.findall("(.+): (.+) (.+)", printed)}
     assert len(peaks) == 6
-    assert all(none_kept > 0.9 for none_kept, _kept in peaks.values()), peaks
+    assert peaks["one size"] == pytest.approx((2, 2), abs=0.1)
     assert all(kept - none_kept < 1.1 for none_kept, kept in peaks.values()), peaks
 
 
