@@ -1,6 +1,6 @@
 """The bigram language model for PyTorch, as fused C++ kernels."""
 
-from bigramx import data, functional, optim, reference, tokenizer
+from bigramx import data, functional, memory, optim, reference, tokenizer
 from bigramx.counts import BigramCounts
 from bigramx.evaluation import Evaluation, evaluate, optimal_loss
 from bigramx.history import History
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "fit",
     "functional",
+    "memory",
     "optim",
     "optimal_loss",
     "reference",

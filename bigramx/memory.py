@@ -1,19 +1,35 @@
-"""Whether a table and what its training takes can fit into the memory of a device.
+"""The memory of tables and their gradients: whether it can suffice, and what is kept of it for the next step.
 
 Refused is what provably cannot fit: more than the device has in all, which for the CPU is RAM and swap, within the
 limits of the process's control groups. What other processes hold now may be free when it is needed. Pages that nobody
 has written take no memory: of the states of a sparse table's optimizer only the rows that occur are written, so they do
 not count.
+
+The memory of a freed gradient on the CPU, dense or the values of a sparse one, is kept for the next gradient of about
+its size: fresh memory costs a step of training as much time as the loss itself. Kept is the gradient that was freed
+last, and at most one of another size; where memory runs short, the system takes blocks of more than 32 MiB (on Linux).
+The limit is a quarter of the memory, unless the environment variable BIGRAMX_GRADIENT_POOL_LIMIT has a number of bytes
+(0: nothing is kept) when this package is imported, or :func:`set_gradient_pool_limit` sets another. Nothing is kept by
+a process whose address space is limited (``ulimit -v``), or where the system promises no more memory than it has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import operator
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple, SupportsIndex
 
 import torch
+
+from bigramx import ops
+
+_LIMIT_VARIABLE = "BIGRAMX_GRADIENT_POOL_LIMIT"
+_LARGEST_LIMIT = 2**63 - 1
 
 
 def check_training(
@@ -122,3 +138,54 @@ def check_room(num_bytes: int, what: str, device: torch.device | str = "cpu") ->
         raise MemoryError(
             f"{what} takes {_gigabytes(num_bytes)}, and {device} has {_gigabytes(total)} of memory in all"
         )
+
+
+class GradientPoolInfo(NamedTuple):
+    """What is kept of the memory of freed gradients."""
+
+    limit: int  # bytes that are kept at most
+    held: int  # bytes that are kept now, without those of gradients in use
+    hits: int  # gradients that took a kept block, since the package was imported
+    misses: int  # gradients that took fresh memory
+
+
+def gradient_pool_info() -> GradientPoolInfo:
+    """Returns what is kept of the memory of freed gradients, and how often it was of use."""
+    return GradientPoolInfo(*ops.gradient_pool_info())
+
+
+def empty_gradient_pool() -> None:
+    """Gives the kept memory of freed gradients back to the system; gradients that are freed later are kept again."""
+    ops.empty_gradient_pool()
+
+
+def set_gradient_pool_limit(num_bytes: SupportsIndex) -> None:
+    """Gives the kept memory of freed gradients back to the system, and sets how much may be kept from then on.
+
+    Args:
+        num_bytes: The number of bytes; 0: nothing is kept.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is negative.
+    """
+    limit = operator.index(num_bytes)
+    if limit < 0:
+        raise ValueError(f"expected num_bytes >= 0, got {limit}")
+    ops.set_gradient_pool_limit(min(limit, _LARGEST_LIMIT))
+
+
+def _initial_limit(root: Path = Path("/")) -> int:
+    """What the environment says, or a quarter of the memory that there is."""
+    text = os.environ.get(_LIMIT_VARIABLE, "")
+    if text:
+        if not re.fullmatch("[0-9]{1,30}", text):
+            raise ValueError(f"bigramx: expected {_LIMIT_VARIABLE} to be a number of bytes, got {text!r}")
+        return int(text)
+    with contextlib.suppress(OSError):
+        if (root / "proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+            return 0
+    return (total_memory(torch.device("cpu"), root) or 2**32) // 4
+
+
+set_gradient_pool_limit(_initial_limit())

@@ -96,19 +96,26 @@ PairCounter = _C.PairCounter
 adamw_fits = _C.adamw_fits
 adamw_step = _C.adamw_step
 
+# Of the memory of gradients; bigramx/memory.py has their documentation.
+empty_gradient_pool = _C.empty_gradient_pool
+gradient_pool_info = _C.gradient_pool_info
+set_gradient_pool_limit = _C.set_gradient_pool_limit
+
 
 def build_info() -> dict[str, str]:
-    """How the kernels were built, and which CPU target they use.
+    """How the kernels were built, which CPU target they use, and what memory they keep.
 
     Returns:
         The keys ``compiler``, ``parallel`` (``OpenMP``, or ``none``: one thread), ``cpu_capability`` (the one in use:
-        it follows ATEN_CPU_CAPABILITY), ``cuda_architectures`` (as in TORCH_CUDA_ARCH_LIST; empty: no CUDA kernels)
-        and ``torch_version`` (compiled against).
+        it follows ATEN_CPU_CAPABILITY), ``cuda_architectures`` (as in TORCH_CUDA_ARCH_LIST; empty: no CUDA kernels),
+        ``torch_version`` (compiled against) and ``gradient_pool`` (:func:`bigramx.memory.gradient_pool_info`).
     """
-    return _C.build_info()
+    limit, held, hits, misses = _C.gradient_pool_info()
+    pool = f"{held} of {limit} bytes held, {hits} hits, {misses} misses"
+    return {**_C.build_info(), "gradient_pool": pool}
 
 
-HAS_CUDA_KERNELS = build_info()["cuda_architectures"] != ""
+HAS_CUDA_KERNELS = _C.build_info()["cuda_architectures"] != ""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])

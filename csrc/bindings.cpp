@@ -11,6 +11,7 @@
 #include "base/interrupt.h"
 #include "base/op_names.h"
 #include "count_bigrams.h"
+#include "cpu/base/gradient_pool.h"
 #include "cpu/count_bigrams_sparse.h"
 #include "deferred_adamw.h"
 #include "embedding_cross_entropy.h"
@@ -122,6 +123,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     using namespace bigramx;
     m.doc() = "The compiled kernels of bigramx. The ops are in torch.ops.bigramx.";
     m.def("build_info", &build_info);
+    m.def("empty_gradient_pool", &cpu::empty_gradient_pool);
+    m.def("gradient_pool_info", &cpu::gradient_pool_info);
+    m.def("set_gradient_pool_limit", &cpu::set_gradient_pool_limit);
     DirectOp<decltype(adamw_fits)>::define(m, "adamw_fits", adamw_fits);
     DirectOp<decltype(adamw_step)>::define(m, "adamw_step", adamw_step);
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);

@@ -486,7 +486,8 @@ def test_a_device_without_kernels_is_named(name: str, arguments: tuple[Any, ...]
 @pytest.mark.cpu_only
 def test_build_info() -> None:
     info = bigramx.build_info()
-    assert info.keys() == {"compiler", "parallel", "cpu_capability", "cuda_architectures", "torch_version"}
+    built = {"compiler", "parallel", "cpu_capability", "cuda_architectures", "torch_version"}
+    assert info.keys() == {*built, "gradient_pool"}
     if sys.platform.startswith("linux"):
         assert info["parallel"] == "OpenMP"
     assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()

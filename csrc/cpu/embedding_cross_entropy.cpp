@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/op_names.h"
-#include "cpu/base/huge_pages.h"
+#include "cpu/base/gradient_pool.h"
 #include "cpu/embedding_cross_entropy_rows.h"
 
 #define BIGRAMX_KERNELS "cpu/embedding_cross_entropy_kernels.h"
@@ -105,8 +105,8 @@ LossSums run(KernelParams& kernel_params, const EmbeddingCrossEntropyParams& par
     kernel_params.num_slots = num_slots;
     if (gradient != nullptr) {
         gradient->rows = all_rows ? at::empty({0}, at::dtype(at::kLong)) : rows;
-        gradient->values = at::empty({num_slots, kernel_params.num_classes}, params.weight.options());
-        advise_huge_pages(gradient->values);
+        gradient->values =
+            empty_gradient({num_slots, kernel_params.num_classes}, params.weight.scalar_type());
         kernel_params.gradient = gradient->values.data_ptr();
         kernel_params.nontemporal_gradient = static_cast<int64_t>(gradient->values.nbytes()) > kCached;
     }
