@@ -85,6 +85,7 @@ class Device:
 
         Large blocks alone: small ones come from memory that the process keeps. On Linux; elsewhere an OSError.
         """
+        bigramx.memory.empty_gradient_pool()  # else the gradient of the call before would not count
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
         before = _resident_bytes("VmRSS")
         function()

@@ -575,7 +575,7 @@ def deferred_adamw_(
         while row_steps[row] < step:
             row_steps[row] += 1
             is_last = bool(row_steps[row] == step)
-            lr, beta1, beta2, eps, weight_decay = schedule[int(row_steps[row]) - step - 1].tolist()
+            lr, beta1, beta2, eps, weight_decay = schedule.clone()[int(row_steps[row]) - step - 1].tolist()
             adamw_(
                 param[row],
                 grad[k] if grad is not None and is_last else torch.zeros_like(param[row]),

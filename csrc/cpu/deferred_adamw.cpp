@@ -50,8 +50,8 @@ void check_steps(const DeferredAdamWParams& params, const int64_t* rows, int64_t
     const int64_t most = params.step - (params.grad.defined() ? 1 : 0);
     for (int64_t k = 0; k < count; ++k) {
         const int64_t steps = row_steps[row_at(rows, k)];
-        TORCH_CHECK_VALUE(steps >= least && steps <= most, kDeferredAdamW, ": expected row ", row_at(rows, k),
-                          " to have taken ", least, " to ", most, " steps, got ", steps);
+        TORCH_CHECK_VALUE(steps >= least && steps <= most, kDeferredAdamW, ": expected row_steps of row ",
+                          row_at(rows, k), " to be from ", least, " to ", most, ", got ", steps);
     }
 }
 
@@ -63,7 +63,7 @@ AdamWSchedule<scalar_t> schedule_of(const DeferredAdamWParams& params) {
     for (int64_t k = 0; k < num_steps; ++k, options += 5) {
         const AdamWOptions of_step{options[0], options[1], options[2],
                                    options[3], options[4], params.maximize};
-        check_adamw_options(kDeferredAdamW, of_step, params.param.scalar_type());
+        check_adamw_options("deferred_adamw_: schedule", of_step, params.param.scalar_type());
         schedule.add(of_step);
     }
     return schedule;
