@@ -408,7 +408,7 @@ def _is_bpe(tokenizer: Tokenizer | None, most: int) -> bool:
 
 def _model_of_size(vocab_size: int) -> BigramLanguageModel:
     try:
-        memory.check_training(vocab_size)
+        memory.check_training(vocab_size, has_gradient=False)
     except MemoryError as error:
         raise CommandError(f"{error}; --smoothing kneser-ney takes memory for the pairs that occur alone") from None
     return BigramLanguageModel(vocab_size)

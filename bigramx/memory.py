@@ -36,6 +36,7 @@ def check_training(
     vocab_size: int,
     *,
     sparse: bool = False,
+    has_gradient: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     num_states: int | None = None,
@@ -46,6 +47,7 @@ def check_training(
     Args:
         vocab_size: V.
         sparse: The gradient of the table is sparse.
+        has_gradient: There is a gradient of the table; fit's native steps update each row while they have its own.
         device: The device of the table; None: the default device.
         dtype: The dtype of the table; None: the default dtype.
         num_states: The number of tables that the optimizer keeps and writes as a whole; None: two, or none if
@@ -58,14 +60,14 @@ def check_training(
     device = torch.get_default_device() if device is None else torch.device(device)
     itemsize = (torch.get_default_dtype() if dtype is None else dtype).itemsize
     total = total_memory(device)
-    needs = _needs(itemsize, sparse, num_states, num_counts)
+    needs = _needs(itemsize, sparse, has_gradient, num_states, num_counts)
     if total is None or sum(needs.values()) * vocab_size**2 <= total:
         return
     largest = {"": needs}
     if not sparse:
-        largest[" with sparse=True"] = _needs(itemsize, True, 0, num_counts)
+        largest[" with sparse=True"] = _needs(itemsize, True, has_gradient, 0, num_counts)
     if itemsize > 2:
-        largest[" with dtype=torch.bfloat16"] = _needs(2, sparse, num_states, num_counts)
+        largest[" with dtype=torch.bfloat16"] = _needs(2, sparse, has_gradient, num_states, num_counts)
     parts = " + ".join(f"{_gigabytes(size * vocab_size**2)} for {what}" for what, size in needs.items() if size)
     fits = ", ".join(f"V = {math.isqrt(total // sum(needs.values())):,}{how}" for how, needs in largest.items())
     raise MemoryError(
@@ -74,13 +76,13 @@ def check_training(
     )
 
 
-def _needs(itemsize: int, sparse: bool, num_states: int | None, num_counts: int) -> dict[str, int]:
+def _needs(itemsize: int, sparse: bool, has_gradient: bool, num_states: int | None, num_counts: int) -> dict[str, int]:
     """What is needed for each of the V * V entries, in bytes."""
     if num_states is None:
         num_states = 0 if sparse else 2
     return {
         "the table": itemsize,
-        "its gradient": 0 if sparse else itemsize,
+        "its gradient": itemsize if has_gradient and not sparse else 0,
         "the optimizer's states": num_states * itemsize,
         "the pair counts": num_counts * 8,
     }

@@ -277,10 +277,7 @@ def fit(
         _check_callables(optimizer=optimizer, scheduler=scheduler, on_progress=on_progress, on_evaluation=on_evaluation)
         get_batch(train_tokens, batch_size, block_size, generator=torch.Generator())  # raises what a step would
         corpora = [tokens for tokens in (train_tokens, val_tokens) if tokens is not None]
-        _check_memory(module, corpora, optimizer, resume)
 
-        history = History() if resume is None else copy.deepcopy(resume)
-        history.interrupted = history.stopped = False
         made_optimizer = new_optimizer(model, optimizer, lr)
         made_scheduler = None if scheduler is None else new_scheduler(scheduler, made_optimizer)
         steps = Steps(
@@ -289,12 +286,17 @@ def fit(
             made_optimizer,
             made_scheduler,
             max_grad_norm,
-            history,
+            History(),
             train_tokens,
             batch_size,
             block_size,
             generator,
         )
+        _check_memory(steps, corpora, optimizer, resume)
+        if resume is not None:
+            steps.history = copy.deepcopy(resume)
+        history = steps.history
+        history.interrupted = history.stopped = False
         evaluation = _Evaluation(steps, train_tokens, val_tokens, on_evaluation)
         steps.begin(lr)
         signals.watch(steps)
@@ -375,10 +377,9 @@ def _check_callables(**arguments: object) -> None:
             raise TypeError(f"expected {name} to be callable, got {type(value).__name__}")
 
 
-def _check_memory(
-    module: BigramLanguageModel, corpora: list[Tensor | TokenShards], factory: object, resume: History | None
-) -> None:
+def _check_memory(steps: Steps, corpora: list[Tensor | TokenShards], factory: object, resume: History | None) -> None:
     """Raises a MemoryError where the run certainly cannot fit; what a factory's optimizer will keep is not known."""
+    module = steps.module
     table = module._modules.get("token_embedding_table")
     weight = None if table is None else table._parameters.get("weight")
     if not isinstance(table, nn.Embedding) or weight is None or not is_plain_tensor(weight):
@@ -392,6 +393,7 @@ def _check_memory(
     memory.check_training(
         table.num_embeddings,
         sparse=table.sparse,
+        has_gradient=not steps.has_native_steps(),
         device=weight.device,
         dtype=weight.dtype,
         num_states=num_states,

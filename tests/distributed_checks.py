@@ -614,6 +614,29 @@ def wrappers_of_plain_parameters(_folder: Path) -> None:
 
 
 @check
+def deferred_steps_under_ddp(_folder: Path) -> None:
+    """Each rank defers by itself, and all tables agree to the bit, and with AdamW on the dense gradient."""
+    weights = []
+    for is_deferred in (True, False):
+        torch.manual_seed(4)
+        model = BigramLanguageModel(60, sparse=is_deferred)
+        wrapped = DistributedDataParallel(model)
+        optimizer = optim.DeferredAdamW(wrapped, lr=0.1) if is_deferred else optim.AdamW(wrapped.parameters(), lr=0.1)
+        generator = seeded(dist.get_rank())
+        for _ in range(25):
+            idx, targets = torch.randint(60, (2, 3), generator=generator)
+            loss = wrapped(idx, targets, return_logits=False)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        weights.append(wrapped.state_dict()["module.token_embedding_table.weight"].clone())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)  # the average of the ranks rounds in another order
+    others = [torch.empty_like(weights[0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, weights[0])
+    assert all(torch.equal(other, weights[0]) for other in others)
+
+
+@check
 def states_that_are_not_sharded_as_their_parameter(_folder: Path) -> None:
     """Torch's step, or its error."""
     outcomes = []

@@ -85,6 +85,7 @@ def sixteen_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": torch.bfloat16}, 44721),
         ({"dtype": torch.float64}, 22360),
         ({"num_states": 0}, 44721),
+        ({"has_gradient": False}, 36514),
         ({"num_states": 4}, 25819),
         ({"num_counts": 2}, 22360),
         ({"device": "cpu"}, 31622),

@@ -500,7 +500,7 @@ def test_a_table_that_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = BigramLanguageModel(20), torch.randint(20, (5000,))
     monkeypatch.setattr(memory, "total_memory", lambda _device: 4 * 400 * 4 + 2 * 400 * 8)
     history = fit(model, tokens, tokens, max_steps=2)
-    with pytest.raises(MemoryError, match=r"V = 20 takes .* at most V = 17,"):  # the history's states, and a copy
+    with pytest.raises(MemoryError, match=r"V = 20 takes .* at most V = 18,"):  # the history's states, and a copy
         fit(model, tokens, tokens, max_steps=3, resume=history)
     monkeypatch.setattr(memory, "total_memory", lambda _device: 4 * 400 * 4)
     with pytest.raises(MemoryError, match="for the pair counts"):
