@@ -1008,3 +1008,63 @@ def test_pairs_out_of_range(arguments: dict[str, Any], message: str) -> None:
 def test_integer_weight_cannot_require_grad() -> None:
     with pytest.raises(RuntimeError, match="can require gradients"):
         functional.embedding_cross_entropy(IDX, torch.ones(5, 5, dtype=torch.int64, requires_grad=True), TARGETS)
+
+
+# Too many rows for a table of counts: pairs are listed, by chunks of 2**15 and more, eight at a time.
+LONG_TABLE = (50_021, 3)
+IDX_OF_PAIRS: dict[str, Callable[[int, int], Tensor]] = {
+    "random": lambda num_rows, num_pairs: torch.randint(num_rows, (num_pairs,)),
+    "one row": lambda num_rows, num_pairs: torch.full((num_pairs,), num_rows - 1),
+    "descending": lambda num_rows, num_pairs: torch.arange(num_pairs).flip(0) % num_rows,
+}
+
+
+def pairs_of(num_rows: int, num_classes: int, num_pairs: int, rows: str = "random", **options: Any) -> Case:
+    """Every third pair is ignored. The sums of float64 logits depend on the order of the pairs of a row."""
+    targets = torch.randint(num_classes, (num_pairs,))
+    targets[::3] = -100
+    weight = torch.randn(num_rows, num_classes, dtype=torch.float64)
+    return Case(IDX_OF_PAIRS[rows](num_rows, num_pairs), weight, targets, options)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("num_pairs", [1, 7, 8, 9, 65_535, 65_536, 65_537, 98_311])
+@pytest.mark.parametrize("rows", IDX_OF_PAIRS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_listed_pairs_at_the_ends_of_chunks(reduction: str, rows: str, num_pairs: int, two_threads: None) -> None:
+    case = pairs_of(*LONG_TABLE, num_pairs, rows, reduction=reduction)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(case.run(functional.embedding_cross_entropy, torch.float64))
+    torch.testing.assert_close(
+        results[0], case.run(reference.embedding_cross_entropy, torch.float64), rtol=1e-9, atol=1e-12, equal_nan=True
+    )
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("num_pairs", [65_535, 65_536, 65_537])
+def test_counted_pairs_at_the_ends_of_chunks(num_pairs: int, two_threads: None) -> None:
+    case = pairs_of(65, 65, num_pairs)
+    actual, expected = (case.run(module.embedding_cross_entropy, torch.float64) for module in (functional, reference))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.device_assertion
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("size", [LONG_TABLE, (65, 65)], ids=["listed", "counted"])
+def test_the_first_pair_out_of_range_is_named(size: tuple[int, int], reduction: Reduction, two_threads: None) -> None:
+    """One alone, at the ends of chunks and of the lines that are read at a time; then with another after it."""
+    num_rows, num_classes = size
+    skip_if_long(24 * 65_539)
+    case = pairs_of(num_rows, num_classes, 65_539)
+    for position in (0, 7, 8, 32_768, 32_769, 65_538):
+        for name, later, message in (("idx", "targets", "idx holds -1"), ("targets", "idx", "Target -1")):
+            pairs: dict[str, Any] = {"idx": case.idx.clone(), "targets": case.targets.clone()}
+            pairs[name][position] = -1
+            for _ in range(2):
+                with raises_in_kernel("embedding_cross_entropy", IndexError, rf"{message} .*at position {position},"):
+                    functional.embedding_cross_entropy(weight=case.weight, reduction=reduction, **pairs)
+                pairs[later][position + 1 :] = 10**12  # nothing may be read or written there
