@@ -288,16 +288,24 @@ class RowKernel {
     }
 
     void sum_plain_pairs(Row& row) const {
-        const scalar_t* weight = row.weight;
-        double logits[2] = {};  // two, as each addition waits for the one before
+        const scalar_t* const weight = row.weight;
+        const int32_t* const targets = params_.pairs->targets.begin();
+        double even = 0, odd = 0;  // two, in registers, as each addition waits for the one before
         int64_t num_pairs = 0;
-        for_each_target(row, [&](int64_t k, int64_t target) {
-            logits[k % 2] += static_cast<acc_t>(weight[target]) - row.max;
+        const auto add = [&, max = row.max](double& sum, int32_t target) {
+            if (target == Pairs::kIgnored) return;
+            sum += static_cast<acc_t>(weight[target]) - max;
             ++num_pairs;
-        });
+        };
+        int64_t k = row.begin;
+        for (; k + 1 < row.end; k += 2) {
+            add(even, targets[k]);
+            add(odd, targets[k + 1]);
+        }
+        if (k < row.end) add(even, targets[k]);
         row.num_pairs = num_pairs;
         row.pairs.gradients = row.pairs.weighted = static_cast<double>(num_pairs);
-        row.target_logits = logits[0] + logits[1];
+        row.target_logits = even + odd;
     }
 
     void sum_weighted_pairs(Row& row) const {
