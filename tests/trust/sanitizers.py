@@ -28,7 +28,9 @@ from tests.test_capability import CAPABILITIES, can_run
 from tests.trust import report
 
 HERE = Path(__file__).parent
-TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "counts", "ops", "tokenizer", "storage")]
+TESTS = [f"tests/test_{name}.py" for name in (*tree.OPS, "counts", "gradient_pool", "ops", "tokenizer", "storage")]
+# What torch.compile makes is not instrumented; of the pool, what sanitizers change: memory, limits, environments.
+CHOSEN = "not compile and not (gradient_pool and (peak or limit or environment or plain_tensor))"
 SECONDS = 7200.0  # for one test file; sanitized code takes many times as long
 # Reports name lines. Python's own flags may have -fwrapv, with which a signed overflow is nothing to report.
 FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv")
@@ -185,11 +187,8 @@ def findings_in(*logs: str) -> list[str]:
     return sorted({line for line in lines if FINDING.search(line)})
 
 
-def run_tests(sanitizer: Sanitizer, capability: str, name: str, chosen: str = "not compile") -> tuple[int, list[str]]:
-    """How many tests of a file passed, and the findings; a test that fails is one, too.
-
-    What torch.compile makes is not instrumented.
-    """
+def run_tests(sanitizer: Sanitizer, capability: str, name: str, chosen: str = CHOSEN) -> tuple[int, list[str]]:
+    """How many tests of a file passed, and the findings; a test that fails is one, too."""
     # Uncaptured (-s), as libubsan writes to standard error, beside libasan even with a log_path. The sanitizer's
     # handler of SIGSEGV tells more than that of pytest.
     command = ["-m", "pytest", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", chosen, name]
