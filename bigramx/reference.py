@@ -168,7 +168,8 @@ def interpolated_bigram(
     unigram: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See functional.interpolated_bigram; takes 16 bytes of memory for each of the nnz pairs."""
-    rows, columns = idx.long(), targets.long()
+    # Clones: PyTorch's indexing reads the memory of a tensor of lazy zeros, which has none.
+    rows, columns = (tensor.long().clone() if tensor._is_zerotensor() else tensor.long() for tensor in (idx, targets))
     vocab_size = len(unigram)
     all_rows = torch.arange(vocab_size, device=idx.device).repeat_interleave(crow_indices.diff())
     # With one pair more, beyond all others, for the search to end at.

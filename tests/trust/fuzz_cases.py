@@ -286,7 +286,7 @@ PLAIN_OF_KIND: dict[str, str | Callable[[Draw], str]] = {
 # Of the ops whose names begin so.
 PLAIN_OF_OP: dict[str, dict[str, str | Callable[[Draw], str]]] = {
     "deferred_adamw_": {
-        "grad": lambda draw: draw.numbers(f"{draw.V}, {draw.V}", "float32") if draw.chance(0.5) else "None",
+        "grad": lambda draw: _table(draw) if draw.chance(0.5) else "None",
         "rows": lambda draw: draw.choice(["None", f"torch.arange({draw.V})"]),
         "row_steps": lambda draw: f"torch.arange({draw.V}) % 3",
         "schedule": "torch.tensor([[0.01, 0.9, 0.99, 1e-8, 0.1]], dtype=torch.float64).expand(3, 5)",
