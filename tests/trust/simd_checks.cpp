@@ -12,6 +12,7 @@
 #include <string>
 
 #include "adamw_step.h"
+#include "cpu/deferred_adamw_rows.h"
 
 namespace at {
 
@@ -25,15 +26,6 @@ std::string get_cpu_capability() {
 }  // namespace at
 
 namespace bigramx::cpu {
-
-template <typename scalar_t>
-struct AdamWKernelParams : AdamWConstants<scalar_t> {
-    scalar_t* param;
-    const scalar_t* grad;
-    scalar_t* exp_avg;
-    scalar_t* exp_avg_sq;
-    scalar_t* max_exp_avg_sq;
-};
 
 inline int64_t checks, failures;
 

@@ -1,7 +1,7 @@
-// Checks of cpu/base/simd.h and of the AdamW kernel, for the CPU target that is being compiled
+// Checks of cpu/base/simd.h and of the AdamW kernels, for the CPU target that is being compiled
 // (simd_checks.cpp includes this file once for each, hence no include guard).
 
-#include "cpu/adamw_kernels.h"
+#include "cpu/deferred_adamw_kernels.h"
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
@@ -120,12 +120,37 @@ void check_adamw(const char* name, double tolerance) {
         expected[k] = param[k] * exact.decay -
                       exact.step_size * average / (root * exact.inverse_root_correction2 + exact.eps);
     }
-    AdamWKernelParams<T> params{adamw_constants<T>(options, 3), param, grad, exp_avg, exp_avg_sq, largest};
-    adamw_kernel<T>(params, 0, kSize - 1);
+    adamw_kernel<T>(adamw_constants<T>(options, 3), {param, exp_avg, exp_avg_sq, largest}, grad, kSize - 1);
     for (int64_t k = 0; k + 1 < kSize; ++k) {
         check(std::abs(param[k] - expected[k]) < tolerance * (1 + std::abs(expected[k])), name, param[k]);
     }
     check(param[kSize - 1] == static_cast<T>(0.25 * ((kSize - 1) % 9) - 1), name, kSize);
+}
+
+// Missed steps have the bits of steps whose gradient is zero, however the compiler contracts either loop.
+template <typename T>
+void check_deferred_adamw(const char* name, const AdamWOptions& options) {
+    constexpr int64_t kSize = 5 * kLanes<T> + 3, kFirst = 3, kSteps = 70;
+    AdamWSchedule<T> schedule(kFirst);
+    for (int64_t k = 0; k < kSteps; ++k) schedule.add(options);
+    T late[3][kSize], expected[3][kSize], grad[kSize] = {};
+    for (int64_t k = 0; k < kSize; ++k) {
+        late[0][k] = expected[0][k] = static_cast<T>(0.37 * (k % 9) - 1);
+        late[1][k] = expected[1][k] = static_cast<T>(k < kLanes<T> ? 0 : 0.013 * (k % 7) - 0.04);
+        late[2][k] = expected[2][k] = static_cast<T>(k < kLanes<T> ? 0 : 0.0021 * (k % 5));
+    }
+    int64_t row_steps = kFirst - 1;
+    catch_up_kernel<T>({{late[0], late[1], late[2]}, kSize, &row_steps, &schedule}, 0, kFirst + kSteps - 1);
+    for (int64_t k = 0; k < kSteps; ++k) {
+        adamw_kernel<T>(*schedule.step(kFirst + k), {expected[0], expected[1], expected[2]}, grad, kSize);
+    }
+    check(row_steps == kFirst + kSteps - 1, name, static_cast<double>(row_steps));
+    for (int64_t array = 0; array < 3; ++array) {
+        for (int64_t k = 0; k < kSize; ++k) {
+            const T got = late[array][k];
+            check(std::memcmp(&got, expected[array] + k, sizeof(T)) == 0, name, got);
+        }
+    }
 }
 
 inline void check_all_kernel() {
@@ -144,6 +169,11 @@ inline void check_all_kernel() {
     check_products();
     check_adamw<float>("adamw_kernel of float32", 1e-6);
     check_adamw<double>("adamw_kernel of float64", 1e-14);
+    for (const double weight_decay : {0.0, 0.01}) {
+        const AdamWOptions options{0.01, 0.9, 0.99, 1e-8, weight_decay, weight_decay > 0};
+        check_deferred_adamw<float>("missed steps of float32", options);
+        check_deferred_adamw<double>("missed steps of float64", options);
+    }
 }
 
 }  // namespace bigramx::cpu::BIGRAMX_TARGET
