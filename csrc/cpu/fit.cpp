@@ -63,6 +63,7 @@ class FitSteps {
   public:
     explicit FitSteps(const FitParams& params)
         : params_(params),
+          steps_taken_(static_cast<int64_t>(adamw_count_cpu(params.adamw.step))),
           oldest_step_(oldest_step()),
           schedule_(oldest_step_ + 1),
           rows_{{params.adamw.param.data_ptr<scalar_t>(), params.adamw.exp_avg.data_ptr<scalar_t>(),
@@ -70,7 +71,7 @@ class FitSteps {
                 params.adamw.param.size(1),
                 params.row_steps.defined() ? params.row_steps.data_ptr<int64_t>() : nullptr,
                 &schedule_} {
-        while (schedule_.next_step() <= steps_taken()) schedule_.add(params.adamw.options);
+        while (schedule_.next_step() <= steps_taken_) schedule_.add(params.adamw.options);
     }
 
     // Returns the loss before the step.
@@ -85,30 +86,27 @@ class FitSteps {
             loss.rows = rows.const_data_ptr<int64_t>();
             loss.num_slots = rows.numel();
         }
-        const int64_t step = steps_taken() + 1;
-        if (schedule_.next_step() == step) schedule_.add(params_.adamw.options);
-        const FitKernelParams<scalar_t> kernel_args{&loss, rows_, step};
+        if (schedule_.next_step() == steps_taken_ + 1) schedule_.add(params_.adamw.options);
+        const FitKernelParams<scalar_t> kernel_args{&loss, rows_, steps_taken_ + 1};
         const auto kernel = BIGRAMX_DISPATCH_TARGET(fit_kernel<scalar_t>);
         const LossSums sums = sum_over_slots<scalar_t>(
             loss, workspace_, [&](const LossScratch& scratch, int64_t begin, int64_t end) {
                 return kernel(kernel_args, scratch, begin, end);
             });
-        adamw_set_count_cpu(params_.adamw.step, static_cast<double>(step));
+        adamw_set_count_cpu(params_.adamw.step, static_cast<double>(++steps_taken_));
         limit_missed_steps();
         return static_cast<scalar_t>(reduced_loss(sums, loss.scales));
     }
 
   private:
-    int64_t steps_taken() const { return static_cast<int64_t>(adamw_count_cpu(params_.adamw.step)); }
-
     // How many steps the row has taken that has taken the fewest.
     int64_t oldest_step() const {
-        if (!params_.row_steps.defined() || params_.row_steps.numel() == 0) return steps_taken();
+        if (!params_.row_steps.defined() || params_.row_steps.numel() == 0) return steps_taken_;
         const at::Tensor& row_steps = params_.row_steps;
         const int64_t* const first = row_steps.const_data_ptr<int64_t>();
         const auto [least, most] = std::minmax_element(first, first + row_steps.numel());
-        TORCH_CHECK_VALUE(*least >= 0 && *most <= steps_taken(), kFit,
-                          ": expected 0 <= row_steps <= ", steps_taken(), ", the number of steps, got ",
+        TORCH_CHECK_VALUE(*least >= 0 && *most <= steps_taken_, kFit,
+                          ": expected 0 <= row_steps <= ", steps_taken_, ", the number of steps, got ",
                           *least, " to ", *most);
         return *least;
     }
@@ -117,12 +115,13 @@ class FitSteps {
     void limit_missed_steps() {
         constexpr int64_t kMost = 1 << 10;
         if (schedule_.next_step() - oldest_step_ <= kMost) return;
-        oldest_step_ = steps_taken();
+        oldest_step_ = steps_taken_;
         if (rows_.row_steps != nullptr) catch_up(rows_, nullptr, rows_.num_columns, oldest_step_);
         schedule_ = AdamWSchedule<scalar_t>(oldest_step_ + 1);
     }
 
     const FitParams& params_;
+    int64_t steps_taken_;  // counted here: another thread may write to the tensor
     int64_t oldest_step_;
     AdamWSchedule<scalar_t> schedule_;
     const DeferredRows<scalar_t> rows_;
