@@ -441,13 +441,14 @@ def get_batch(
         batch_size: B.
         block_size: T.
         generator: Where the randomness comes from; None: PyTorch's default generator of the CPU, so that the batches
-            are the same on every device. A generator on a GPU draws there, anew at each replay of a captured graph.
+            are the same on every device. A generator on a GPU draws there, anew at each replay of a captured graph,
+            which no other can be part of.
 
     Returns:
         idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` shifted by one token.
 
     Raises:
-        RuntimeError: ``tokens`` is not 1-D, or of another dtype.
+        RuntimeError: ``tokens`` is not 1-D, or of another dtype; or a CUDA graph captures what the CPU draws.
         ValueError: A size is not positive, or there are too few tokens for one block.
         TypeError: An argument is of the wrong type.
     """

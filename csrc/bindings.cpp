@@ -79,7 +79,7 @@ TORCH_LIBRARY(bigramx, m) {
     m.def(
         "get_batch(Tensor tokens, int batch_size, int block_size, Generator? generator=None) "
         "-> (Tensor idx, Tensor targets)",
-        {at::Tag::nondeterministic_seeded});
+        {at::Tag::nondeterministic_seeded, at::Tag::cudagraph_unsafe});
 
     // One step of AdamW in place. step: the count of this step, from 1.
     m.def(

@@ -14,8 +14,10 @@ tensors.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,6 +85,26 @@ def on_device(value: _Value) -> _Value:
 def raises_in_kernel(op: str, error: type[Exception], message: str) -> AbstractContextManager[object]:
     """Expects an error found by a kernel: the CPU's says what and where, a CUDA kernel asserts, naming the op."""
     return pytest.raises(RuntimeError, match=f"{op}: ") if IN_SIMT else pytest.raises(error, match=message)
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Has a CUDA graph capture what runs; the emulator only lets the kernels' host code believe that one does."""
+    if not IN_SIMT:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            yield
+        return
+    set_capturing = ctypes.CDLL(os.environ["BIGRAMX_EXTENSION"]).simt_set_capturing
+    set_capturing(True)
+    try:
+        yield
+    finally:
+        set_capturing(False)
+
+
+def draws_frozen_by_a_graph(op: str) -> AbstractContextManager[object]:
+    """Expects the error of an op that a graph captures, which would repeat what the CPU's generator gives it."""
+    return pytest.raises(RuntimeError, match=f"^{op}: expected a generator on the GPU while a CUDA graph captures")
 
 
 def skip_if_long(num_elements: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -834,6 +835,30 @@ def test_same_bits_in_each_run_and_for_any_number_of_threads(
         assert torch.equal(loss, results[0][0])
         if reduction != "none" or not runs_on_gpu():
             assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("num_classes", [40_003, 120_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_longer_than_a_tile(num_classes: int, dtype: torch.dtype) -> None:
+    """Tiles of the shared memory of a GPU: beside the row, and where the row itself does not fit."""
+    weight = torch.randn(2, num_classes).to(dtype)
+    targets = torch.tensor([0, num_classes - 1, 30_001, 5, 5])
+    Case(torch.tensor([0, 0, 0, 1, 0]), weight, targets, {"label_smoothing": 0.1}).check()
+
+
+def test_threads_with_tables_of_several_widths() -> None:
+    """On a GPU one kernel then runs with as many sizes of shared memory."""
+    idx, targets = torch.arange(2), torch.arange(2)
+    weights = [torch.randn(3, width) for width in (9000, 6600, 11_000)]
+    expected = [F.cross_entropy(weight[idx], targets) for weight in weights]
+
+    def run(k: int) -> Tensor:
+        return functional.embedding_cross_entropy(idx, weights[k % 3], targets)
+
+    with ThreadPoolExecutor(6) as pool:
+        losses = list(pool.map(run, range(60)))
+    for k, loss in enumerate(losses):
+        torch.testing.assert_close(loss, expected[k % 3])
 
 
 MANY_PAIRS = pytest.mark.parametrize("num_pairs", [65_536, 100_001])  # grouped in several chunks

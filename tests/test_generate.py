@@ -17,7 +17,17 @@ from hypothesis import given
 
 from bigramx import functional, reference
 from tests import processes
-from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, runs_on_gpu, skip_if_long
+from tests.devices import (
+    IN_SIMT,
+    capturing,
+    default_sampler,
+    draws_frozen_by_a_graph,
+    fewer,
+    on_device,
+    raises_in_kernel,
+    runs_on_gpu,
+    skip_if_long,
+)
 from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -558,6 +568,13 @@ def test_a_row_that_is_not_a_distribution_raises_when_reached(sampler: Any, valu
         functional.generate(idx + 2, weight, 1, sampler=sampler)
     with raises_in_kernel("generate", RuntimeError, "row 0 of weight"):
         functional.generate(idx, torch.full((3, 3), float("-inf")), 1, sampler=sampler)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_graph_does_not_capture_the_cpus_draws() -> None:
+    with draws_frozen_by_a_graph("generate"), capturing():
+        functional.generate(on_device(IDX), on_device(WEIGHT), 3, generator=torch.Generator())
 
 
 @pytest.mark.gpu_only

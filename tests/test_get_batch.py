@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from bigramx import data
-from tests.devices import on_device
+from tests.devices import capturing, draws_frozen_by_a_graph, on_device
 from tests.interrupts import SOME, call_beside, call_with_handlers
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -139,3 +139,14 @@ def test_devices_without_a_kernel_draw_the_same() -> None:
     expected = op(tokens, 4, 8, torch.Generator().manual_seed(1))
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.gpu_only
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["default", "given"])
+def test_a_graph_does_not_capture_the_cpus_draws(generator: torch.Generator | None) -> None:
+    tokens = torch.arange(50)
+    for source in (tokens, data.TokenShards([tokens[:25], tokens[25:]])):
+        data.get_batch(source, 3, 4, generator=generator)
+        with draws_frozen_by_a_graph("get_batch"), capturing():
+            data.get_batch(source, 3, 4, generator=generator)

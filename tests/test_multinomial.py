@@ -10,7 +10,16 @@ import torch
 from hypothesis import given
 
 from bigramx import functional, reference
-from tests.devices import IN_SIMT, default_sampler, fewer, on_device, raises_in_kernel, skip_if_long
+from tests.devices import (
+    IN_SIMT,
+    capturing,
+    default_sampler,
+    draws_frozen_by_a_graph,
+    fewer,
+    on_device,
+    raises_in_kernel,
+    skip_if_long,
+)
 from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -512,6 +521,13 @@ def test_bad_probs(arguments: tuple[Any, ...], message: str) -> None:
 def test_bad_sampler() -> None:
     with pytest.raises(ValueError, match=r"'philox'.* got 'foo'"):
         functional.multinomial(torch.ones(3), 1, sampler="foo")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu_only
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+def test_a_graph_does_not_capture_the_cpus_draws() -> None:
+    with draws_frozen_by_a_graph("multinomial"), capturing():
+        functional.multinomial(torch.ones(3), 1, generator=torch.Generator())
 
 
 @pytest.mark.gpu_only

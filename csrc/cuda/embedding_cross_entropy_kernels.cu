@@ -528,24 +528,29 @@ class Launcher {
     }
 
     // Up to kMaxBlocks blocks per multiprocessor, as long as each has shared memory for its row and a tile of
-    // a useful size: while one waits for memory, others compute. sweeps: whether the row is read again, by
-    // tiles.
+    // a useful size: while one waits for memory, others compute. A row that does not fit is read from the
+    // table again. sweeps: whether the row is read again, by tiles, each of which reads all its targets.
     template <typename sum_t>
     BlockPlan plan_block(bool sweeps) const {
-        constexpr int64_t kMaxBlocks = 3, kSmallestTile = 1 << 12, kReserved = 1 << 10;
+        constexpr int64_t kMaxBlocks = 3, kSmallestTile = 1 << 12;
         if (!sweeps) return {kRowThreads / kMaxBlocks, /*tile=*/0, /*caches_row=*/false};
-        const int64_t all_classes = (params_.num_classes + kTileStep - 1) / kTileStep * kTileStep;
-        const int64_t least = std::min(all_classes, kSmallestTile),
-                      available = max_shared_bytes(kEmbeddingCrossEntropy);
         for (int64_t blocks = kMaxBlocks; blocks > 0; --blocks) {
-            BlockPlan plan{static_cast<int>(kRowThreads / blocks), /*tile=*/0, /*caches_row=*/true};
-            const int64_t left = available / blocks - kReserved -
-                                 BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
-            plan.tile = std::min(all_classes, left / int64_t{sizeof(sum_t)} / kTileStep * kTileStep);
-            if (plan.tile >= least) return plan;
+            const BlockPlan plan = plan_tile<sum_t>(blocks, /*caches_row=*/true);
+            if (plan.tile >= std::min(params_.num_classes, kSmallestTile)) return plan;
         }
-        return {kRowThreads, least,
-                /*caches_row=*/false};  // the row does not fit: it is read from the table again
+        return plan_tile<sum_t>(/*blocks=*/1, /*caches_row=*/false);
+    }
+
+    // The largest tile with which so many blocks share a multiprocessor; not positive if there is no room.
+    template <typename sum_t>
+    BlockPlan plan_tile(int64_t blocks, bool caches_row) const {
+        constexpr int64_t kReserved = 1 << 10;  // bytes of a block
+        BlockPlan plan{static_cast<int>(kRowThreads / blocks), /*tile=*/0, caches_row};
+        const int64_t left = max_shared_bytes(kEmbeddingCrossEntropy) / blocks - kReserved -
+                             BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
+        const int64_t all_classes = (params_.num_classes + kTileStep - 1) / kTileStep * kTileStep;
+        plan.tile = std::min(all_classes, left / int64_t{sizeof(sum_t)} / kTileStep * kTileStep);
+        return plan;
     }
 
     static constexpr int64_t kTileStep = 16;  // classes; whole vectors of any type

@@ -192,7 +192,7 @@ int64_t generate_cuda(const GenerateParams& params, const at::Tensor& tokens) {
     if (params.temperature == 0) {
         chains.take_argmax();
     } else {
-        chains.draw(cuda::draw_cuda_seed(params.generator));
+        chains.draw(cuda::draw_cuda_seed(kGenerate, params.generator));
     }
     return chains.finish();
 }

@@ -21,7 +21,7 @@ at::Tensor multinomial_cuda(const MultinomialParams& params) {
                                                num_rows,
                                                vocab_size,
                                                num_samples,
-                                               cuda::draw_cuda_seed(params.generator),
+                                               cuda::draw_cuda_seed(kMultinomial, params.generator),
                                                samples.data_ptr<int64_t>()};
     if (num_samples == 1) {
         launch_draw_one_a_row(kernel, guard.stream());

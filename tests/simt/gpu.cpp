@@ -43,6 +43,8 @@ struct Listener final : torch::profiler::impl::ProfilerStateBase {
     }
 };
 
+bool is_capturing = false;
+
 const bool is_installed = [] {
     constexpr uint8_t kPriority = 100;
     c10::SetCPUAllocator(new Allocator, kPriority);
@@ -52,6 +54,11 @@ const bool is_installed = [] {
 
 }  // namespace
 }  // namespace simt
+
+// Whether kernels are to believe that a CUDA graph captures their stream.
+extern "C" __attribute__((visibility("default"))) void simt_set_capturing(bool capturing) {
+    simt::is_capturing = capturing;
+}
 
 namespace bigramx {
 
@@ -65,7 +72,10 @@ namespace cuda {
 
 StreamGuard::StreamGuard(const at::Tensor& tensor) : guard_(tensor.device()), stream_(nullptr) {}
 
-Seed draw_cuda_seed(const std::optional<at::Generator>& generator) {
+void check_host_can_draw(const char* op) { TORCH_CHECK(!simt::is_capturing, op, BIGRAMX_FROZEN_DRAWS); }
+
+Seed draw_cuda_seed(const char* op, const std::optional<at::Generator>& generator) {
+    if (generator.has_value()) check_host_can_draw(op);
     return {draw_seed(generator), false, 0, nullptr, nullptr};
 }
 

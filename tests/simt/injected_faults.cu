@@ -737,6 +737,7 @@ EXPORTED const char* run_fault(const char* name, bool broken, uint64_t seed) {
         } catch (const std::exception& error) {
             message = error.what();
         }
+        if (cudaGetLastError() != cudaSuccess) message = "an error is left for the next check to find";
         return message.c_str();
     }
     return nullptr;

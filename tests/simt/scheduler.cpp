@@ -20,6 +20,7 @@
 #include <string_view>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -36,6 +37,7 @@ uint64_t number_of_environment(const char* name, uint64_t otherwise) {
 }  // namespace
 
 __thread const Thread* running = nullptr;
+__thread cudaError_t last_error = cudaSuccess;
 uint64_t max_preemptions = 1 << 24;
 Random random_below(number_of_environment("SIMT_SEED", 0));
 
@@ -431,16 +433,22 @@ uint64_t warp_collective(WarpOp op, unsigned mask, uint64_t value, int argument,
     return warp.results[lane];
 }
 
+cudaError_t remembered(cudaError_t status) {
+    if (status != cudaSuccess) last_error = status;
+    return status;
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
     const dim3 grid = config.grid_size, size = config.block_size;
     if (grid.x == 0 || grid.x > kMaxBlocks || size.x == 0 || size.x > kMaxThreads)
-        return cudaErrorInvalidConfiguration;
+        return remembered(cudaErrorInvalidConfiguration);
     if (grid.y * grid.z * size.y * size.z != 1)
         throw std::runtime_error("simt: grids and blocks have one dimension");
     const std::lock_guard<std::mutex> lock(machine_mutex);
     const auto allowed = machine.allowed_shared.find(call.kernel);
     const size_t most = allowed == machine.allowed_shared.end() ? kAlwaysAllowedShared : allowed->second;
-    if (config.dynamicSmemBytes > std::max(most, kAlwaysAllowedShared)) return cudaErrorInvalidValue;
+    if (config.dynamicSmemBytes > std::max(most, kAlwaysAllowedShared))
+        return remembered(cudaErrorInvalidValue);
 
     prepare_fibers(size.x);
     begin_kernel(config.dynamicSmemBytes, call.arguments, call.arguments_bytes);
@@ -457,7 +465,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
 }
 
 cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
-    if (bytes < 0 || static_cast<size_t>(bytes) > max_shared_bytes()) return cudaErrorInvalidValue;
+    if (bytes < 0 || static_cast<size_t>(bytes) > max_shared_bytes())
+        return remembered(cudaErrorInvalidValue);
     const std::lock_guard<std::mutex> lock(machine_mutex);
     machine.allowed_shared[kernel] = static_cast<size_t>(bytes);
     return cudaSuccess;
@@ -479,6 +488,8 @@ const char* cudaGetErrorString(cudaError_t status) {
     return "unrecognized error code";
 }
 
+cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
+
 cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
@@ -491,7 +502,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-    return simt::set_memory(memory, value, bytes) ? cudaSuccess : cudaErrorInvalidValue;
+    return simt::remembered(simt::set_memory(memory, value, bytes) ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 void simt_assert_fail(const char* assertion, const char* file, unsigned line, const char*) noexcept {

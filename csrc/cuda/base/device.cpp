@@ -1,6 +1,7 @@
 #include "cuda/base/device.h"
 
 #include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "base/dispatch.h"
@@ -15,10 +16,17 @@ namespace cuda {
 StreamGuard::StreamGuard(const at::Tensor& tensor)
     : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.device().index())) {}
 
-Seed draw_cuda_seed(const std::optional<at::Generator>& generator) {
+void check_host_can_draw(const char* op) {
+    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None, op,
+                BIGRAMX_FROZEN_DRAWS);
+}
+
+Seed draw_cuda_seed(const char* op, const std::optional<at::Generator>& generator) {
     constexpr uint64_t kIncrement = 4;  // offsets of a generator on the device are multiples of it
-    if (generator.has_value() && generator->device().is_cpu())
+    if (generator.has_value() && generator->device().is_cpu()) {
+        check_host_can_draw(op);
         return {draw_seed(generator), false, 0, nullptr, nullptr};
+    }
     auto* impl = at::get_generator_or_default<at::CUDAGeneratorImpl>(
         generator, at::cuda::detail::getDefaultCUDAGenerator());
     const std::lock_guard<std::mutex> lock(impl->mutex_);

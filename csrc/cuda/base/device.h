@@ -9,6 +9,11 @@
 
 #include "cuda/base/types.h"
 
+// Completes the name of an op.
+#define BIGRAMX_FROZEN_DRAWS                                                                                 \
+    ": expected a generator on the GPU while a CUDA graph captures its stream, as each replay would repeat " \
+    "what the host draws, but the generator is on the CPU"
+
 namespace bigramx::cuda {
 
 // Makes the tensor's device the current one for its lifetime; holds that device's current stream.
@@ -22,9 +27,12 @@ class StreamGuard {
     const cudaStream_t stream_;
 };
 
-// The seed of counter-based draws on the current device. A CPU generator gives a number. A generator of the
-// device, or none (its default), gives its Philox state, which advances at each replay of a captured graph.
-Seed draw_cuda_seed(const std::optional<at::Generator>& generator);
+// Raises where a CUDA graph captures the current stream: it would replay what the host draws now for ever.
+void check_host_can_draw(const char* op);
+
+// The seed of counter-based draws on the current device. A CPU generator gives a number, but not to a graph.
+// A generator of the device, or none (its default), gives its Philox state, which advances at each replay.
+Seed draw_cuda_seed(const char* op, const std::optional<at::Generator>& generator);
 
 inline FloatType float_type(const at::Tensor& tensor) {
     switch (tensor.scalar_type()) {

@@ -6,17 +6,52 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/base/types.h"
 
 namespace bigramx::cuda {
 
 inline void check_cuda(const char* op, cudaError_t status) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
-    }
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // forgets it: PyTorch's next check would take it for its own
+    throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
+}
+
+// An attribute of the current device.
+inline int64_t device_attribute(const char* op, cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    check_cuda(op, cudaGetDevice(&device));
+    check_cuda(op, cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+inline int64_t num_multiprocessors(const char* op) {
+    return device_attribute(op, cudaDevAttrMultiProcessorCount);
+}
+
+// The most dynamic shared memory that a block can opt in to, in bytes.
+inline int64_t max_shared_bytes(const char* op) {
+    return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+inline std::mutex kernels_mutex;
+inline std::set<std::pair<const void*, int>> kernels_with_max_shared_bytes;  // kernel, device
+
+// Opts a kernel in to max_shared_bytes on the current device, once: the limit is the kernel's, so threads
+// that each set what their own launch takes would take it from one another.
+inline void allow_max_shared_bytes(const char* op, const void* kernel) {
+    int device = 0;
+    check_cuda(op, cudaGetDevice(&device));
+    const std::lock_guard<std::mutex> lock(kernels_mutex);
+    if (kernels_with_max_shared_bytes.count({kernel, device}) > 0) return;
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(max_shared_bytes(op))));
+    kernels_with_max_shared_bytes.insert({kernel, device});
 }
 
 struct LaunchShape {
@@ -39,8 +74,7 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Argum
                                  std::to_string(shape.blocks));
     }
     if (shape.shared_bytes > kAlwaysAllowed) {
-        check_cuda(shape.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(shape.shared_bytes)));
+        allow_max_shared_bytes(shape.op, reinterpret_cast<const void*>(kernel));
     }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
@@ -53,23 +87,6 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Argum
 // Sets `bytes` of device memory to zero.
 inline void clear(const char* op, cudaStream_t stream, void* memory, size_t bytes) {
     if (bytes > 0) check_cuda(op, cudaMemsetAsync(memory, 0, bytes, stream));
-}
-
-// An attribute of the current device.
-inline int64_t device_attribute(const char* op, cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    check_cuda(op, cudaGetDevice(&device));
-    check_cuda(op, cudaDeviceGetAttribute(&value, attribute, device));
-    return value;
-}
-
-inline int64_t num_multiprocessors(const char* op) {
-    return device_attribute(op, cudaDevAttrMultiProcessorCount);
-}
-
-// The most dynamic shared memory that a block can opt in to, in bytes.
-inline int64_t max_shared_bytes(const char* op) {
-    return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 }  // namespace bigramx::cuda
