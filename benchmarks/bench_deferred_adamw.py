@@ -23,7 +23,7 @@ def steps(config: RunConfig, vocab_size: int, num_steps: int, kind: str, targets
         return comparison.skip(str(error))
     comparison.add(OURS, runs.deferred())
     comparison.add("eager, dense, AdamW fused", runs.eager())
-    comparison.add("dense, three imports changed", runs.three_imports())
+    comparison.add(f"{OURS}, dense, three imports changed", runs.three_imports())
     comparison.add_lower_bound(COPIES, runs.copies())
     return comparison.run(config)
 

@@ -196,8 +196,8 @@ def fit_large(config: RunConfig, vocab_size: int, num_steps: int, kind: str, tar
     runs = LargeFit(tokens, vocab_size, num_steps)
     comparison.add(OURS, runs.ours())
     comparison.add("eager, AdamW fused", runs.eager())
-    comparison.add("three imports changed", runs.three_imports())
-    comparison.add("sparse, DeferredAdamW", runs.deferred())
+    comparison.add(f"{OURS}, three imports changed", runs.three_imports())
+    comparison.add(f"{OURS}, sparse, DeferredAdamW", runs.deferred())
     comparison.add_lower_bound(COPIES, runs.copies())
     return comparison.run(config)
 
@@ -212,7 +212,7 @@ def over_vocabulary(config: RunConfig, sizes: Sequence[int]) -> Result:
         tokens = TOKENS["uniform"](size)
         runs = LargeFit(tokens, size, num_steps)
         comparison.add(OURS, runs.ours())
-        comparison.add("sparse, DeferredAdamW", runs.deferred())
+        comparison.add(f"{OURS}, sparse, DeferredAdamW", runs.deferred())
         comparison.add("eager, AdamW fused", runs.eager())
         if size <= 8192:  # beyond it, it does not fit beside the others
             comparison.add_peer("JAX lax.scan", partial(peers.jax_fit, torch.randn(size, size), tokens, num_steps))

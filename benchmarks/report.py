@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def in_units(value: float, units: dict[str, float]) -> str:
 
 def picture(device: str, result: Result) -> str:
     """The file of a cost curve, beside the results."""
-    return f"{device}_cost_over_{next(iter(result.series)).lower()}.png"
+    return f"{device}_{result.bench}_over_{next(iter(result.series)).lower()}.png"
 
 
 def draw(result: Result, path: Path) -> None:
@@ -173,7 +173,7 @@ def draw(result: Result, path: Path) -> None:
     canvas = Figure(figsize=(8, 4.5), layout="constrained")
     (over, sizes), *series = result.series.items()
     axes = canvas.add_subplot(title=result.case, xlabel=over, ylabel="milliseconds")
-    for (name, seconds), color in zip(series, ("#2563a8", "#d9772b", "#9aa3ad"), strict=False):
+    for (name, seconds), color in zip(series, cycle(("#2563a8", "#d9772b", "#9aa3ad", "#4f9d69")), strict=False):
         milliseconds = [1e3 * second for second in seconds]  # fewer than sizes if the largest did not fit into memory
         axes.loglog(sizes[: len(seconds)], milliseconds, color=color, marker="o", markersize=4, label=name)
     axes.set_xscale("log", base=2)

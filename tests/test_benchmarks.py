@@ -245,8 +245,8 @@ class TestReport:
         report.main()
         text = (tmp_path / "README.md").read_text()
         assert (text[:7], text.count("a headline"), text.count("old"), text[-6:]) == ("before\n", 1, 0, "after\n")
-        assert "![a curve](cpu_cost_over_n.png)" in (tmp_path / "results" / "README.md").read_text()
-        assert (tmp_path / "results" / "cpu_cost_over_n.png").stat().st_size > 0
+        assert "![a curve](cpu_cost_curves_over_n.png)" in (tmp_path / "results" / "README.md").read_text()
+        assert (tmp_path / "results" / "cpu_cost_curves_over_n.png").stat().st_size > 0
         monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
         report.main()
         run.write(tmp_path / "results" / "cpu.json", {"processor": "another"}, {"adamw": [RESULT]})

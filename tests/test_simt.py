@@ -248,6 +248,19 @@ def test_kernels_pass(name: str) -> None:
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+def test_the_first_run_on_a_gpu_comes_to_its_end(tmp_path: Path) -> None:
+    make(ROOT, "_C.so")
+    command = [sys.executable, "benchmarks/first_gpu_run.py", "--emulator", "--out", str(tmp_path)]
+    result = processes.run(command, cwd=ROOT, seconds=1800)
+    assert result.returncode == 0, result.stdout
+    summary = (tmp_path / "summary.txt").read_text()
+    assert summary == result.stdout
+    steps = [line.partition(":")[0] for line in summary.splitlines()]
+    assert [step for step in steps if not step.startswith("op-")] == ["versions", "build", "tests", "table", "suite"]
+    assert {f"op-{op}" for op in ("embedding_cross_entropy", "generate", "adamw_")} <= set(steps)
+    assert " passed, 0 failed" in (tmp_path / "suite.log").read_text()
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_finds_mutation(mutation: Mutation, tmp_path: Path) -> None:
     on_injected_faults = not mutation.tests.startswith("tests/")
