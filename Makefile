@@ -16,7 +16,7 @@ TRUST_C := $(wildcard tests/trust/*.c tests/trust/*.cpp tests/trust/*.h)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(TRUST_C) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint integration simt cuda-check sanitize trust asan tsan fuzz fuzz-files faults statistics soak portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
+.PHONY: help train test lint integration simt cuda-check cuda-instructions sanitize trust asan tsan fuzz fuzz-files faults statistics soak portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint                linters and types alone"
 	@echo "make integration         tests with Lightning, Accelerate, Transformers, PEFT, Opacus and ONNX, which it installs"
 	@echo "make cuda-check          compile the CUDA kernels for three architectures, and print what each takes"
+	@echo "make cuda-instructions   count the machine instructions that the kernel of large tables takes for an element"
 	@echo "make sanitize            run CUDA tests under compute-sanitizer; needs a GPU"
 	@echo "make trust               all promises about faults, an hour or two: asan, tsan, fuzz, fuzz-files, faults, statistics, soak, portability"
 	@echo "make fuzz [SECONDS=60]   one of these"
@@ -51,6 +52,10 @@ simt: $(STAMPS)/built
 
 cuda-check: $(STAMPS)/installed
 	@$(BIN)/python tests/cuda_check.py
+
+cuda-instructions: $(STAMPS)/installed
+	@command -v nvdisasm >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check nvidia-cuda-nvdisasm
+	@$(BIN)/python tests/cuda_instructions.py
 
 # Without torch's pool each tensor is an allocation, whose ends memcheck knows. racecheck is for shared memory.
 sanitize: $(STAMPS)/built

@@ -846,6 +846,20 @@ def test_rows_longer_than_a_tile(num_classes: int, dtype: torch.dtype) -> None:
     Case(torch.tensor([0, 0, 0, 1, 0]), weight, targets, {"label_smoothing": 0.1}).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"padding_idx": 1}, {"sparse": True}])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str, Any], scale: float) -> None:
+    """A GPU puts in the targets of few pairs after the gradient of the row; of a large maximum, it does not."""
+    num_classes = 1501
+    weight = (torch.randn(5, num_classes) * scale).to(dtype)
+    idx = torch.arange(5).repeat_interleave(torch.tensor([64, 65, 1, 0, 7]))
+    targets = torch.randint(num_classes, idx.shape)
+    targets[:20] = 3  # one target of many pairs
+    targets[130:] = targets[130]
+    Case(idx, weight, targets, options).check()
+
+
 def test_threads_with_tables_of_several_widths() -> None:
     """On a GPU one kernel then runs with as many sizes of shared memory."""
     idx, targets = torch.arange(2), torch.arange(2)

@@ -170,12 +170,13 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(R
     reduce_losses(rows, of_block, scratch, is_last);
 }
 
-// Per multiprocessor: more would not have enough registers.
-constexpr int kRowThreads = 768;
+// Per multiprocessor: more would not have enough registers. In whole warps also for two and three blocks.
+template <typename Params>
+constexpr int kRowThreads = Params::kIsPlain ? 768 : 576;
 
 // Grouped pairs, one block per slot.
 template <typename sum_t, typename Params>
-__global__ void __launch_bounds__(kRowThreads, 1) block_rows_kernel(Params rows, BlockPlan plan) {
+__global__ void __launch_bounds__(kRowThreads<Params>, 1) block_rows_kernel(Params rows, BlockPlan plan) {
     if (rows.is_done()) return;
     const BlockMemory<Params, sum_t> memory(plan, rows.num_classes);
     const int64_t slot = blockIdx.x;
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(Row
 
 // The same, one block per slot.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kRowThreads, 1)
+__global__ void __launch_bounds__(kRowThreads<RowsParams<scalar_t>>, 1)
     block_stats_kernel(RowsParams<scalar_t> rows, BlockPlan plan) {
     const BlockMemory<RowsParams<scalar_t>, uint32_t> memory(plan, rows.num_classes);
     const int64_t row = rows.row_of_slot(blockIdx.x);
@@ -487,10 +488,10 @@ class Launcher {
 
     template <typename sum_t>
     void launch_block_rows() const {
-        const BlockPlan plan = plan_block<sum_t>(/*sweeps=*/true);
         const auto launch_rows = [&](const auto& rows) {
-            launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, std::decay_t<decltype(rows)>>, rows,
-                   plan);
+            using Params = std::decay_t<decltype(rows)>;
+            const BlockPlan plan = plan_block<sum_t>(kRowThreads<Params>, /*sweeps=*/true);
+            launch(shape_of_blocks<sum_t>(plan), block_rows_kernel<sum_t, Params>, rows, plan);
         };
         if constexpr (std::is_same_v<sum_t, uint32_t>) {
             with_plain_rows(launch_rows);
@@ -514,7 +515,7 @@ class Launcher {
                                    : warp_stats_kernel<kManyItems<acc_t>, scalar_t>,
                    rows_);
         } else {
-            const BlockPlan plan = plan_block<uint32_t>(/*sweeps=*/false);
+            const BlockPlan plan = plan_block<uint32_t>(kRowThreads<RowsParams<scalar_t>>, /*sweeps=*/false);
             launch(shape_of_blocks<uint32_t>(plan), block_stats_kernel<scalar_t>, rows_, plan);
         }
     }
@@ -531,21 +532,21 @@ class Launcher {
     // a useful size: while one waits for memory, others compute. A row that does not fit is read from the
     // table again. sweeps: whether the row is read again, by tiles, each of which reads all its targets.
     template <typename sum_t>
-    BlockPlan plan_block(bool sweeps) const {
+    BlockPlan plan_block(int threads, bool sweeps) const {
         constexpr int64_t kMaxBlocks = 3, kSmallestTile = 1 << 12;
-        if (!sweeps) return {kRowThreads / kMaxBlocks, /*tile=*/0, /*caches_row=*/false};
+        if (!sweeps) return {static_cast<int>(threads / kMaxBlocks), /*tile=*/0, /*caches_row=*/false};
         for (int64_t blocks = kMaxBlocks; blocks > 0; --blocks) {
-            const BlockPlan plan = plan_tile<sum_t>(blocks, /*caches_row=*/true);
+            const BlockPlan plan = plan_tile<sum_t>(threads, blocks, /*caches_row=*/true);
             if (plan.tile >= std::min(params_.num_classes, kSmallestTile)) return plan;
         }
-        return plan_tile<sum_t>(/*blocks=*/1, /*caches_row=*/false);
+        return plan_tile<sum_t>(threads, /*blocks=*/1, /*caches_row=*/false);
     }
 
     // The largest tile with which so many blocks share a multiprocessor; not positive if there is no room.
     template <typename sum_t>
-    BlockPlan plan_tile(int64_t blocks, bool caches_row) const {
+    BlockPlan plan_tile(int threads, int64_t blocks, bool caches_row) const {
         constexpr int64_t kReserved = 1 << 10;  // bytes of a block
-        BlockPlan plan{static_cast<int>(kRowThreads / blocks), /*tile=*/0, caches_row};
+        BlockPlan plan{static_cast<int>(threads / blocks), /*tile=*/0, caches_row};
         const int64_t left = max_shared_bytes(kEmbeddingCrossEntropy) / blocks - kReserved -
                              BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
         const int64_t all_classes = (params_.num_classes + kTileStep - 1) / kTileStep * kTileStep;

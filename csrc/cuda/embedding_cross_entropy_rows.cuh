@@ -103,15 +103,27 @@ struct PlainRowsParams : RowsParams<scalar> {
     __device__ bool smooths() const { return false; }
 };
 
-// e^(logit - max). For 16-bit tables as a power of two, whose exponent is one rounded product: an error far
-// below the rounding of the logits.
+constexpr float kLog2E = 0x1.715476p0f;  // log2(e)
+
+// 2^x in one instruction, by the unit for special functions: 2 units in the last place, 0 below 2^-126.
+__device__ inline float power_of_two(float x) {
+#if defined(__CUDA_ARCH__)
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return exp2f(x);
+#endif
+}
+
+// e^(logit - max) for logit <= max. For floats as a power of two, whose exponent is one rounded product: a
+// relative error of (max - logit) 2^-24, that of the difference itself.
 template <typename scalar_t>
 __device__ inline opmath_t<scalar_t> exponential(opmath_t<scalar_t> logit, opmath_t<scalar_t> max) {
-    if constexpr (sizeof(scalar_t) == 2) {
-        constexpr float kLog2E = 0x1.715476p0f;
-        return exp2f((logit - max) * kLog2E);
-    } else {
+    if constexpr (std::is_same_v<scalar_t, double>) {
         return std::exp(logit - max);
+    } else {
+        return power_of_two((logit - max) * kLog2E);
     }
 }
 
@@ -127,15 +139,27 @@ struct OnlineSum {
     T max = -kInfinity<T>;
     T sum = 0;
 
+    // Vectors of logits.
     template <typename scalar_t, int count>
-    __device__ void include(const T (&logits)[count]) {
-        T largest = max;
-        for (int k = 0; k < count; ++k) largest = std::fmax(largest, logits[k]);
-        if (largest > max) {
-            sum *= std::exp(max - largest);
-            max = largest;
+    __device__ void include(const AlignedVector<scalar_t> (&vectors)[count]) {
+        constexpr int kSize = kVectorSize<scalar_t>;
+        raise_max<scalar_t>(largest_element(vectors));
+        for (int k = 0; k < count * kSize; ++k) {
+            sum += exponential<scalar_t>(widen(vectors[k / kSize].elements[k % kSize]), shift());
         }
-        for (int k = 0; k < count; ++k) sum += exponential<scalar_t>(logits[k], shift());
+    }
+
+    template <typename scalar_t>
+    __device__ void include(T logit) {
+        raise_max<scalar_t>(logit);
+        sum += exponential<scalar_t>(logit, shift());
+    }
+
+    template <typename scalar_t>
+    __device__ void raise_max(T logit) {
+        if (!(logit > max)) return;
+        sum *= exponential<scalar_t>(max, logit);
+        max = logit;
     }
 
     __device__ T shift() const { return shift_of(max); }
@@ -390,25 +414,18 @@ class BlockRow {
         : params_(params),
           plan_(plan),
           memory_(memory),
-          row_(row),
+          is_padding_(row == params.padding_idx),
           source_(params.weight_row(row)),
           tile_(memory.tile + elements_into_vector(source_)),
           first_pair_(params.groups.row_begin[row]),
-          num_pairs_(params.groups.row_begin[row + 1] - first_pair_) {}
+          num_pairs_(static_cast<uint32_t>(params.groups.row_begin[row + 1] - first_pair_)) {}
 
     // gradient: (C), or null. All threads get the result.
     __device__ LossSums process(scalar_t* gradient) {
         const MeasuredRow<Params> row = measure();
         const PairSums pairs = sum_pairs();
         const GradientTerms<Params> terms(row, pairs);
-        const bool is_zero = gradient == nullptr || row_ == params_.padding_idx;
-        ClassSums own;
-        sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
-            const acc_t class_weight = params_.class_weight_of(j);
-            row.add_losses(own, logit, class_weight, s);
-            return is_zero ? acc_t(0) : terms.element(logit, class_weight, s);
-        });
-        return row.loss(pairs, block_sum(own, memory_.class_sums));
+        return row.loss(pairs, block_sum(visit_classes(row, terms, gradient), memory_.class_sums));
     }
 
     __device__ RowStats<acc_t> stats() {
@@ -421,23 +438,143 @@ class BlockRow {
     }
 
   private:
-    // Reads the row, and caches it in shared memory where that is planned.
+    // As many as there are registers for.
+    static constexpr int kVectorsAtOnce = std::is_same_v<scalar_t, float> ? 4 : 2;
+
+    // Most rows of a large table have few: the targets are then no concern of the other classes.
+    static constexpr uint32_t kFewPairs =
+        Params::kIsPlain && std::is_same_v<sum_t, uint32_t> && sizeof(acc_t) == sizeof(float) ? 64 : 0;
+
+    // Then the product with log2(e) is exact enough to be subtracted from those of the logits: see spread().
+    __device__ static bool has_moderate_max(const MeasuredRow<Params>& row) {
+        return sizeof(scalar_t) != 2 || std::fabs(row.max) <= 256;
+    }
+
+    // Writes the gradient; returns the thread's part of the losses.
+    __device__ ClassSums visit_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
+                                       scalar_t* gradient) const {
+        if constexpr (kFewPairs > 0) {
+            if (num_pairs_ <= kFewPairs && has_moderate_max(row)) return patch_targets(row, terms, gradient);
+        }
+        return sweep_classes(row, terms, gradient);
+    }
+
+    // The gradient as if there were no targets, then the elements of the targets anew. Each target is seen to
+    // by its first pair; the losses are put in the order of the targets, as that of the pairs is not fixed.
+    __device__ ClassSums patch_targets(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
+                                       scalar_t* gradient) const {
+        if (gradient != nullptr) spread(terms, gradient);
+        auto* const losses = reinterpret_cast<ClassSums*>(memory_.tile);  // (num_pairs)
+        const int32_t* const targets = params_.groups.targets + first_pair_;
+        __syncthreads();
+        if (threadIdx.x < num_pairs_) {
+            const unsigned own = threadIdx.x;
+            const int32_t target = targets[own];
+            sum_t s = 0;
+            bool is_first = true;
+            int rank = 0;
+            for (unsigned k = 0; k < num_pairs_; ++k) {
+                const bool is_same = targets[k] == target;
+                s += is_same;
+                is_first = is_first && !(is_same && k < own);
+                rank += targets[k] < target || (is_same && k < own);
+            }
+            ClassSums of_target;
+            if (is_first) {
+                const acc_t logit = widen(source_[target]);
+                row.add_losses(of_target, logit, acc_t(1), s);
+                if (gradient != nullptr && !is_padding_)
+                    gradient[target] = narrow<scalar_t>(terms.element(logit, acc_t(1), s));
+            }
+            losses[rank] = of_target;
+        }
+        __syncthreads();
+        return threadIdx.x < num_pairs_ ? losses[threadIdx.x] : ClassSums{};
+    }
+
+    // gradient = the elements of classes without pairs; or zeros.
+    __device__ void spread(const GradientTerms<Params>& terms, scalar_t* gradient) const {
+        const auto map = [scale = terms.scale, max = terms.max](acc_t logit) {
+            if constexpr (sizeof(scalar_t) ==
+                          2) {  // an error of |max| 2^-24, far below the rounding of a gradient
+                return scale * power_of_two(fmaf(logit, kLog2E, -max * kLog2E));
+            } else {
+                return scale * exponential<scalar_t>(logit, max);
+            }
+        };
+        const scalar_t* const kept = kept_row();
+        if (is_padding_) {
+            map_row(source_, gradient, params_.num_classes, [](acc_t) { return acc_t(0); });
+        } else if (kept !=
+                   nullptr) {  // a branch of its own: the compiler then knows that the memory is shared
+            map_row(kept, gradient, params_.num_classes, map);
+        } else {
+            map_row(source_, gradient, params_.num_classes, map);
+        }
+    }
+
+    __device__ ClassSums sweep_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
+                                       scalar_t* gradient) const {
+        const bool is_zero = gradient == nullptr || is_padding_;
+        ClassSums own;
+        sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
+            const acc_t class_weight = params_.class_weight_of(j);
+            row.add_losses(own, logit, class_weight, s);
+            return is_zero ? acc_t(0) : terms.element(logit, class_weight, s);
+        });
+        return own;
+    }
+
+    // to[j] = map(from[j]).
+    template <typename Map>
+    __device__ static void map_row(const scalar_t* from, scalar_t* to, int64_t size, const Map& map) {
+        constexpr int kSize = kVectorSize<scalar_t>, kBatch = kVectorsAtOnce;
+        const auto map_element = [&](int j) { to[j] = narrow<scalar_t>(map(widen(from[j]))); };
+        if (elements_into_vector(to) != elements_into_vector(from)) {
+            for (int j = static_cast<int>(threadIdx.x); j < size; j += blockDim.x) map_element(j);
+            return;
+        }
+        const auto map_vector = [&](int first, const AlignedVector<scalar_t>& vector) {
+            acc_t mapped[kSize];
+            for (int k = 0; k < kSize; ++k) mapped[k] = map(widen(vector.elements[k]));
+            store_vector(to + first, narrow_vector<scalar_t>(mapped));
+        };
+        for_each_batch_of_vectors<kBatch>(
+            from, size,
+            [&](int first, int stride, const AlignedVector<scalar_t>(&batch)[kBatch]) {
+                for (int k = 0; k < kBatch; ++k) map_vector(first + k * stride, batch[k]);
+            },
+            map_vector, map_element);
+    }
+
+    // Where the row is kept in shared memory; null where there is no room.
+    __device__ scalar_t* kept_row() const {
+        return memory_.row != nullptr ? memory_.row + (tile_ - memory_.tile) : nullptr;
+    }
+
+    // Reads the row, and keeps it in shared memory where that is planned.
     __device__ MeasuredRow<Params> measure() {
-        constexpr int kInFlight = sizeof(acc_t) == sizeof(double) ? 2 : 4;
+        constexpr int kBatch = kVectorsAtOnce;
+        const scalar_t* const weight = source_;
+        scalar_t* const kept = kept_row();
+        const auto keep = [kept](int first, const AlignedVector<scalar_t>& vector) {
+            if (kept != nullptr) store_vector(kept + first, vector);
+        };
         OnlineSum<acc_t> own;
-        scalar_t* const kept = memory_.row != nullptr ? memory_.row + elements_into_vector(source_) : nullptr;
-        for_each_aligned_vector<kInFlight>(
-            source_, params_.num_classes,
+        for_each_batch_of_vectors<kBatch>(
+            weight, params_.num_classes,
+            [&](int first, int stride, const AlignedVector<scalar_t>(&batch)[kBatch]) {
+                own.include(batch);
+                for (int k = 0; k < kBatch; ++k) keep(first + k * stride, batch[k]);
+            },
             [&](int first, const AlignedVector<scalar_t>& vector) {
-                acc_t logits[kVectorSize<scalar_t>];
-                for (int k = 0; k < kVectorSize<scalar_t>; ++k) logits[k] = widen(vector.elements[k]);
-                own.template include<scalar_t>(logits);
-                if (kept != nullptr) store_vector(kept + first, vector);
+                const AlignedVector<scalar_t> alone[1] = {vector};
+                own.include(alone);
+                keep(first, vector);
             },
             [&](int j) {
-                const acc_t logit[1] = {widen(source_[j])};
-                own.template include<scalar_t>(logit);
-                if (kept != nullptr) kept[j] = source_[j];
+                own.template include<scalar_t>(widen(weight[j]));
+                if (kept != nullptr) kept[j] = weight[j];
             });
         const OnlineSum<acc_t> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<acc_t>());
         if (kept != nullptr) source_ = kept;
@@ -480,12 +617,11 @@ class BlockRow {
                     [&](int first, const AlignedVector<scalar_t>& vector) {
                         sum_t sums[kVectorSize<scalar_t>];
                         load_sums(tile_ + first, sums);
-                        AlignedVector<scalar_t> elements;
+                        acc_t elements[kVectorSize<scalar_t>];
                         for (int k = 0; k < kVectorSize<scalar_t>; ++k) {
-                            elements.elements[k] = narrow<scalar_t>(
-                                visit(begin + first + k, widen(vector.elements[k]), sums[k]));
+                            elements[k] = visit(begin + first + k, widen(vector.elements[k]), sums[k]);
                         }
-                        if (out != nullptr) store_vector(part_out + first, elements);
+                        if (out != nullptr) store_vector(part_out + first, narrow_vector<scalar_t>(elements));
                     },
                     visit_element);
             } else {
@@ -524,10 +660,11 @@ class BlockRow {
     const Params& params_;
     const BlockPlan& plan_;
     const BlockMemory<Params, sum_t>& memory_;
-    const int64_t row_;
+    const bool is_padding_;
     const scalar_t* source_;  // (C): the row in the table, or its copy in shared memory
     sum_t* const tile_;       // (tile)
-    const int64_t first_pair_, num_pairs_;
+    const int64_t first_pair_;
+    const uint32_t num_pairs_;
 };
 
 }  // namespace bigramx::cuda

@@ -84,6 +84,57 @@ __device__ inline void store_vector(T* to, const AlignedVector<T>& vector) {
     *reinterpret_cast<AlignedVector<T>*>(to) = vector;
 }
 
+#if defined(__CUDA_ARCH__)
+__device__ inline __nv_bfloat162 narrow_pair(bfloat16, float a, float b) {
+    return __floats2bfloat162_rn(a, b);
+}
+__device__ inline __half2 narrow_pair(float16, float a, float b) { return __floats2half2_rn(a, b); }
+#endif
+
+// The largest element; a NaN counts only where there is nothing else. Pairs of 16-bit elements at a time.
+template <typename scalar_t, int count>
+__device__ inline opmath_t<scalar_t> largest_element(const AlignedVector<scalar_t> (&vectors)[count]) {
+    constexpr int kSize = kVectorSize<scalar_t>;
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(scalar_t) == 2) {
+        auto largest =
+            decltype(narrow_pair(scalar_t(), 0, 0))(vectors[0].elements[0], vectors[0].elements[1]);
+        for (int k = 2; k < count * kSize; k += 2) {
+            const auto& elements = vectors[k / kSize].elements;
+            largest = __hmax2(largest, {elements[k % kSize], elements[k % kSize + 1]});
+        }
+        return fmaxf(widen(largest.x), widen(largest.y));
+    } else
+#endif
+    {
+        opmath_t<scalar_t> largest = widen(vectors[0].elements[0]);
+        for (int k = 1; k < count * kSize; ++k) {
+            largest = std::fmax(largest, widen(vectors[k / kSize].elements[k % kSize]));
+        }
+        return largest;
+    }
+}
+
+// Two elements by each conversion, where they have 16 bits.
+template <typename scalar_t>
+__device__ inline AlignedVector<scalar_t> narrow_vector(
+    const opmath_t<scalar_t> (&values)[kVectorSize<scalar_t>]) {
+    AlignedVector<scalar_t> vector;
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(scalar_t) == 2) {
+        for (int k = 0; k < kVectorSize<scalar_t>; k += 2) {
+            const auto pair = narrow_pair(scalar_t(), values[k], values[k + 1]);
+            vector.elements[k] = pair.x;
+            vector.elements[k + 1] = pair.y;
+        }
+    } else
+#endif
+    {
+        for (int k = 0; k < kVectorSize<scalar_t>; ++k) vector.elements[k] = narrow<scalar_t>(values[k]);
+    }
+    return vector;
+}
+
 // The position of a row's first element within its aligned vector.
 template <typename T>
 __device__ inline int elements_into_vector(const T* row) {
@@ -120,6 +171,30 @@ __device__ inline void for_each_aligned_vector(const T* row, int64_t size, const
         }
     }
     const int in_vectors = num_vectors * kVectorSize<T>, outside = static_cast<int>(size) - in_vectors;
+    for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_vectors);
+}
+
+// The same in batches of vectors, which a thread loads together: visit_batch(first, stride, vectors), where
+// the first element of vectors[k] is first + k stride. The vectors that fill no batch are visited one by one.
+template <int kBatch, typename T, typename VisitBatch, typename VisitVector, typename VisitElement>
+__device__ inline void for_each_batch_of_vectors(const T* row, int64_t size, const VisitBatch& visit_batch,
+                                                 const VisitVector& visit_vector,
+                                                 const VisitElement& visit_element) {
+    constexpr int kSize = kVectorSize<T>;
+    const int before = static_cast<int>(elements_before_vectors(row, size));
+    const int num_vectors = static_cast<int>((size - before) / kSize);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const auto* const vectors = reinterpret_cast<const AlignedVector<T>*>(row + before);
+    const int in_batches = num_vectors / (kBatch * threads) * (kBatch * threads);
+    for (int c = thread; c < in_batches; c += kBatch * threads) {
+        AlignedVector<T> batch[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) batch[k] = vectors[c + k * threads];
+        visit_batch(before + c * kSize, threads * kSize, batch);
+    }
+    for (int c = in_batches + thread; c < num_vectors; c += threads)
+        visit_vector(before + c * kSize, vectors[c]);
+    const int in_vectors = num_vectors * kSize, outside = static_cast<int>(size) - in_vectors;
     for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_vectors);
 }
 
