@@ -148,6 +148,16 @@ __device__ inline int64_t elements_before_vectors(const T* row, int64_t size) {
     return before < size ? before : size;
 }
 
+// For a block: visit_element(k) for the elements of a row before its vectors and after them.
+template <typename VisitElement>
+__device__ inline void for_each_outside(int before, int in_vectors, int size,
+                                        const VisitElement& visit_element) {
+    const int threads = static_cast<int>(blockDim.x), outside = size - in_vectors;
+    for (int k = static_cast<int>(threadIdx.x); k < outside; k += threads) {
+        visit_element(k < before ? k : k + in_vectors);
+    }
+}
+
 // For a block: visit_vector(k, vector) for each aligned vector of a row, whose first element is k, and
 // visit_element(k) for the elements before and after them. A thread loads kInFlight vectors before it visits
 // the first, to hide latency. Fewer than 2^31 elements.
@@ -170,8 +180,7 @@ __device__ inline void for_each_aligned_vector(const T* row, int64_t size, const
             if (c < num_vectors) visit_vector(before + c * kVectorSize<T>, vectors[k]);
         }
     }
-    const int in_vectors = num_vectors * kVectorSize<T>, outside = static_cast<int>(size) - in_vectors;
-    for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_vectors);
+    for_each_outside(before, num_vectors * kVectorSize<T>, static_cast<int>(size), visit_element);
 }
 
 // The same in batches of vectors, which a thread loads together: visit_batch(first, stride, vectors), where
@@ -194,8 +203,7 @@ __device__ inline void for_each_batch_of_vectors(const T* row, int64_t size, con
     }
     for (int c = in_batches + thread; c < num_vectors; c += threads)
         visit_vector(before + c * kSize, vectors[c]);
-    const int in_vectors = num_vectors * kSize, outside = static_cast<int>(size) - in_vectors;
-    for (int k = thread; k < outside; k += threads) visit_element(k < before ? k : k + in_vectors);
+    for_each_outside(before, num_vectors * kSize, static_cast<int>(size), visit_element);
 }
 
 }  // namespace bigramx::cuda
