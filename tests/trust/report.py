@@ -11,12 +11,15 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+from tests.tree import ROOT
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = "BIGRAMX_TRUST_KEEP"  # set by make trust: what comes out is kept in RESULTS
@@ -69,9 +72,19 @@ def _counts(trial: Trial) -> str:
 
 def _keep(trial: Trial) -> None:
     trial.machine, trial.date = _machine(), time.strftime("%Y-%m-%d", time.gmtime())
+    trial.findings = [without_places(finding) for finding in trial.findings]
     name = trial.target.removeprefix("make ").replace(" ", "-")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(asdict(trial), indent=2) + "\n", encoding="utf-8")
+
+
+def without_places(finding: str) -> str:
+    """Names the machine's own folders by what they are: a finding that is kept says nothing of where it was made."""
+    places = {"the checkout": ROOT, "the environment": Path(sys.prefix), "python": Path(sys.base_prefix)}
+    places |= {"temporary": Path(tempfile.gettempdir()), "home": Path.home()}
+    for name, place in places.items():
+        finding = finding.replace(f"{place}{os.sep}", f"<{name}>{os.sep}")
+    return finding
 
 
 def _machine() -> dict[str, str]:

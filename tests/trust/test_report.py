@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,20 @@ def test_a_trial(
     assert kept["findings"] == findings
     assert kept["machine"]["cores"]
     assert f"| `make fuzz-files` | 12,345 files, 3 kinds | 0 s | {'<br>'.join(findings) or 'none'} |" in report.page()
+
+
+def test_what_is_kept_names_no_place_of_the_machine() -> None:
+    places = [
+        ROOT / "tests/x.py",
+        Path(os.__file__),
+        Path(pytest.__file__),
+        Path.home() / "y",
+        Path(tempfile.gettempdir(), "z"),
+    ]
+    finding = report.without_places("\n".join(f'File "{place}", line 1' for place in places))
+    for place in (ROOT, sys.prefix, sys.base_prefix, Path.home(), tempfile.gettempdir()):
+        assert f"{place}{os.sep}" not in finding
+    assert finding.startswith('File "<the checkout>/tests/x.py", line 1\nFile "<python>/')
 
 
 def test_nothing_is_kept_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
