@@ -163,7 +163,7 @@ def probe(name: str, seconds: float, *arguments: str, environment: dict[str, str
 
 
 def one_by_one(place: Place, name: str, seconds: float, *arguments: str) -> Step:
-    """Tests of which none ends the others; what has run stays in a file, and is not run again by a later call."""
+    """Tests of which none ends the others; a later call runs again those that did not pass."""
     own = ["--seconds", "90", "--limit", str(seconds - 15), "--out", str(place.out / f"{name}.jsonl")]
     return Step(name, [sys.executable, "-m", "tests.one_by_one", *own, *arguments], seconds)
 

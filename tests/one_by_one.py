@@ -95,6 +95,8 @@ def run(arguments: list[str], out: Path, *, seconds: float, limit: float) -> lis
     command = [sys.executable, "-m", "pytest", "-p", "tests.one_by_one", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, OUT: str(out.resolve()), SECONDS: str(seconds), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    done = [record for record in records(out) if record["outcome"] in {"passed", "skipped"}]
+    out.write_text("".join(json.dumps(record) + "\n" for record in done), encoding="utf-8")
     end = time.monotonic() + limit
     while (left := end - time.monotonic()) > 0:
         before = len(records(out))
@@ -132,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="for a test")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds for all tests")
-    parser.add_argument("--out", type=Path, help="the file for the records; tests that it holds are not run again")
+    parser.add_argument("--out", type=Path, help="the file for the records; those that passed are not run again")
     options, arguments = parser.parse_known_args()
     with TemporaryDirectory() as folder:
         tests = run(arguments, options.out or Path(folder, "tests.jsonl"), seconds=options.seconds, limit=options.limit)
