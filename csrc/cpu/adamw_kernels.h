@@ -43,9 +43,11 @@ inline __attribute__((always_inline)) void update(const AdamWConstants<scalar_t>
                 updated_param<scalar_t>(step, lanes.load(elements.param, none), exp_avg, exp_avg_sq));
 }
 
+// Flattened, as in a function of their own the loop's steps would load all constants each time.
 template <typename scalar_t>
-void adamw_kernel(const AdamWConstants<scalar_t>& step_params, const AdamWElements<scalar_t>& elements,
-                  const scalar_t* grads, int64_t size) {
+__attribute__((flatten)) void adamw_kernel(const AdamWConstants<scalar_t>& step_params,
+                                           const AdamWElements<scalar_t>& elements, const scalar_t* grads,
+                                           int64_t size) {
     const AdamWConstants<scalar_t> step = step_params;  // copies, for registers
     const AdamWElements<scalar_t> from = elements;
     for_each_vector<scalar_t>(size, [&](Lanes<scalar_t> lanes) {

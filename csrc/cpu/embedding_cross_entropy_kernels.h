@@ -201,7 +201,8 @@ class RowKernel {
             } else {
                 auto outgoing = gradient_.outgoing();
                 partial_[k] =
-                    exponentials_of(rows_[k], [&](Lanes<acc_t>, Vector<acc_t>) { outgoing.step(); });
+                    exponentials_of(rows_[k], [&](Lanes<acc_t>, Vector<acc_t>)
+                                                  __attribute__((always_inline)) { outgoing.step(); });
                 gradient_.set_outgoing(outgoing);
             }
         }
@@ -228,14 +229,21 @@ class RowKernel {
         acc_t* const exponentials = row.exponentials;
         const Vector<acc_t> row_max = broadcast(row.max);
         Vector<acc_t> sums = broadcast(acc_t(0));
-        for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
-            __builtin_prefetch(next + lanes.begin, 0, 2);
-            const Vector<acc_t> logits = lanes.load(weight, kLowest) - row_max;
-            const Vector<acc_t> e = exp(logits);
-            store(exponentials + lanes.begin, e);
-            sums += e;  // lanes beyond the row add e^(-inf) = 0
-            visit(lanes, logits);
-        });
+        for_each_places<acc_t, kTogether>(
+            params_.num_classes, [&](const auto& places) __attribute__((always_inline)) {
+                constexpr int64_t kSize = std::remove_reference_t<decltype(places)>::size;
+                Vector<acc_t> e[kSize];
+                for (int64_t k = 0; k < kSize; ++k) {
+                    __builtin_prefetch(next + places[k].begin, 0, 2);
+                    e[k] = places[k].load(weight, row.max) - row_max;
+                    visit(places[k], e[k]);
+                }
+                exp_each(e);
+                for (int64_t k = 0; k < kSize; ++k) {
+                    store(exponentials + places[k].begin, e[k]);
+                    sums += places[k].in_row(e[k]);
+                }
+            });
         return sums;
     }
 
@@ -243,10 +251,11 @@ class RowKernel {
         const Row& row = rows_[k];
         const Vector<acc_t> none = broadcast(acc_t(0));
         Vector<acc_t> target_logits = none;
-        partial_[k] = exponentials_of(row, [&](Lanes<acc_t> lanes, Vector<acc_t> logits) {
-            const Vector<acc_t> counts = load_counts(row, lanes);
-            target_logits += counts > none ? weigh(counts, lanes) * logits : none;
-        });
+        partial_[k] = exponentials_of(
+            row, [&](Lanes<acc_t> lanes, Vector<acc_t> logits) __attribute__((always_inline)) {
+                const Vector<acc_t> counts = load_counts(row, lanes);
+                target_logits += counts > none ? weigh(counts, lanes) * logits : none;
+            });
         target_logits_[k] = target_logits;
     }
 
@@ -446,6 +455,7 @@ class RowKernel {
     // Any value close to the maximum can shift the exponents of a long row: the maximum of this many logits
     // saves a pass.
     static constexpr int64_t kFirstPart = 1 << 11;
+    static constexpr int64_t kTogether = 4;  // vectors that are exponentiated together
 
     const EmbeddingCrossEntropyKernelParams& params_;
     const acc_t* class_weight_;

@@ -58,8 +58,9 @@ class GradientForAdamW {
   private:
     static constexpr int64_t kLongestToCollect = 128;
 
+    // Flattened as adamw_kernel is.
     template <typename Gradient>
-    void update_row(int64_t slot, const Gradient& gradient) const {
+    __attribute__((flatten)) void update_row(int64_t slot, const Gradient& gradient) const {
         const int64_t row = slots_ != nullptr ? slots_[slot] : slot;
         const AdamWElements<scalar_t> elements = rows_.elements.from(row * rows_.num_columns);
         const AdamWConstants<scalar_t> step = step_;  // a copy, for registers

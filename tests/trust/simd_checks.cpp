@@ -47,6 +47,11 @@ inline float sample(uint32_t k) {
     return value;
 }
 
+// From -88 to 88, ascending.
+inline float moderate_sample(uint32_t k) {
+    return 176 * (static_cast<float>(k) / static_cast<float>(kSamples) - 0.5f);
+}
+
 inline bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 // The distance from an exact result, in units of the last place.

@@ -6,12 +6,13 @@
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
 template <typename Vectorised, typename Exact>
-void check_function(const char* name, double most_ulps, const Vectorised& vectorised, const Exact& exact) {
+void check_function(const char* name, double most_ulps, const Vectorised& vectorised, const Exact& exact,
+                    float (*sampled)(uint32_t) = sample) {
     constexpr int64_t kCount = kLanes<float>;
     float from[kCount], to[kCount];
     for (uint32_t begin = 0; begin < kSamples; begin += kCount) {
         for (int64_t lane = 0; lane < kCount; ++lane)
-            from[lane] = sample(begin + static_cast<uint32_t>(lane));
+            from[lane] = sampled(begin + static_cast<uint32_t>(lane));
         store(to, vectorised(load(from)));
         for (int64_t lane = 0; lane < kCount; ++lane) {
             check(ulps(to[lane], exact(static_cast<double>(from[lane]))) <= most_ulps, name, from[lane]);
@@ -154,7 +155,17 @@ void check_deferred_adamw(const char* name, const AdamWOptions& options) {
 }
 
 inline void check_all_kernel() {
-    check_function("exp", 2, [](Vector<float> x) { return exp(x); }, [](double x) { return std::exp(x); });
+    const auto exact_exp = [](double x) { return std::exp(x); };
+    check_function("exp", 2, [](Vector<float> x) { return exp(x); }, exact_exp);
+    // Its two ways: for vectors of numbers of any size, and for those without an extreme one.
+    for (const auto sampled : {sample, moderate_sample}) {
+        const auto each = [](Vector<float> x) {
+            Vector<float> vectors[] = {x, x};
+            exp_each(vectors);
+            return vectors[1];
+        };
+        check_function("exp_each", 2, each, exact_exp, sampled);
+    }
     check_function("log", 2, [](Vector<float> x) { return log(x); }, [](double x) { return std::log(x); });
     check_function(
         "sqrt", 0.5, [](Vector<float> x) { return sqrt(x); }, [](double x) { return std::sqrt(x); });

@@ -115,6 +115,22 @@ inline void store_numbers(scalar_t* to, Vector<T> from) {
     }
 }
 
+// What a comparison of vectors results in; also the order of lanes.
+template <typename T>
+using Mask = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+
+template <typename T, size_t... lane>
+constexpr Mask<T> lane_numbers(std::index_sequence<lane...>) {
+    return Mask<T>{lane...};
+}
+
+// All bits set in the first `count` lanes.
+template <typename T>
+inline Mask<T> first_lanes(int64_t count) {
+    using Integer = std::remove_reference_t<decltype(Mask<T>{}[0])>;
+    return lane_numbers<T>(std::make_index_sequence<kLanes<T>>()) < broadcast(static_cast<Integer>(count));
+}
+
 // The last `count` < kLanes elements of a row; the lanes beyond them hold `fill`.
 template <typename scalar_t, typename T = opmath_t<scalar_t>>
 inline Vector<T> load_tail(const scalar_t* from, int64_t count, T fill) {
@@ -123,6 +139,12 @@ inline Vector<T> load_tail(const scalar_t* from, int64_t count, T fill) {
         const Vector<float> fills = broadcast(fill);
         return reinterpret_cast<Vector<float>>(_mm512_mask_loadu_ps(
             reinterpret_cast<__m512>(fills), static_cast<__mmask16>((1u << count) - 1), from));
+    }
+#elif BIGRAMX_VECTOR_BYTES == 32
+    if constexpr (std::is_same_v<scalar_t, float>) {
+        const auto is_in = first_lanes<float>(count);
+        const auto loaded = _mm256_maskload_ps(from, reinterpret_cast<__m256i>(is_in));
+        return is_in ? reinterpret_cast<Vector<float>>(loaded) : broadcast(fill);
     }
 #endif
     alignas(BIGRAMX_VECTOR_BYTES) T lanes[kLanes<T>];
@@ -156,6 +178,12 @@ struct Lanes {
         return count == kLanes<T> ? BIGRAMX_TARGET::load(row + begin) : load_tail(row + begin, count, fill);
     }
 
+    // The vector with zeros in the lanes beyond the row.
+    Vector<T> in_row(Vector<T> vector) const {
+        if (count == kLanes<T>) return vector;
+        return first_lanes<T>(count) ? vector : Vector<T>{};
+    }
+
     template <typename scalar_t>
     void store(scalar_t* row, Vector<T> vector) const {
         if (count == kLanes<T>) {
@@ -172,6 +200,29 @@ inline __attribute__((always_inline)) void for_each_vector(int64_t size, const V
     int64_t begin = 0;
     for (; begin + kLanes<T> <= size; begin += kLanes<T>) visit(Lanes<T>{begin, kLanes<T>});
     if (begin < size) visit(Lanes<T>{begin, size - begin});
+}
+
+// The part of a row that `size` vectors hold. If it is more than one, all are whole.
+template <typename T, int64_t vectors>
+struct Places {
+    static constexpr int64_t size = vectors;
+    int64_t begin;
+    int64_t count = size * kLanes<T>;
+
+    inline __attribute__((always_inline)) Lanes<T> operator[](int64_t k) const {
+        return {begin + k * kLanes<T>, size == 1 ? count : kLanes<T>};
+    }
+};
+
+// Calls visit(places) for `together` vectors of a row at a time, then for each that is left.
+template <typename T, int64_t together, typename Visit>
+inline __attribute__((always_inline)) void for_each_places(int64_t size, const Visit& visit) {
+    constexpr int64_t kStep = together * kLanes<T>;
+    int64_t begin = 0;
+    for (; begin + kStep <= size; begin += kStep) visit(Places<T, together>{begin});
+    for_each_vector<T>(size - begin, [&](Lanes<T> lanes) __attribute__((always_inline)) {
+        visit(Places<T, 1>{begin + lanes.begin, lanes.count});
+    });
 }
 
 // A non-temporal store, which bypasses the caches: for data that is not read again soon. `to`: aligned to
@@ -317,10 +368,15 @@ inline Vector<T> bits_of_either(Vector<T> a, Vector<T> b) {
 
 template <typename T>
 inline bool has_bits(Vector<T> vector) {
+#if BIGRAMX_VECTOR_BYTES == 32
+    const auto bits = reinterpret_cast<__m256i>(vector);
+    return _mm256_testz_si256(bits, bits) == 0;
+#else
     const auto words = reinterpret_cast<Vector<uint64_t>>(vector);
     uint64_t all = 0;
     for (int64_t lane = 0; lane < kLanes<uint64_t>; ++lane) all |= words[lane];
     return all != 0;
+#endif
 }
 
 // The products of the low words of 64-bit lanes.
@@ -344,8 +400,7 @@ inline Vector<T> swap_lanes(Vector<T> vector, std::index_sequence<lane...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(vector, vector, (lane ^ distance)...);
 #else
-    using Order = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
-    return __builtin_shuffle(vector, Order{(lane ^ distance)...});
+    return __builtin_shuffle(vector, Mask<T>{(lane ^ distance)...});
 #endif
 }
 
@@ -400,8 +455,7 @@ inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::index_sequence<lane..
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, ((lane ^ kOther) + (lane & distance ? kSecond : 0))...);
 #else
-    using Order = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
-    return __builtin_shuffle(a, b, Order{((lane ^ kOther) + (lane & distance ? kSecond : 0))...});
+    return __builtin_shuffle(a, b, Mask<T>{((lane ^ kOther) + (lane & distance ? kSecond : 0))...});
 #endif
 }
 
@@ -437,20 +491,17 @@ inline __attribute__((always_inline)) Vector<float> scale_by_power_of_two(Vector
 #endif
 }
 
-// e^x to 2 ulp over all of float32, infinities, NaN and subnormal results included.
-//
-// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial (Cephes' expf).
-inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
-    const Vector<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
-    const Vector<float> zero = broadcast(0.0f);
-    // A product that underflows costs a hundred cycles. Where results are scaled by products, avoid it.
-    constexpr bool kProducts = BIGRAMX_VECTOR_BYTES != 64;
-    const auto vanishes = x < lowest;
-    x = kProducts ? (vanishes ? zero : x) : max(lowest, x);
-    x = -max(-highest, -x);
+constexpr float kToInteger = 0x1.8p23f;  // adding it leaves no bits for a fraction
 
-    const float to_integer = 0x1.8p23f;  // adding it leaves no bits for a fraction
-    const Vector<float> n = (x * 0x1.715476p0f + to_integer) - to_integer;
+// x = n ln 2 + r with |r| <= ln(2) / 2.
+struct ExponentParts {
+    Vector<float> n_to_integer;  // n + kToInteger: its low bits are those of n
+    Vector<float> e_r;           // e^r by a polynomial (Cephes' expf)
+};
+
+inline __attribute__((always_inline)) ExponentParts exponent_parts(Vector<float> x) {
+    const Vector<float> n_to_integer = x * 0x1.715476p0f + kToInteger;
+    const Vector<float> n = n_to_integer - kToInteger;
     const Vector<float> r = (x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
 
     Vector<float> series = broadcast(1.9875691500e-4f);
@@ -459,10 +510,53 @@ inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
     series = series * r + 4.1665795894e-2f;
     series = series * r + 1.6666665459e-1f;
     series = series * r + 5.0000001201e-1f;
-    const Vector<float> e_r = series * (r * r) + r + 1.0f;
+    return {n_to_integer, series * (r * r) + r + 1.0f};
+}
 
-    const Vector<float> result = scale_by_power_of_two(e_r, n);
+// e^x to 2 ulp over all of float32, infinities, NaN and subnormal results included.
+inline __attribute__((always_inline)) Vector<float> exp(Vector<float> x) {
+    const Vector<float> lowest = broadcast(-104.0f), highest = broadcast(89.0f);
+    const Vector<float> zero = broadcast(0.0f);
+    // A product that underflows costs a hundred cycles. Where results are scaled by products, avoid it.
+    constexpr bool kProducts = BIGRAMX_VECTOR_BYTES != 64;
+    const auto vanishes = x < lowest;
+    x = kProducts ? (vanishes ? zero : x) : max(lowest, x);
+    x = -max(-highest, -x);
+    const ExponentParts parts = exponent_parts(x);
+    const Vector<float> result = scale_by_power_of_two(parts.e_r, parts.n_to_integer - kToInteger);
     return kProducts ? (vanishes ? zero : result) : result;
+}
+
+// Whether all results of exp are normal numbers, far from the ends of float32. A NaN is not.
+template <size_t size>
+inline __attribute__((always_inline)) bool have_normal_exponentials(const Vector<float> (&x)[size]) {
+    using Integers = Vector<int32_t>;
+    Integers largest{};
+    for (const Vector<float>& each : x) {
+        const Integers magnitude = reinterpret_cast<Integers>(each) & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return !has_bits<int32_t>(largest > reinterpret_cast<Integers>(broadcast(87.3f)));
+}
+
+// exp, kept out of loops where it is rarely called for.
+__attribute__((noinline, cold)) inline Vector<float> exp_of_any(Vector<float> x) { return exp(x); }
+
+// Replaces each x by e^x. AVX-512 scales in one instruction. Elsewhere, where all results are normal numbers,
+// n is added to the exponents of e^r, in half of the time.
+template <size_t size>
+inline __attribute__((always_inline)) void exp_each(Vector<float> (&x)[size]) {
+    if (BIGRAMX_VECTOR_BYTES == 64) {
+        for (Vector<float>& each : x) each = exp(each);
+    } else if (have_normal_exponentials(x)) {
+        for (Vector<float>& each : x) {
+            const ExponentParts parts = exponent_parts(each);
+            each = reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(parts.e_r) +
+                                                   (reinterpret_cast<Bits>(parts.n_to_integer) << 23));
+        }
+    } else {
+        for (Vector<float>& each : x) each = exp_of_any(each);
+    }
 }
 
 // The natural logarithm to 2 ulp over all of float32: NaN below zero, -inf at zero, infinities and NaN as
@@ -508,6 +602,11 @@ inline Vector<double> log(Vector<double> x) {
 inline Vector<double> exp(Vector<double> x) {
     for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
     return x;
+}
+
+template <size_t size>
+inline void exp_each(Vector<double> (&x)[size]) {
+    for (Vector<double>& each : x) each = exp(each);
 }
 
 }  // namespace bigramx::cpu::BIGRAMX_TARGET
