@@ -1,7 +1,7 @@
 """With BIGRAMX_EXTENSION, loads that extension in place of the package's own.
 
-Those are built into a folder of their own in build/: simt for the GPU emulator (tests/simt), asan and tsan for the
-sanitizers (tests/trust/sanitizers.py).
+Those are built into a folder of their own in build/: simt for the GPU emulator (tests/simt), asan, tsan and others for
+the sanitizers (tests/trust/sanitizers.py).
 """
 
 from __future__ import annotations

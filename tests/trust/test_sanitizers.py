@@ -1,4 +1,4 @@
-"""The sanitizers find faults that are planted, in the kernels of each CPU target."""
+"""The sanitizers find faults that are planted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import functools
 
 import pytest
 
-from tests.test_capability import CAPABILITIES, can_run
 from tests.trust import sanitizers
-from tests.trust.sanitizers import ASAN, TSAN, Sanitizer
+from tests.trust.sanitizers import ASAN_PORTABLE, TSAN_PORTABLE, Sanitizer
 
-HERE = next(capability for capability in reversed(CAPABILITIES) if can_run(capability))
 PLANTED = """
 import tests
 import ctypes
@@ -62,22 +60,20 @@ def build_once(name: str) -> None:
     sanitizers.build(sanitizer)
 
 
-def findings(sanitizer: Sanitizer, capability: str, script: str) -> list[str]:
+def findings(sanitizer: Sanitizer, script: str) -> list[str]:
     """What is reported of a script."""
     build_once(sanitizer.name)
-    return sanitizers.run(sanitizer, capability, ["-c", PLANTED + script])[1]
+    return sanitizers.run(sanitizer, "default", ["-c", PLANTED + script])[1]
 
 
-@pytest.mark.parametrize("capability", [*filter(can_run, CAPABILITIES)])
-def test_finds_a_read_out_of_bounds_in_a_kernel(capability: str) -> None:
-    (found,) = findings(ASAN, capability, READ_OUT_OF_BOUNDS)
-    target = {"default": "portable"}.get(capability, capability)
+def test_finds_a_read_out_of_bounds_in_a_kernel() -> None:
+    (found,) = findings(ASAN_PORTABLE, READ_OUT_OF_BOUNDS)
     assert "AddressSanitizer: heap-buffer-overflow csrc/cpu/count_bigrams_kernels.h" in found
-    assert f" bigramx::cpu::{target}::" in found
+    assert " bigramx::cpu::portable::" in found
 
 
 def test_finds_undefined_behaviour() -> None:
-    found = [line.partition(": runtime error: ")[2] for line in findings(ASAN, HERE, OVERFLOWS)]
+    found = [line.partition(": runtime error: ")[2] for line in findings(ASAN_PORTABLE, OVERFLOWS)]
     assert {text.partition(":")[0] for text in found} == {
         "signed integer overflow",
         "1e+30 is outside the range of representable values of type 'long int'",
@@ -85,26 +81,26 @@ def test_finds_undefined_behaviour() -> None:
 
 
 def test_finds_races() -> None:
-    found = {line.partition(" in ")[0].rpartition(":")[0] for line in findings(TSAN, HERE, RACES)}
+    found = {line.partition(" in ")[0].rpartition(":")[0] for line in findings(TSAN_PORTABLE, RACES)}
     assert "SUMMARY: ThreadSanitizer: data race tests/trust/planted_faults.cpp" in found
     in_kernels = {line for line in found if "ThreadSanitizer: data race csrc/cpu/" in line}
     assert len(in_kernels) == len(found) - 1 > 0
 
 
 def test_knows_what_happens_before_and_after_a_parallel_region() -> None:
-    assert findings(TSAN, HERE, "for _ in range(1000): planted.sum_in_parallel()") == []
+    assert findings(TSAN_PORTABLE, "for _ in range(1000): planted.sum_in_parallel()") == []
 
 
 @pytest.mark.parametrize(
     ("sanitizer", "name", "chosen"),
     [
-        (ASAN, "tests/test_ops.py", "memory_that or opcheck_others or opcheck_fit"),
-        (TSAN, "tests/test_embedding_cross_entropy.py", "many_pairs"),
+        (ASAN_PORTABLE, "tests/test_ops.py", "memory_that or opcheck_others or opcheck_fit"),
+        (TSAN_PORTABLE, "tests/test_embedding_cross_entropy.py", "many_pairs"),
     ],
     ids=["asan", "tsan"],
 )
 def test_quick_tests_are_clean(sanitizer: Sanitizer, name: str, chosen: str) -> None:
     build_once(sanitizer.name)
-    passed, found = sanitizers.run_tests(sanitizer, HERE, name, chosen)
+    passed, found = sanitizers.run_tests(sanitizer, "default", name, chosen)
     assert found == []
     assert passed > 5
