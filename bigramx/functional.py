@@ -282,7 +282,10 @@ def generate(
     """Continues each sequence token by token, the next drawn from ``softmax(weight[last])``.
 
     The filters act in the order of the arguments, each on the tokens that the ones before it keep. They depend on the
-    last token alone, and are applied once to each row of the table that a chain meets.
+    last token alone, and are applied once to each row of the table that a chain meets. With ``"philox"`` they go by
+    exact sums of the integer weights that tokens are drawn by, in descending order of the logits and, of equal ones, in
+    ascending order of the tokens: the same are kept on every machine. With ``"torch"`` they go by the probabilities of
+    torch.softmax.
 
     Where a filter may remove tokens (``top_k`` < V, ``top_p`` < 1, ``min_p`` > 0), all arithmetic on a bfloat16 or
     float16 table is float32, from the temperature to the draw. Otherwise the logits, their quotient by the temperature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -401,6 +402,36 @@ def weights_of_logits(logits: Tensor) -> Tensor:
     return (series * _power_of_two(n.long() + 55)).long()
 
 
+def filtered_weights(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """Logits (..., V) -> (..., V) int64: the weights of the logits divided by the temperature, which is not 0.
+
+    0 for the tokens that the filters remove. As csrc/sampling/token_filter.h: top-p goes by exact sums of the weights,
+    in descending order of the logits, where ``filter_logits`` adds rounded probabilities.
+    """
+    removes_mass, removes_below = top_p is not None and top_p < 1, min_p is not None and min_p > 0
+    if removes_mass or removes_below or (top_k is not None and top_k < logits.size(-1)):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = filter_logits(logits, temperature=temperature, top_k=top_k)
+    weights = weights_of_logits(logits)
+    if top_p is not None and removes_mass:
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        cdf = fixed_point_cdf(weights.gather(-1, order))
+        draw = torch.tensor(math.ceil(top_p * 2**63) - 1, device=logits.device)
+        removed = F.pad(cdf, (1, -1)) > share_of_total(draw, cdf[..., -1:])
+        weights = weights.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), 0)
+    if min_p is not None and removes_below:
+        least = math.ceil(torch.tensor(min_p * 2**55, dtype=torch.float32).item())
+        weights = weights.masked_fill(weights < least, 0)
+    return weights
+
+
 def _fma(a: Tensor, b: float | Tensor, c: float | Tensor) -> Tensor:
     """A * b + c in float32, rounded once."""
     a, b, c = (torch.as_tensor(value, dtype=torch.float32, device=a.device).double() for value in (a, b, c))
@@ -514,13 +545,14 @@ def continue_by(
     for t in range(max_new_tokens):
         if len(stops) > 0 and bool(stopped.all()):
             break
-        logits = filter_logits(logits_after(idx), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        logits = logits_after(idx)
         if temperature == 0:
             idx_next = logits.argmax(-1, keepdim=True)
         elif sampler == "philox":
-            r = draws(seed, torch.arange(idx.size(0), device=idx.device), t)
-            idx_next = tokens_of_draws(weights_of_logits(logits), r[:, None])
+            weights = filtered_weights(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+            idx_next = tokens_of_draws(weights, draws(seed, torch.arange(idx.size(0), device=idx.device), t)[:, None])
         else:
+            logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             idx_next = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         if len(stops) > 0:
             idx_next = torch.where(stopped[:, None], idx[:, -1:], idx_next)

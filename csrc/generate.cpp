@@ -1,45 +1,29 @@
 #include "generate.h"
 
-#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/softmax.h>
-#include <ATen/ops/topk.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "base/checked.h"
 #include "base/checks.h"
 #include "base/dispatch.h"
 #include "base/op_names.h"
+#include "sampling/fixed_point_cdf.h"
 
 namespace bigramx {
 
-at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params) {
-    constexpr double kRemoved = -std::numeric_limits<double>::infinity();
-    logits = logits.to(filtered_dtype(params));
-    if (params.temperature != 1) logits = logits / params.temperature;
-    if (params.top_k.has_value()) {
-        const int64_t k = std::min(*params.top_k, logits.size(-1));
-        const at::Tensor smallest_kept = std::get<0>(logits.topk(k)).narrow(-1, k - 1, 1);
-        logits = logits.masked_fill(logits < smallest_kept, kRemoved);
-    }
+TokenFilter token_filter(const GenerateParams& params) {
+    TokenFilter filter;
+    if (params.top_k.has_value()) filter.top_k = *params.top_k;
     if (params.top_p.has_value()) {
-        const auto [sorted, order] =
-            logits.softmax(-1).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
-        const at::Tensor sums = sorted.cumsum(-1, at::kDouble);
-        const at::Tensor total = sums.narrow(-1, -1, 1);  // of long rows not quite 1, as softmax rounds
-        const at::Tensor removed = sums - sorted >= total * *params.top_p;
-        logits = logits.masked_fill(at::zeros_like(removed).scatter(-1, order, removed), kRemoved);
+        filter.top_p = static_cast<uint64_t>(std::ceil(std::ldexp(*params.top_p, kDrawBits))) - 1;
     }
     if (params.min_p.has_value()) {
-        const at::Tensor probs = logits.softmax(-1);
-        logits = logits.masked_fill(probs < probs.amax(-1, /*keepdim=*/true) * *params.min_p, kRemoved);
+        filter.min_weight = std::ceil(static_cast<float>(std::ldexp(*params.min_p, kWeightBits)));
     }
-    return logits;
+    return filter;
 }
 
 namespace {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "sampling/sampler.h"
+#include "sampling/token_filter.h"
 
 namespace bigramx {
 
@@ -47,10 +48,8 @@ inline at::ScalarType filtered_dtype(const GenerateParams& params) {
     return params.removes_tokens() ? at::toOpMathType(dtype) : dtype;
 }
 
-// (..., V) logits -> logits divided by the temperature, which is not 0, with -inf for the tokens that the
-// filters remove. The filters depend on the previous token alone, so this is done once per row of the table,
-// not per step.
-at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params);
+// The filters of the sampler "philox".
+TokenFilter token_filter(const GenerateParams& params);
 
 // Copies idx, (B, T) int64, contiguous, to the first T columns of tokens. Raises for a token out of range.
 void copy_prompt_cpu(const at::Tensor& idx, int64_t vocab_size, const at::Tensor& tokens);

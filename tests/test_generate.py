@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -180,6 +181,45 @@ def test_the_mass_that_top_p_keeps(top_p: float, dtype: torch.dtype, vocab_size:
     assert (mass - least < top_p + rounding).all()
     assert kept.any(-1).all()
     assert not (kept & logits.isneginf()).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 2, 65, 127, 1000])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 7},
+        {"top_p": 0.9},
+        {"top_p": 1e-50, "temperature": 0.6},
+        {"top_k": 20, "min_p": 0.05, "temperature": 1.7},
+        {"top_k": 20, "top_p": 0.75, "min_p": 0.125},
+        {"top_k": 20, "top_p": 0.75, "temperature": 1.7},
+    ],
+    ids=str,
+)
+def test_philox_filters_rows_of_many_kinds(filters: dict[str, Any], vocab_size: int, dtype: torch.dtype) -> None:
+    """By exact sums of integers, so that every machine keeps the same tokens. Many chains meet the same row at once."""
+    rows = rows_of_many_kinds(vocab_size).to(dtype)
+    weight = rows.repeat(vocab_size // len(rows) + 1, 1)[:vocab_size]
+    idx = torch.arange(60).remainder(min(len(rows), vocab_size))[:, None]
+    ours, references = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    with limited_to(1):
+        actual = functional.generate(idx, weight, 2, sampler="philox", generator=ours, **filters)
+        expected = reference.generate(idx, weight, 2, sampler="philox", generator=references, **filters)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 65, 500])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("top_p", [1e-50, 0.1, 0.5, 0.9, 0.99, 1 - 1e-6])
+def test_the_mass_that_philox_keeps(top_p: float, dtype: torch.dtype, vocab_size: int) -> None:
+    """Exactly not less than top_p of the weights, and less without the least likely token that is kept."""
+    for logits in rows_of_many_kinds(vocab_size).to(dtype):
+        weights = reference.weights_of_logits(logits).tolist()
+        kept = [weight for weight in reference.filtered_weights(logits, top_p=top_p).tolist() if weight > 0]
+        assert sum(kept) >= Fraction(top_p) * sum(weights)
+        assert sum(kept) - min(kept) < Fraction(top_p) * sum(weights)
+        assert min(kept) >= max(sorted(weights, reverse=True)[len(kept) :], default=0)
 
 
 def test_philox_follows_the_distribution() -> None:
@@ -558,16 +598,19 @@ def test_autograd_hooks_do_not_run_in_the_kernel() -> None:
 @pytest.mark.device_assertion
 @pytest.mark.parametrize("sampler", [None, "philox"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_not_a_distribution_raises_when_reached(sampler: Any, value: float) -> None:
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.5}, {"temperature": 2.0}], ids=str)
+def test_a_row_that_is_not_a_distribution_raises_when_reached(
+    filters: dict[str, Any], sampler: Any, value: float
+) -> None:
     weight = torch.zeros(3, 3)
     weight[2, 1] = value
     weight[:2, 2] = float("-inf")  # row 2 is never reached from 0 or 1
     idx = torch.zeros((1, 1), dtype=torch.long)
-    assert functional.generate(idx, weight, 20, sampler=sampler).max() < 2
+    assert functional.generate(idx, weight, 20, sampler=sampler, **filters).max() < 2
     with raises_in_kernel("generate", RuntimeError, r"`inf`, `nan` or element < 0: row 2 of weight"):
-        functional.generate(idx + 2, weight, 1, sampler=sampler)
+        functional.generate(idx + 2, weight, 1, sampler=sampler, **filters)
     with raises_in_kernel("generate", RuntimeError, "row 0 of weight"):
-        functional.generate(idx, torch.full((3, 3), float("-inf")), 1, sampler=sampler)
+        functional.generate(idx, torch.full((3, 3), float("-inf")), 1, sampler=sampler, **filters)
 
 
 @pytest.mark.gpu_only

@@ -148,6 +148,18 @@ MUTATIONS = [
         "            begin = memory_",
         "tests/test_multinomial.py -k philox_hard_rows",
     ),
+    Mutation(
+        "cuda/sampling/filtered_row.cuh",
+        "= found;\n        __threadfence();\n",
+        "= found;\n",
+        "tests/test_generate.py -k many_kinds",
+    ),
+    Mutation(
+        "cuda/sampling/filtered_row.cuh",
+        "        __threadfence();\n        *found",
+        "        *found",
+        "tests/test_generate.py -k many_kinds",
+    ),
 ]
 
 

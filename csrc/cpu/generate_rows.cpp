@@ -1,15 +1,20 @@
 #include "cpu/generate_rows.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/topk.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "base/op_names.h"
 #include "cpu/base/huge_pages.h"
+#include "cpu/sampling/kept_tokens.h"
 #include "sampling/distribution_errors.h"
 #include "sampling/fixed_point_cdf.h"
 
@@ -28,10 +33,31 @@ auto kernel_for(const at::Tensor& weight, const Choose& choose) {
     return kernel;
 }
 
-int64_t rows_to_filter_at_once(int64_t vocab_size, bool removes_tokens) {
-    constexpr int64_t kElementsWorthACall = 1 << 13;
-    if (!removes_tokens || vocab_size == 0) return 1;
-    return std::clamp<int64_t>(kElementsWorthACall / vocab_size, 1, vocab_size);
+// (..., V) logits -> logits divided by the temperature, which is not 0, with -inf for the tokens that the
+// filters remove. The filters depend on the previous token alone, so this is done once per row of the table,
+// not per step.
+at::Tensor filter_logits(at::Tensor logits, const GenerateParams& params) {
+    constexpr double kRemoved = -std::numeric_limits<double>::infinity();
+    logits = logits.to(filtered_dtype(params));
+    if (params.temperature != 1) logits = logits / params.temperature;
+    if (params.top_k.has_value()) {
+        const int64_t k = std::min(*params.top_k, logits.size(-1));
+        const at::Tensor smallest_kept = std::get<0>(logits.topk(k)).narrow(-1, k - 1, 1);
+        logits = logits.masked_fill(logits < smallest_kept, kRemoved);
+    }
+    if (params.top_p.has_value()) {
+        const auto [sorted, order] =
+            logits.softmax(-1).sort(/*stable=*/true, /*dim=*/-1, /*descending=*/true);
+        const at::Tensor sums = sorted.cumsum(-1, at::kDouble);
+        const at::Tensor total = sums.narrow(-1, -1, 1);  // of long rows not quite 1, as softmax rounds
+        const at::Tensor removed = sums - sorted >= total * *params.top_p;
+        logits = logits.masked_fill(at::zeros_like(removed).scatter(-1, order, removed), kRemoved);
+    }
+    if (params.min_p.has_value()) {
+        const at::Tensor probs = logits.softmax(-1);
+        logits = logits.masked_fill(probs < probs.amax(-1, /*keepdim=*/true) * *params.min_p, kRemoved);
+    }
+    return logits;
 }
 
 }  // namespace
@@ -65,43 +91,36 @@ void ProbRows::prepare(int64_t token) {
 LogitRows::LogitRows(const GenerateParams& params)
     : weight_(params.weight.stride(1) == 1 ? params.weight : params.weight.contiguous()),
       vocab_size_(weight_.size(0)),
-      params_(params),
-      rows_at_once_(rows_to_filter_at_once(vocab_size_, params.removes_tokens())),
-      kept_words_(params.removes_tokens() ? (vocab_size_ + 63) / 64 : 0),
-      kept_(vocab_size_ * kept_words_),
+      temperature_(params.temperature),
+      is_filtered_(params.removes_tokens()),
+      filter_(token_filter(params)),
+      kept_(is_filtered_ ? vocab_size_ : 0),
+      weigh_(kernel_for(
+          weight_, [](auto zero) { return BIGRAMX_DISPATCH_TARGET(logit_weights_kernel<decltype(zero)>); })),
       logits_(static_cast<const char*>(weight_.const_data_ptr())),
       row_bytes_(weight_.stride(0) * weight_.element_size()),
       states_(vocab_size_) {}
 
 LogitRows::State LogitRows::prepare(int64_t token) {
     if (slice.ends()) return State::unprepared;
-    const int64_t begin = token / rows_at_once_ * rows_at_once_;
-    const int64_t end = std::min(begin + rows_at_once_, vocab_size_);
-    const std::lock_guard<std::mutex> lock(mutexes_[begin / rows_at_once_ % kNumMutexes]);
+    const std::lock_guard<std::mutex> lock(mutexes_[token % kNumMutexes]);
     if (states_[token].load(std::memory_order_relaxed) == State::unprepared) {
-        if (params_.removes_tokens()) filter(begin, end);
-        for (int64_t i = begin; i < end; ++i) {
-            LogitRow prepared = row(i);
-            const bool is_distribution = prepare_row(i, prepared);
-            if (!is_distribution) any_is_invalid_.store(true, std::memory_order_relaxed);
-            states_[i].store(is_distribution ? State::distribution : State::invalid,
+        if (is_filtered_) kept_[token] = select(token);
+        LogitRow prepared = row(token);
+        const bool is_distribution = prepare_row(token, prepared);
+        if (!is_distribution) any_is_invalid_.store(true, std::memory_order_relaxed);
+        states_[token].store(is_distribution ? State::distribution : State::invalid,
                              std::memory_order_release);
-        }
     }
     return states_[token].load(std::memory_order_relaxed);
 }
 
-// Marks the tokens that the filters keep in the rows from `begin` to `end`.
-void LogitRows::filter(int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // thread-local, and any thread may get here
-    const at::Tensor kept =
-        filter_logits(weight_.narrow(0, begin, end - begin), params_).isneginf().logical_not_().contiguous();
-    const bool* flag = kept.const_data_ptr<bool>();
-    for (int64_t i = begin; i < end; ++i) {
-        uint64_t* words = kept_.begin() + i * kept_words_;
-        std::fill_n(words, kept_words_, 0);
-        for (int64_t j = 0; j < vocab_size_; ++j) words[j / 64] |= uint64_t{*flag++} << (j % 64);
-    }
+KeptTokens<double> LogitRows::select(int64_t token) const {
+    LogitRow whole{logits_ + token * row_bytes_, temperature_, 0, true};
+    std::vector<double> logits(vocab_size_);
+    std::vector<uint64_t> weights(vocab_size_);
+    if (!weigh_(whole, vocab_size_, logits.data(), weights.data())) return {};
+    return select_tokens(filter_, logits.data(), weights.data(), vocab_size_);
 }
 
 template <bool has_sure_entries>

@@ -94,8 +94,11 @@ class LogitRows {
 
     LogitRow row(int64_t token) const {
         return {logits_ + token * row_bytes_,
-                params_.removes_tokens() ? kept_.begin() + token * kept_words_ : nullptr, params_.temperature,
-                0};
+                temperature_,
+                0,
+                is_filtered_,
+                is_filtered_ ? kept_[token] : KeptTokens<double>(),
+                filter_.min_weight};
     }
 
     const at::Tensor weight_;  // (V, V), each row contiguous
@@ -106,12 +109,13 @@ class LogitRows {
     static constexpr int64_t kNumMutexes = 64;
 
     State prepare(int64_t token);
-    void filter(int64_t begin, int64_t end);
+    KeptTokens<double> select(int64_t token) const;
 
-    const GenerateParams params_;
-    const int64_t rows_at_once_;
-    const int64_t kept_words_;
-    const Buffer<uint64_t> kept_;  // (V, kept_words): a bit per token, where the filters remove tokens
+    const double temperature_;
+    const bool is_filtered_;
+    const TokenFilter filter_;
+    const Buffer<KeptTokens<double>> kept_;  // (V), of the rows that are prepared; or (0)
+    bool (*const weigh_)(LogitRow&, int64_t, double*, uint64_t*);
     const char* const logits_;
     const int64_t row_bytes_;
     std::vector<std::atomic<State>> states_;

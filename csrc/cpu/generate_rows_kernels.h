@@ -20,6 +20,17 @@ bool logit_block_sums_kernel(LogitRow& row, int64_t vocab_size, WeightSum* ends)
     return true;
 }
 
+// The logits, divided, and their weights. Returns false if the row is not a distribution.
+template <typename scalar_t>
+bool logit_weights_kernel(LogitRow& row, int64_t vocab_size, double* logits, uint64_t* weights) {
+    if (!LogitWeights<scalar_t>::measure(row, vocab_size)) return false;
+    LogitWeights<scalar_t>(row).for_each_logit(vocab_size, [&](int64_t token, auto logit, float scaled) {
+        logits[token] = logit;
+        weights[token] = round_down(scaled);
+    });
+    return true;
+}
+
 template <typename scalar_t>
 int64_t find_in_logit_block_kernel(const LogitRow& row, int64_t vocab_size, int64_t block,
                                    uint64_t target_sum) {

@@ -7,9 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <limits>
 
-#include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cuda/base/device.h"
 #include "cuda/generate_kernels.h"
@@ -42,9 +40,12 @@ class ChainsOfCall {
 
     void draw(const cuda::Seed& seed) {
         chains_.seed = seed;
-        if (params_.removes_tokens() && meets_few_rows()) {
-            draw_step_by_step();
-        } else if (is_worth_cdf()) {
+        if (params_.removes_tokens()) {
+            kept_ =
+                at::empty({vocab_size_, cuda::FilteredRows::kKeptBytes}, tokens_.options().dtype(at::kByte));
+            kept_states_ = words({vocab_size_}, /*zeros=*/true);
+        }
+        if (is_worth_cdf()) {
             draw_by_cdf();
         } else {
             draw_by_logits();
@@ -82,47 +83,22 @@ class ChainsOfCall {
         return static_cast<T*>(words.data_ptr());
     }
 
-    // Whether filtering, at each step, the rows that the chains have come to takes less than filtering the
-    // whole table, for which the few tokens that are asked of a large vocabulary would wait.
-    bool meets_few_rows() const {
-        constexpr int64_t kLaunchesOfAStep = 1 << 18;  // take as long as so many elements
-        return chains_.num_steps * (chains_.num_chains * vocab_size_ + kLaunchesOfAStep) <
-               vocab_size_ * vocab_size_;
-    }
-
     bool is_worth_cdf() const {
         constexpr int64_t kMaxElements = 1 << 27, kSmallVocab = 256;
         return vocab_size_ * vocab_size_ <= kMaxElements &&
                (vocab_size_ <= kSmallVocab || chains_.num_chains * chains_.num_steps >= vocab_size_);
     }
 
-    // Some rows with -inf for the tokens that the filters remove. The kernels divide by the temperature: on
-    // a GPU ATen multiplies by its reciprocal, which rounds otherwise than the CPU.
-    at::Tensor filter(const at::Tensor& rows) const {
-        constexpr double kRemoved = -std::numeric_limits<double>::infinity();
-        if (!params_.removes_tokens()) return rows;
-        return rows.to(dtype_of_rows()).masked_fill(filter_logits(rows, params_).isneginf(), kRemoved);
-    }
-
-    // Of the rows for the kernels, which round the quotient by the temperature to it.
-    at::ScalarType dtype_of_rows() const {
-        return params_.temperature == 1 ? weight_.scalar_type() : filtered_dtype(params_);
-    }
-
-    cuda::LogitsParams logits_params(const at::Tensor& rows) const {
-        return {cuda::float_type(rows), rows.const_data_ptr(),      rows.size(0), vocab_size_, rows.stride(0),
-                params_.temperature,    pointer<unsigned>(invalid_)};
-    }
-
-    // visit(first, rows): for some rows of the table at a time, filtered.
-    template <typename Visit>
-    void for_filtered_rows(const Visit& visit) const {
-        constexpr int64_t kElementsAtOnce = 1 << 25;  // the filters take several times their memory
-        const int64_t rows_at_once =
-            params_.removes_tokens() ? std::max<int64_t>(kElementsAtOnce / vocab_size_, 1) : vocab_size_;
-        for (int64_t first = 0; first < vocab_size_; first += rows_at_once) {
-            visit(first, filter(weight_.narrow(0, first, std::min(rows_at_once, vocab_size_ - first))));
+    cuda::LogitsParams table() const {
+        cuda::LogitsParams table{cuda::float_type(weight_), weight_.const_data_ptr(), vocab_size_,
+                                 weight_.stride(0), params_.temperature};
+        if (params_.removes_tokens()) {
+            table.is_filtered = true;
+            table.filter = token_filter(params_);
+            table.filtered = {kept_.data_ptr(), pointer<unsigned>(kept_states_)};
         }
+        table.invalid = pointer<unsigned>(invalid_);
+        return table;
     }
 
     void cut(cuda::Granularity granularity) {
@@ -136,35 +112,16 @@ class ChainsOfCall {
     }
 
     void draw_by_cdf() {
-        const at::Tensor table = at::empty({vocab_size_, vocab_size_}, tokens_.options());
-        auto* const cdf = reinterpret_cast<uint64_t*>(table.data_ptr<int64_t>());
-        for_filtered_rows([&](int64_t first, const at::Tensor& rows) {
-            launch_write_cdf(logits_params(rows), first, cdf + first * vocab_size_, guard_.stream());
-        });
+        const at::Tensor memory = at::empty({vocab_size_, vocab_size_}, tokens_.options());
+        auto* const cdf = reinterpret_cast<uint64_t*>(memory.data_ptr<int64_t>());
+        launch_write_cdf(table(), cdf, guard_.stream());
         cut(cuda::Granularity::thread);
         launch_chains_by_cdf(chains_, cdf, vocab_size_, guard_.stream());
     }
 
     void draw_by_logits() {
-        at::Tensor table = weight_;
-        if (params_.removes_tokens()) {
-            table = at::empty({vocab_size_, vocab_size_}, weight_.options().dtype(dtype_of_rows()));
-            for_filtered_rows([&](int64_t first, const at::Tensor& rows) {
-                table.narrow(0, first, rows.size(0)).copy_(rows);
-            });
-        }
         cut(cuda::Granularity::block);
-        launch_chains_by_logits(chains_, logits_params(table), guard_.stream());
-    }
-
-    void draw_step_by_step() {
-        SignalCheck signals;
-        for (int64_t step = 0; step < chains_.num_steps; ++step) {
-            const at::Tensor last = tokens_.select(1, params_.prompt_length + step - 1);
-            launch_draw_step(chains_, logits_params(filter(weight_.index_select(0, last))), step,
-                             guard_.stream());
-            signals.poll(chains_.num_chains * vocab_size_);
-        }
+        launch_chains_by_logits(chains_, table(), guard_.stream());
     }
 
     const cuda::StreamGuard guard_;
@@ -174,6 +131,7 @@ class ChainsOfCall {
     const at::Tensor tokens_;
     const at::Tensor invalid_;
     at::Tensor boundaries_, uncoalesced_;
+    at::Tensor kept_, kept_states_;  // where filters remove tokens
     cuda::ChainsParams chains_{};
 };
 

@@ -5,11 +5,13 @@
 #include "cuda/generate_kernels.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "base/op_names.h"
 #include "cuda/base/block.cuh"
 #include "cuda/base/launch.h"
 #include "cuda/base/vector_access.cuh"
+#include "cuda/sampling/filtered_row.cuh"
 #include "cuda/sampling/weighted_row.cuh"
 #include "sampling/distribution_errors.h"
 
@@ -60,38 +62,45 @@ struct ArgmaxRows {
     }
 };
 
-template <typename scalar_t>
+// Row_: a WeightedRow of logits, or a FilteredRow.
+template <typename Row_>
 struct LogitRowsOfBlock {
     static constexpr Granularity kGranularity = Granularity::block;
+
+    using Row = Row_;
+    using scalar_t = typename Row::scalar_t;
+    using acc_t = opmath_t<scalar_t>;
 
     LogitsParams params;
     bool keeps_row;
 
-    __device__ uint32_t next(uint32_t token, uint64_t r) const { return draw(token, token, r); }
-
-    // row_index: in params.logits; token: the index of that row in the table.
-    __device__ uint32_t draw(int64_t row_index, uint32_t token, uint64_t r) const {
-        const WeightedRow<Logits<scalar_t>> row = read(row_index);
+    __device__ uint32_t next(uint32_t token, uint64_t r) const {
+        const Row row = read(token);
         if (row.is_distribution()) return static_cast<uint32_t>(row.find(r));
         if (threadIdx.x == 0) mark_invalid(token);
         return 0;
     }
 
     // cdf: (V).
-    __device__ void write_cdf(int64_t row_index, uint32_t token, uint64_t* cdf) const {
-        const WeightedRow<Logits<scalar_t>> row = read(row_index);
+    __device__ void write_cdf(uint32_t token, uint64_t* cdf) const {
+        const Row row = read(token);
         if (row.is_distribution()) return row.write_cdf(cdf);
         if (threadIdx.x == 0) mark_invalid(token);
         for (int64_t j = threadIdx.x; j < params.vocab_size; j += blockDim.x) cdf[j] = 1;
     }
 
   private:
-    __device__ WeightedRow<Logits<scalar_t>> read(int64_t row_index) const {
-        const auto* const logits = static_cast<const scalar_t*>(params.logits) + row_index * params.stride;
-        return {{static_cast<opmath_t<scalar_t>>(params.temperature)},
-                logits,
-                params.vocab_size,
-                RowMemory<scalar_t>(params.vocab_size, keeps_row)};
+    __device__ Row read(uint32_t token) const {
+        Row row({static_cast<acc_t>(params.temperature)},
+                static_cast<const scalar_t*>(params.logits) + token * params.stride, params.vocab_size,
+                RowMemory<scalar_t>(params.vocab_size, keeps_row));
+        if constexpr (std::is_same_v<Row, FilteredRow<scalar_t>>) {
+            static_assert(sizeof(KeptTokens<acc_t>) == FilteredRows::kKeptBytes, "as the host allocates it");
+            const KeptOfRows<acc_t> known{static_cast<KeptTokens<acc_t>*>(params.filtered.kept),
+                                          params.filtered.states};
+            if (row.is_distribution()) row.filter(params.filter, known, token);
+        }
+        return row;
     }
 
     __device__ void mark_invalid(uint32_t token) const {
@@ -100,20 +109,11 @@ struct LogitRowsOfBlock {
     }
 };
 
-template <typename scalar_t>
+template <typename Row>
 __global__ void __launch_bounds__(kMaxRowThreads, 1)
-    write_cdf_kernel(LogitRowsOfBlock<scalar_t> rows, int64_t first_row, uint64_t* cdf) {
+    write_cdf_kernel(LogitRowsOfBlock<Row> rows, uint64_t* cdf) {
     const int64_t row = blockIdx.x;
-    rows.write_cdf(row, static_cast<uint32_t>(first_row + row), cdf + row * rows.params.vocab_size);
-}
-
-template <typename scalar_t>
-__global__ void __launch_bounds__(kMaxRowThreads, 1)
-    draw_step_kernel(ChainsParams params, LogitRowsOfBlock<scalar_t> rows, int64_t step) {
-    const int64_t chain = blockIdx.x;
-    const uint64_t r = draw(seed_of(params.seed), static_cast<uint64_t>(chain), static_cast<uint64_t>(step));
-    const uint32_t token = rows.draw(chain, token_before(params, chain, step), r);
-    if (threadIdx.x == 0) *token_at(params, chain, step) = token;
+    rows.write_cdf(blockIdx.x, cdf + row * rows.params.vocab_size);
 }
 
 // --------------------------------------------------------------------------------------- chains over time
@@ -304,6 +304,20 @@ __global__ void __launch_bounds__(kByBlock<Rows> ? kMaxRowThreads : kThreads, 1)
     }
 }
 
+// visit(rows, plan): with the rows of the table, and how a block takes one.
+template <typename Visit>
+void with_rows(const LogitsParams& table, const Visit& visit) {
+    with_type(table.type, [&](auto zero) {
+        using scalar_t = decltype(zero);
+        const RowPlan plan = plan_row<scalar_t>(kGenerate, table.vocab_size);
+        if (table.is_filtered) {
+            visit(LogitRowsOfBlock<FilteredRow<scalar_t>>{table, plan.keeps_row}, plan);
+        } else {
+            visit(LogitRowsOfBlock<WeightedRow<Logits<scalar_t>>>{table, plan.keeps_row}, plan);
+        }
+    });
+}
+
 constexpr size_t kScratchBytes = SharedMemory::bytes<int64_t>(kMaxWarps);
 
 LaunchShape shape_of_threads(const ChainsParams& params, cudaStream_t stream) {
@@ -399,12 +413,11 @@ void launch_copy_prompt(const int64_t* idx, int64_t num_sequences, int64_t promp
            prompt_length, vocab_size, tokens, stride);
 }
 
-void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint64_t* cdf, cudaStream_t stream) {
-    with_type(rows.type, [&](auto zero) {
-        using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kGenerate, rows.vocab_size);
-        launch({kGenerate, stream, rows.num_rows, plan.threads, plan.shared_bytes},
-               write_cdf_kernel<scalar_t>, LogitRowsOfBlock<scalar_t>{rows, plan.keeps_row}, first_row, cdf);
+void launch_write_cdf(const LogitsParams& table, uint64_t* cdf, cudaStream_t stream) {
+    with_rows(table, [&](const auto& rows, const RowPlan& plan) {
+        using Row = typename std::decay_t<decltype(rows)>::Row;
+        launch({kGenerate, stream, table.vocab_size, plan.threads, plan.shared_bytes}, write_cdf_kernel<Row>,
+               rows, cdf);
     });
 }
 
@@ -418,22 +431,10 @@ void launch_chains_by_argmax(const ChainsParams& params, const int64_t* argmax, 
 }
 
 void launch_chains_by_logits(const ChainsParams& params, const LogitsParams& table, cudaStream_t stream) {
-    with_type(table.type, [&](auto zero) {
-        using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kGenerate, table.vocab_size);
+    with_rows(table, [&](const auto& rows, const RowPlan& plan) {
         launch_chains(
-            params, LogitRowsOfBlock<scalar_t>{table, plan.keeps_row},
+            params, rows,
             {kGenerate, stream, params.num_chains * params.num_segments, plan.threads, plan.shared_bytes});
-    });
-}
-
-void launch_draw_step(const ChainsParams& params, const LogitsParams& rows, int64_t step,
-                      cudaStream_t stream) {
-    with_type(rows.type, [&](auto zero) {
-        using scalar_t = decltype(zero);
-        const RowPlan plan = plan_row<scalar_t>(kGenerate, rows.vocab_size);
-        launch({kGenerate, stream, params.num_chains, plan.threads, plan.shared_bytes},
-               draw_step_kernel<scalar_t>, params, LogitRowsOfBlock<scalar_t>{rows, plan.keeps_row}, step);
     });
 }
 

@@ -9,6 +9,7 @@
 
 #include "base/host_device.h"
 #include "cuda/base/types.h"
+#include "sampling/token_filter.h"
 
 namespace bigramx::cuda {
 
@@ -26,12 +27,24 @@ struct ChainsParams {
     unsigned* uncoalesced;  // (B), 0 before: whether a repaired segment has failed to coalesce
 };
 
-// logits: (num_rows, V), rows `stride` apart.
+// What the filters keep of the rows that were met. A block that meets a row for the first time finds it.
+struct FilteredRows {
+    static constexpr int64_t kKeptBytes = 16;  // of KeptTokens, in any dtype
+
+    void* kept;        // (V) KeptTokens
+    unsigned* states;  // (V), 0 before
+};
+
+// logits: (V, V), rows `stride` apart.
 struct LogitsParams {
     FloatType type;
     const void* logits;
-    int64_t num_rows, vocab_size, stride;
+    int64_t vocab_size, stride;
     double temperature;  // divides the logits
+
+    bool is_filtered;
+    TokenFilter filter;
+    FilteredRows filtered;
 
     // (1 + V), 0 before: whether any row of the table that was met is not a distribution; then for each row
     // whether it is not. Such a row draws token 0.
@@ -57,22 +70,17 @@ void cut_chains(Granularity granularity, ChainsParams* params);
 void launch_copy_prompt(const int64_t* idx, int64_t num_sequences, int64_t prompt_length, int64_t vocab_size,
                         int64_t* tokens, int64_t stride, cudaStream_t stream);
 
-// rows: the rows of the table from `first_row` on. cdf: (num_rows, V).
-void launch_write_cdf(const LogitsParams& rows, int64_t first_row, uint64_t* cdf, cudaStream_t stream);
+// cdf: (V, V).
+void launch_write_cdf(const LogitsParams& table, uint64_t* cdf, cudaStream_t stream);
 
 // cdf: (V, V).
 void launch_chains_by_cdf(const ChainsParams& params, const uint64_t* cdf, int64_t vocab_size,
                           cudaStream_t stream);
 
-// table: all rows.
 void launch_chains_by_logits(const ChainsParams& params, const LogitsParams& table, cudaStream_t stream);
 
 // argmax: (V), of each row. The chains are not cut.
 void launch_chains_by_argmax(const ChainsParams& params, const int64_t* argmax, cudaStream_t stream);
-
-// One step of all chains. rows: (B, V), the logits of the next tokens.
-void launch_draw_step(const ChainsParams& params, const LogitsParams& rows, int64_t step,
-                      cudaStream_t stream);
 
 // lengths: (B), num_steps before. Becomes the number of steps up to and including the first stop token, with
 // which the rest of the chain is filled.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "sampling/token_filter.h"
+
 namespace bigramx::cpu {
 
 constexpr int64_t kWeightsAtOnce = 128;
@@ -11,10 +13,14 @@ constexpr int64_t kWeightsAtOnce = 128;
 inline int64_t num_weight_blocks(int64_t size) { return (size + kWeightsAtOnce - 1) / kWeightsAtOnce; }
 
 struct LogitRow {
-    const void* logits;    // (V)
-    const uint64_t* kept;  // (ceil(V / 64)): a bit per token, 0: its logit is -inf; or null: all are kept
-    double temperature;    // divides the logits
-    double max;            // the largest logit, divided
+    const void* logits;  // (V)
+    double temperature;  // divides the logits
+    double max;          // the largest logit, divided
+
+    // Filtered rows are divided in the accumulation dtype; the tokens that are removed weigh nothing.
+    bool is_filtered = false;
+    KeptTokens<double> kept = {};
+    float min_weight = 0;
 };
 
 struct ProbRow {

@@ -42,21 +42,33 @@ class LogitWeights {
         acc_t buffer[kWeightsAtOnce];
         const acc_t* logits = load(begin, count, buffer);
         float scaled[kWeightsAtOnce];  // two loops are faster
-        for (int64_t k = 0; k < count; ++k) {
-            scaled[k] = scaled_exponential(static_cast<float>(logits[k] - max_));
-        }
+        for (int64_t k = 0; k < count; ++k) scaled[k] = scaled_weight(logits[k]);
+        if (row_.min_weight > 0) remove_below(row_.min_weight, count, scaled);
         for (int64_t k = 0; k < count; ++k) visit(k, scaled[k]);
     }
 
+    // visit(token, logit, scaled) for all tokens that are kept, whatever their weight.
+    template <typename Visit>
+    void for_each_logit(int64_t vocab_size, const Visit& visit) const {
+        for (int64_t begin = 0; begin < vocab_size; begin += kWeightsAtOnce) {
+            const int64_t count = std::min(kWeightsAtOnce, vocab_size - begin);
+            acc_t buffer[kWeightsAtOnce];
+            const acc_t* logits = load(begin, count, buffer);
+            for (int64_t k = 0; k < count; ++k) visit(begin + k, logits[k], scaled_weight(logits[k]));
+        }
+    }
+
   private:
+    float scaled_weight(acc_t logit) const { return scaled_exponential(static_cast<float>(logit - max_)); }
+
     // The filtered logits: in the table itself where nothing changes them, else in the buffer.
     const acc_t* load(int64_t begin, int64_t count, acc_t* buffer) const {
         if constexpr (std::is_same_v<scalar_t, acc_t>) {
-            if (row_.temperature == 1 && row_.kept == nullptr) return logits_ + begin;
+            if (row_.temperature == 1 && !row_.is_filtered) return logits_ + begin;
         }
         for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<acc_t>(logits_[begin + k]);
         if (row_.temperature != 1) divide(count, buffer);
-        if (row_.kept != nullptr) remove(begin, count, buffer);
+        if (row_.is_filtered) remove(begin, count, buffer);
         return buffer;
     }
 
@@ -64,16 +76,19 @@ class LogitWeights {
     void divide(int64_t count, acc_t* logits) const {
         const acc_t temperature = static_cast<acc_t>(row_.temperature);
         for (int64_t k = 0; k < count; ++k) logits[k] /= temperature;
-        if (row_.kept != nullptr) return;
+        if (row_.is_filtered) return;
         for (int64_t k = 0; k < count; ++k) logits[k] = static_cast<acc_t>(static_cast<scalar_t>(logits[k]));
     }
 
     void remove(int64_t begin, int64_t count, acc_t* logits) const {
+        const KeptTokens<acc_t> kept{static_cast<acc_t>(row_.kept.least), row_.kept.last - begin};
         for (int64_t k = 0; k < count; ++k) {
-            const int64_t token = begin + k;
-            const bool kept = row_.kept[token / 64] >> (token % 64) & 1;
-            logits[k] = kept ? logits[k] : -std::numeric_limits<acc_t>::infinity();
+            logits[k] = kept.contains(logits[k], k) ? logits[k] : -std::numeric_limits<acc_t>::infinity();
         }
+    }
+
+    static void remove_below(float min_weight, int64_t count, float* scaled) {
+        for (int64_t k = 0; k < count; ++k) scaled[k] = scaled[k] < min_weight ? 0 : scaled[k];
     }
 
     const LogitRow& row_;

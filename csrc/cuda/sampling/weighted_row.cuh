@@ -12,6 +12,7 @@
 #include "cuda/base/vector_access.cuh"
 #include "sampling/fixed_point_cdf.h"
 #include "sampling/philox.h"
+#include "sampling/token_filter.h"
 
 namespace bigramx::cuda {
 
@@ -26,7 +27,7 @@ struct Probs {
 
     __device__ static bool is_allowed(acc_t prob) { return prob >= 0 && prob < kInfinity<acc_t>; }
     __device__ acc_t scaled(acc_t prob) const { return prob; }
-    __device__ uint64_t weight(acc_t prob, const Scale& scale) const {
+    __device__ uint64_t weight(acc_t prob, int64_t, const Scale& scale) const {
         return round_down(scale.scaled(prob));
     }
 };
@@ -45,7 +46,7 @@ struct Logits {
     __device__ acc_t scaled(acc_t logit) const {
         return temperature == 1 ? logit : widen(narrow<scalar_t>(logit / temperature));
     }
-    __device__ uint64_t weight(acc_t logit, acc_t largest) const {
+    __device__ uint64_t weight(acc_t logit, int64_t, acc_t largest) const {
         return round_down(scaled_exponential(static_cast<float>(logit - largest)));
     }
 };
@@ -74,11 +75,12 @@ struct RowMemory {
         WeightSum sum_before;
     };
 
-    opmath_t<scalar_t>* largest;  // (kMaxWarps)
-    WeightSum* sums;              // (kMaxWarps)
-    WeightSum* target_sum;        // ()
-    Place* place;                 // ()
-    scalar_t* row;                // (V + a vector, for the alignment), or null: not kept
+    opmath_t<scalar_t>* largest;           // (kMaxWarps)
+    WeightSum* sums;                       // (kMaxWarps)
+    WeightSum* target_sum;                 // ()
+    Place* place;                          // ()
+    KeptTokens<opmath_t<scalar_t>>* kept;  // ()
+    scalar_t* row;                         // (V + a vector, for the alignment), or null: not kept
 
     __device__ RowMemory(int64_t vocab_size, bool keeps_row) {
         SharedMemory shared;
@@ -86,13 +88,14 @@ struct RowMemory {
         sums = shared.take<WeightSum>(kMaxWarps);
         target_sum = shared.take<WeightSum>(1);
         place = shared.take<Place>(1);
+        kept = shared.take<KeptTokens<opmath_t<scalar_t>>>(1);
         row = keeps_row ? shared.take<scalar_t>(vocab_size + kVectorSize<scalar_t>) : nullptr;
     }
 
     static int64_t bytes(int64_t vocab_size, bool keeps_row) {
         return SharedMemory::bytes<opmath_t<scalar_t>>(kMaxWarps) +
                SharedMemory::bytes<WeightSum>(kMaxWarps) + SharedMemory::bytes<WeightSum>(1) +
-               SharedMemory::bytes<Place>(1) +
+               SharedMemory::bytes<Place>(1) + SharedMemory::bytes<KeptTokens<opmath_t<scalar_t>>>(1) +
                (keeps_row ? SharedMemory::bytes<scalar_t>(vocab_size + kVectorSize<scalar_t>) : 0);
     }
 
@@ -169,7 +172,7 @@ class WeightedRow {
     }
 
     __device__ uint64_t weight(int64_t token, const Scale& scale) const {
-        return elements_.weight(elements_.scaled(widen(row_[token])), scale);
+        return elements_.weight(elements_.scaled(widen(row_[token])), token, scale);
     }
 
     // The token that r draws. Each warp sums a run of tokens; the run that reaches the target sum is divided
@@ -216,7 +219,7 @@ class WeightedRow {
         }
     }
 
-  private:
+  protected:
     struct Run {
         int64_t begin, end;
     };
@@ -238,7 +241,7 @@ class WeightedRow {
         return sum;
     }
 
-    const Elements elements_;
+    Elements elements_;
     const int64_t vocab_size_;
     const RowMemory<scalar_t> memory_;
     const scalar_t* row_;  // in the table, or kept in shared memory
