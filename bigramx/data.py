@@ -431,7 +431,12 @@ def split(tokens: _Tokens, train_fraction: float | None = None) -> tuple[_Tokens
 
 
 def get_batch(
-    tokens: Tensor | TokenShards, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+    tokens: Tensor | TokenShards,
+    batch_size: int,
+    block_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Random blocks and the token that follows each of theirs, drawn as in the lecture's get_batch.
 
@@ -443,6 +448,8 @@ def get_batch(
         generator: Where the randomness comes from; None: PyTorch's default generator of the CPU, so that the batches
             are the same on every device. A generator on a GPU draws there, anew at each replay of a captured graph,
             which no other can be part of.
+        device: Where the batch goes; None: where the tokens are. From tokens in the host's memory, files that are
+            mapped included, it goes to a GPU through pinned memory, and the host does not wait for it.
 
     Returns:
         idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` shifted by one token.
@@ -452,12 +459,13 @@ def get_batch(
         ValueError: A size is not positive, or there are too few tokens for one block.
         TypeError: An argument is of the wrong type.
     """
-    if isinstance(tokens, TokenShards):
-        if len(tokens.shards) != 1:
-            return _gather_batch(tokens, batch_size, block_size, generator)
+    if isinstance(tokens, TokenShards) and len(tokens.shards) == 1:
         (tokens,) = tokens.shards
-    idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
-    return idx, targets
+    if isinstance(tokens, TokenShards):
+        idx, targets = _gather_batch(tokens, batch_size, block_size, generator)
+    else:
+        idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
+    return (idx, targets) if device is None else (_moved(idx, device), _moved(targets, device))
 
 
 def _gather_batch(
@@ -469,3 +477,10 @@ def _gather_batch(
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
     blocks = torch.stack([tokens[offset : offset + block_size + 1] for offset in offsets.tolist()])
     return idx.copy_(blocks[:, :-1]), targets.copy_(blocks[:, 1:])
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on this device. PyTorch keeps pinned memory for the next, once a copy from it has ended."""
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -123,7 +123,9 @@ def embedding_cross_entropy(
             under ``"mean"`` divided by the number of pairs that count.
         padding_idx: This row gets no gradient. Negative: counted from the end.
         sparse: The gradient is a coalesced sparse tensor with the rows that occur in ``idx``. On a GPU, where their
-            number is not known to the host, it has min(N, R) entries, the excess ones zero, and is not coalesced.
+            number is not known to the host, it has min(N, R) entries, the excess ones zero, and is not coalesced. There
+            ``grad.coalesce()`` waits for the device. DistributedDataParallel reduces either kind over gloo, and none
+            over NCCL, which has no sparse tensors.
 
     Returns:
         The loss, in the dtype of ``weight``, or under autocast in float32 where that has 16 bits: (), or for ``"none"``

@@ -485,13 +485,18 @@ def share_of_total(r: Tensor, total: Tensor) -> Tensor:
 
 
 def get_batch(
-    tokens: Tensor | TokenShards, batch_size: int, block_size: int, *, generator: torch.Generator | None = None
+    tokens: Tensor | TokenShards,
+    batch_size: int,
+    block_size: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See data.get_batch: the lecture's stacks of slices."""
     offsets = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator, device="cpu")
     idx = torch.stack([tokens[i : i + block_size] for i in offsets])
     targets = torch.stack([tokens[i + 1 : i + block_size + 1] for i in offsets])
-    return idx.long(), targets.long()
+    return idx.to(device, torch.int64), targets.to(device, torch.int64)
 
 
 def generate(

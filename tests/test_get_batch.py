@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import hypothesis.strategies as st
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from bigramx import data
+from bigramx import data, reference
 from tests.devices import capturing, draws_frozen_by_a_graph, on_device
 from tests.interrupts import SOME, call_beside, call_with_handlers
 
@@ -139,6 +140,19 @@ def test_devices_without_a_kernel_draw_the_same() -> None:
     expected = op(tokens, 4, 8, torch.Generator().manual_seed(1))
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_batches_on_another_device(num_shards: int) -> None:
+    tokens = torch.randint(200, (1000,)).to(torch.uint16)
+    source = data.TokenShards(list(tokens.split(len(tokens) // num_shards)))
+    for batch, module in itertools.product((4, 1000), (data, reference)):
+        here = module.get_batch(source, batch, 8, generator=torch.Generator().manual_seed(1))
+        there = module.get_batch(source, batch, 8, generator=torch.Generator().manual_seed(1), device="meta")
+        for ours, expected in zip(there, here, strict=True):
+            assert (ours.shape, ours.dtype, ours.device.type) == (expected.shape, torch.int64, "meta")
+        again = module.get_batch(source, batch, 8, generator=torch.Generator().manual_seed(1), device="cpu")
+        assert torch.equal(torch.stack(again), torch.stack(here).cpu())
 
 
 @pytest.mark.gpu_only
