@@ -49,6 +49,37 @@ def step(config: RunConfig, target: float) -> Result:
     return comparison.run(config)
 
 
+def fit_in_graphs(config: RunConfig, num_steps: int) -> Result:
+    """``fit`` with its evaluations and captures, and the lecture's loop, whose host waits for the loss of each step."""
+    device = config.device
+    comparison = Comparison(
+        f"fit, {num_steps} steps in CUDA graphs, V=65 B=32 T=8",
+        [
+            at_most(30, " us a step", lambda medians: medians[OURS] / num_steps * 1e6),
+            faster_than("the lecture's loop", 8),
+        ],
+        check=assert_means_within(0.03),
+    )
+    tokens = peers.text_tokens(10**6).to(device.name)
+    start = reference.BigramLanguageModel(65).state_dict()
+
+    def last_losses(take: Callable[[nn.Module], list[float]], model: nn.Module) -> Tensor:
+        model.load_state_dict(start)
+        return torch.tensor(take(model.to(device.name))[-500:])
+
+    def ours(model: nn.Module) -> list[float]:
+        return bigramx.fit(model, tokens, max_steps=num_steps, lr=1e-2, eval_interval=num_steps).losses
+
+    def lecture_loop(model: nn.Module) -> list[float]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        take = partial(peers.lecture_step, model, optimizer, peers.lecture_get_batch, tokens)
+        return [take().item() for _ in range(num_steps)]
+
+    comparison.add(OURS, partial(last_losses, ours, bigramx.BigramLanguageModel(65)))
+    comparison.add("the lecture's loop", partial(last_losses, lecture_loop, reference.BigramLanguageModel(65)))
+    return comparison.run(config)
+
+
 def captured_step(config: RunConfig, vocab_size: int) -> Result:
     """Forward, backward, optimizer as a single launch: the lecture's lines on a batch that does not change."""
     device = config.device
@@ -256,4 +287,5 @@ CASES = [
 CUDA_CASES = [
     Case(step, headline=STEP, target=5),
     Case(captured_step, headline="forward, backward and AdamW in a CUDA graph", vocab_size=65),
+    Case(fit_in_graphs, headline=f"`fit`: {STEPS} steps of that loop", num_steps=STEPS),
 ]

@@ -89,6 +89,7 @@ get_batch = _op("get_batch")
 interpolated_bigram = _op("interpolated_bigram")
 interpolated_bigram_generate = _op("interpolated_bigram_generate")
 multinomial = _op("multinomial")
+embedding_cross_entropy_forward = torch.ops.bigramx.embedding_cross_entropy_forward.default
 Alphabet = _C.Alphabet
 PairCounter = _C.PairCounter
 

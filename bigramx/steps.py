@@ -1,4 +1,4 @@
-"""The steps of fit: native ones where nobody can tell, else PyTorch's own; and their state, to go on from."""
+"""The steps of fit: native or CUDA graphs where nobody can tell, else PyTorch's own; and their state, to go on from."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from bigramx import ops
 from bigramx.data import TokenShards, get_batch, shards_of
 from bigramx.fusion import is_plain_tensor
+from bigramx.graph_steps import MOST_STEPS, NOT_TAKEN, GraphSteps, runs_graphs
 from bigramx.history import History, encode_state
 from bigramx.model import BigramLanguageModel
 from bigramx.optim import AdamW, has_hooks, most_counted, state_of
@@ -30,7 +31,7 @@ from bigramx.wrappers import is_fsdp, layers_of
 _FORWARD, _ADAMW_STEP, _ADAMW_ZERO_GRAD = BigramLanguageModel.forward, AdamW.step, AdamW.zero_grad
 
 _MOST_STEPS = 1 << 14  # of a native call, for each of which there is memory
-_NOT_TAKEN = -1.0  # in place of a loss
+_CPU = torch.device("cpu")
 _DEFERRED_FROM = 1 << 22  # bytes of a table: with AdamW's moments it exceeds the second-level cache
 
 
@@ -124,7 +125,7 @@ class _Deferred:
 
 @dataclass
 class Steps:
-    """What a step needs, and two implementations of steps, which record the losses."""
+    """What a step needs, and three implementations of steps, which record the losses."""
 
     model: nn.Module
     module: BigramLanguageModel  # the model, or the one inside its wrapper
@@ -139,6 +140,8 @@ class Steps:
     is_saving_checked: bool = False
     is_torn: bool = False  # a step of the optimizer or of the scheduler was left in its middle
     deferred: _Deferred | None = None  # rows of the table have missed steps
+    graphs: GraphSteps | None = None
+    can_capture: bool = True
 
     def begin(self, lr: float | None) -> None:
         """Goes on where the history ends, at the learning rate ``lr`` if one is given.
@@ -216,26 +219,48 @@ class Steps:
             if self.deferred is not None:
                 self.deferred.catch_up()
                 self.deferred = None
-            self._take_one()
+            num_steps = self._prepare_graph(most) if self._has_graph_steps() else 0
+            if num_steps > 0:
+                self._take_graph(num_steps)
+            else:
+                self._take_one()
         if not self.is_saving_checked:  # the first step makes the optimizer's states
             self._check_saving()
             self.is_saving_checked = True
 
     def has_native_steps(self) -> bool:
+        """Whether steps are native calls."""
+        return self._has_kernel_steps() and self._weight().is_cpu and len(shards_of(self.tokens)) == 1
+
+    def _has_graph_steps(self) -> bool:
+        """Whether steps may be CUDA graphs, as far as can be told without capturing one."""
+        if not (self.can_capture and self._has_kernel_steps() and runs_graphs(self._weight())):
+            return False
+        if self.generator is not None and self.generator.device.type != "cpu":
+            return False
+        state = self.optimizer.state.get(self._weight(), {})
+        return not state or (
+            state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and 0 <= int(state["step"]) <= most_counted(state["step"]) - MOST_STEPS
+        )
+
+    def _weight(self) -> Tensor:
+        return self.module.token_embedding_table.weight
+
+    def _has_kernel_steps(self) -> bool:
         """Whether the kernels do all that a step does, and nobody can tell."""
         return (
             self.model is self.module
             and self.module._table_pre_hooks is None
             and self.scheduler is None
             and self.max_grad_norm is None
-            and len(shards_of(self.tokens)) == 1
             and self.module.is_fused
             and has_plain_loss(self.module)
             and BigramLanguageModel.forward is _FORWARD
             and self.module._compiled_call_impl is None
             and _is_plain_leaf(self.module.token_embedding_table)
             and _is_plain_adamw(self.optimizer, self.module.token_embedding_table.weight)
-            and not _is_observed()
+            and not _is_observed(self._weight().device.type)
         )
 
     @torch.no_grad()
@@ -276,7 +301,7 @@ class Steps:
         table.weight.grad = None
         state = state_of(self.optimizer, table.weight, group)
         options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        losses = torch.full((most,), _NOT_TAKEN, dtype=torch.float64, device="cpu")
+        losses = torch.full((most,), NOT_TAKEN, dtype=torch.float64, device="cpu")
         try:
             ops.fit_(
                 table.weight,
@@ -294,7 +319,45 @@ class Steps:
                 self._row_steps(table.weight, state, options),
             )
         finally:  # a signal handler may raise between two steps
-            self.history.losses += losses[losses != _NOT_TAKEN].tolist()
+            self.history.losses += losses[losses != NOT_TAKEN].tolist()
+
+    @torch.no_grad()
+    def _prepare_graph(self, most: int) -> int:
+        """How many steps, at most ``most``, a graph is ready for; 0 if none can be captured, from here on."""
+        table, (group,) = self.module.token_embedding_table, self.optimizer.param_groups
+        table.weight.grad = None
+        state = state_of(self.optimizer, table.weight, group)
+        options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        padding_idx = ops.NO_PADDING if table.padding_idx is None else table.padding_idx
+        parts = (table.weight, state["exp_avg"], state["exp_avg_sq"], options, padding_idx)
+        try:
+            if self.graphs is None or not self.graphs.fits(*parts):
+                self.graphs = None  # first, as its memory may be needed
+                self.graphs = GraphSteps(*parts, self.batch_size, self.block_size)
+            return self.graphs.prepare(most)
+        except RuntimeError:
+            self.graphs, self.can_capture = None, False
+            return 0
+
+    @torch.no_grad()
+    def _take_graph(self, num_steps: int) -> None:
+        """Takes all of the steps, or none if an exception comes first."""
+        assert self.graphs is not None
+        weight = self._weight()
+        state, before, version = self.optimizer.state[weight], _get_state(self.generator), weight._version
+        try:
+            pairs = self._draw(num_steps)
+            self.is_torn = True
+            self.graphs.launch(pairs, int(state["step"]))
+        finally:  # a signal handler may raise once the steps run
+            losses = self.graphs.losses(num_steps)
+            if NOT_TAKEN in losses:
+                _set_state(self.generator, before)
+                self.is_torn = weight._version != version
+            else:
+                self.history.losses += losses
+                state["step"] += num_steps
+                self.is_torn = False
 
     @torch.enable_grad()
     def _take_one(self) -> None:
@@ -320,12 +383,16 @@ class Steps:
         self.is_torn = False
         self._step_scheduler(value)
 
-    def _loss_of_a_batch(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def _draw(self, num_batches: int) -> tuple[Tensor, Tensor]:
+        """The pairs of the next batches, (num_batches B, T) each, on the model's device."""
         device = next(self.model.parameters()).device
-        idx, targets = get_batch(self.tokens, self.batch_size, self.block_size, generator=self.generator)
+        size = num_batches * self.batch_size
+        return get_batch(self.tokens, size, self.block_size, generator=self.generator, device=device)
+
+    def _loss_of_a_batch(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        pairs = self._draw(1)
         # Where nobody sees the logits they are spared; a forward of a subclass may not know the option.
         options = {"return_logits": False} if self.module.is_fused and not _have_hooks(self.model) else {}
-        pairs = idx.to(device), targets.to(device)
         _logits, loss = self.model(*pairs, **options)
         mean: Tensor = loss.mean() if isinstance(self.model, nn.DataParallel) else loss  # over several devices
         return pairs, mean
@@ -391,7 +458,7 @@ def _is_plain_leaf(table: nn.Embedding) -> bool:
     return (
         weight.is_leaf
         and weight.requires_grad
-        and weight.is_cpu
+        and (weight.is_cpu or weight.is_cuda)
         and weight.is_contiguous()
         and not weight.is_inference()
         and weight.shape == (table.num_embeddings, table.num_embeddings)
@@ -422,7 +489,8 @@ def _is_plain_adamw(optimizer: Optimizer, weight: Tensor) -> bool:
         return False
     (group,) = optimizer.param_groups
     state = optimizer.state.get(weight, {})
-    special = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
+    special = ("amsgrad", "maximize", "foreach", "differentiable", "fused")
+    step_device = weight.device if group["capturable"] else _CPU
     return (
         (AdamW.step, AdamW.zero_grad) == (_ADAMW_STEP, _ADAMW_ZERO_GRAD)
         and not {"step", "zero_grad"} & vars(optimizer).keys()
@@ -431,18 +499,20 @@ def _is_plain_adamw(optimizer: Optimizer, weight: Tensor) -> bool:
         and group["params"][0] is weight
         and group["decoupled_weight_decay"]
         and not any(group[name] for name in special)
+        and not (group["capturable"] and weight.is_cpu)
         and all(type(group[name]) in (int, float) for name in ("lr", "eps", "weight_decay"))
         and all(type(beta) in (int, float) for beta in group["betas"])
-        and all(is_plain_tensor(value) and value.is_cpu and value.is_contiguous() for value in state.values())
+        and all(is_plain_tensor(value) and value.is_contiguous() for value in state.values())
+        and all(value.device == (step_device if name == "step" else weight.device) for name, value in state.items())
         and all(value.dtype == weight.dtype for name, value in state.items() if name != "step")
     )
 
 
-def _is_observed() -> bool:
+def _is_observed(device_type: str) -> bool:
     """Whether PyTorch shows, checks or changes the operations of a step; those that a fused model asks for apart."""
     return (
         torch.is_anomaly_enabled()
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(device_type)
         or torch._C._autograd._profiler_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     )

@@ -42,7 +42,8 @@ class _Signals:
 
     _PATIENCE = 1.0  # seconds after which another SIGINT breaks what has not ended
     _ECHO = 0.1  # seconds after the SIGINT that ends the run in which others are the same: many senders send two
-    _OWN = ("bigramx.training", "bigramx.steps", "bigramx.history")  # never broken: what they do belongs together
+    # Never broken: what they do belongs together.
+    _OWN = ("bigramx.training", "bigramx.steps", "bigramx.graph_steps", "bigramx.history")
 
     def __init__(self) -> None:
         self._history: History | None = None  # once the run is over
@@ -215,7 +216,9 @@ def fit(
     """The lecture's training loop: get_batch, forward, backward, AdamW; evaluated exactly, not on sampled batches.
 
     The steps up to the next evaluation are one native call where nothing can tell the difference: a plain model on the
-    CPU, float32 or float64, the default optimizer, no hooks. Otherwise they run in Python.
+    CPU, float32 or float64, the default optimizer, no hooks. Such a model on a GPU takes them as CUDA graphs of up to
+    128 steps, on the batches that it would get on the CPU; the host learns the losses after the last of them. Where no
+    graph can be captured, as by a generator on the GPU, and otherwise the steps run in Python.
 
     Ctrl-C ends the run between two steps: the history records it, and the run can be resumed. In the main thread
     ``fit`` holds SIGINT back until then; a handler other than Python's is called then, too, and an exception of it ends

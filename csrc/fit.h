@@ -1,8 +1,8 @@
 // Many steps of the training loop in one call: get_batch, embedding_cross_entropy, adamw_. Each row is
 // updated while its gradient is in cache; no gradient of the table exists.
 //
-// CPU only: there the calls between the kernels cost more than the kernels. On a GPU a step of a Python loop
-// can be captured in a CUDA graph.
+// CPU only: there the calls between the kernels cost more than the kernels. On a GPU a CUDA graph replays the
+// kernels of many steps (bigramx/graph_steps.py).
 #pragma once
 
 #include <ATen/core/Generator.h>

@@ -102,6 +102,19 @@ def capturing() -> Iterator[None]:
         set_capturing(False)
 
 
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Raises where the host waits for a GPU, which the emulator cannot show."""
+    if IN_SIMT:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def draws_frozen_by_a_graph(op: str) -> AbstractContextManager[object]:
     """Expects the error of an op that a graph captures, which would repeat what the CPU's generator gives it."""
     return pytest.raises(RuntimeError, match=f"^{op}: expected a generator on the GPU while a CUDA graph captures")

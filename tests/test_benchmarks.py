@@ -350,7 +350,15 @@ class EmulatedGpu(Device):
     peak_resident_bytes = Device.peak_bytes
 
 
-TINY = {"vocab_size": 11, "num_tokens": 50, "num_rows": 5, "batch_size": 3, "short": 20, "sizes": [8, 16, 32]}
+TINY = {
+    "vocab_size": 11,
+    "num_tokens": 50,
+    "num_rows": 5,
+    "batch_size": 3,
+    "num_steps": 9,
+    "short": 20,
+    "sizes": [8, 16, 32],
+}
 CUDA_CASES = [pytest.param(case, id=bench) for bench in run.BENCHES for case in run.cases_of(bench, CUDA)]
 
 

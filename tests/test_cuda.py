@@ -6,9 +6,10 @@ The tests named test_sanitize_* run each op at small sizes, under compute-saniti
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bigramx import BigramLanguageModel, CharTokenizer, data, fit, functional, optim, reference
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, functional, optim, reference
+from bigramx.graph_steps import GraphSteps
 from tests import processes
+from tests.devices import nothing_waits
 
 pytestmark = pytest.mark.cuda
 
@@ -170,6 +173,124 @@ def test_a_model_is_trained_evaluated_and_generates() -> None:
     assert len(tokenizer.decode(model.generate(tokens[:1].long().view(1, 1), 500))) == 501
 
 
+def trained(device: torch.device, tokens: Any, **options: Any) -> tuple[BigramLanguageModel, History]:
+    torch.manual_seed(1)
+    model = BigramLanguageModel(65).to(device)
+    options = {"max_steps": 700, "eval_interval": 300, "generator": seeded(), **options}
+    return model, fit(model, tokens, **options)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens the graphs of fit were launched on."""
+    sizes: list[int] = []
+    launch = GraphSteps.launch
+
+    def recorded(steps: GraphSteps, pairs: tuple[Tensor, Tensor], count: int) -> None:
+        sizes.append(pairs[0].numel())
+        launch(steps, pairs, count)
+
+    monkeypatch.setattr(GraphSteps, "launch", recorded)
+    return sizes
+
+
+def places_of(tokens: Tensor, folder: Path) -> dict[str, Tensor | data.TokenShards]:
+    """The same tokens, on the GPU and wherever the host may have them."""
+    (folder / "tokens.bin").write_bytes(tokens.numpy().tobytes())
+    return {
+        "GPU": tokens.to(GPU),
+        "host": tokens,
+        "pinned": tokens.pin_memory(),
+        "mapped": data.read_tokens(folder / "tokens.bin", dtype=tokens.dtype),
+        "shards": data.TokenShards(tokens.split(1000)),
+    }
+
+
+@pytest.mark.parametrize("place", ["GPU", "host", "pinned", "mapped", "shards"])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")
+def test_graphs_of_fit_equal_the_steps_of_the_cpu(
+    place: str, capturable: bool, launched: list[int], tmp_path: Path
+) -> None:
+    tokens = places_of(torch.randint(65, (5000,)).to(torch.uint16), tmp_path)[place]
+    on_cpu = tokens.cpu() if isinstance(tokens, Tensor) else tokens
+    expected, history_on_cpu = trained(CPU, on_cpu)
+    assert launched == []
+    model, history = trained(GPU, tokens, optimizer=partial(optim.AdamW, lr=0.01, capturable=capturable))
+    assert sum(launched) == 700 * 32 * 8
+    assert max(launched) > 32 * 8
+    torch.testing.assert_close(history.generator_state, history_on_cpu.generator_state)
+    assert history.losses == pytest.approx(history_on_cpu.losses, abs=1e-4)
+    assert history.train_losses == pytest.approx(history_on_cpu.train_losses, abs=1e-4)
+    torch.testing.assert_close(model.cpu().state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-4)
+    assert int((history.optimizer_state or {})["state"][0]["step"]) == 700
+
+
+def test_fit_by_a_generator_on_the_gpu_runs_in_python(launched: list[int]) -> None:
+    _model, history = trained(GPU, torch.randint(65, (5000,), device=GPU), max_steps=9, generator=seeded(GPU))
+    assert (history.step, launched) == (9, [])
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("place", ["host", "pinned", "mapped", "shards"])
+def test_batches_go_to_the_gpu_through_pinned_memory(place: str, tmp_path: Path) -> None:
+    tokens = torch.randint(65, (5000,)).to(torch.uint16)
+    source = places_of(tokens, tmp_path)[place]
+
+    def draw(source: Any) -> tuple[Tensor, ...]:
+        generator = seeded()
+        batches = [data.get_batch(source, 300, 17, generator=generator, device=GPU) for _ in range(9)]
+        return tuple(torch.stack(batch) for batch in batches)
+
+    expected = draw(tokens.to(GPU))
+    with nothing_waits():
+        actual = draw(source)
+    assert_same(actual, expected)
+
+
+# -------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_the_cpus(dtype: torch.dtype, lower: torch.dtype) -> None:
+    results = []
+    for device in (CPU, GPU):
+        inputs = Inputs.make(device, 65, dtype)
+        with torch.autocast(device.type, dtype=lower):
+            results.append(
+                {
+                    "mean": loss_and_gradient(inputs, z_loss=0.01),
+                    "none": loss_and_gradient(inputs, reduction="none"),
+                    "weighted": loss_and_gradient(inputs, class_weight=inputs.probs[0].to(dtype)),
+                }
+            )
+    assert [loss.dtype for loss, _ in results[1].values()] == [loss.dtype for loss, _ in results[0].values()]
+    assert_same(results[1], results[0])
+
+
+def test_fit_under_autocast_runs_in_python_as_on_the_cpu(launched: list[int]) -> None:
+    tokens, results = torch.randint(65, (5000,)), []
+    for device in (CPU, GPU):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            results.append(trained(device, tokens, max_steps=50)[1].losses)
+    assert launched == []
+    assert results[1] == pytest.approx(results[0], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- sparse gradients
+
+
+@pytest.mark.parametrize("vocab_size", [7, 65, 300])
+def test_coalesced_sparse_gradients(vocab_size: int) -> None:
+    """The CPU's rows, and none of the entries that were too many."""
+    _loss, expected = loss_and_gradient(Inputs.make(CPU, vocab_size), sparse=True)
+    _loss, gradient = loss_and_gradient(Inputs.make(GPU, vocab_size), sparse=True)
+    coalesced = gradient.coalesce()
+    torch.testing.assert_close(coalesced.to_dense().cpu(), expected.to_dense())
+    assert set(expected.indices()[0].tolist()) <= set(coalesced.indices()[0].tolist())
+
+
 # -------------------------------------------------------------------------------------- generators on the GPU
 
 
@@ -243,15 +364,6 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 
 # ------------------------------------------------------------------------- no synchronization, no growing memory
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigramx import BigramLanguageModel, History, fit, ops, optim, reference
 
-pytestmark = pytest.mark.cpu_only  # on a GPU, fit takes its steps in Python
+pytestmark = pytest.mark.cpu_only  # test_graph_steps.py has those on a GPU
 
 
 class PythonSteps(BigramLanguageModel):

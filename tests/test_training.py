@@ -620,7 +620,7 @@ def test_a_progress_bar_where_a_person_looks(monkeypatch: pytest.MonkeyPatch, op
     assert text.endswith("\n")
     assert "loss=" in text
     history = fit(model, tokens, max_steps=70, progress=False, on_progress=lambda h: h.step >= 1)
-    assert f"| {history.step}/200 [" in shown(Terminal(), None, resume=history) or history.step == 70
+    assert f"| {history.step}/70 [" in shown(Terminal(), None, resume=history) or history.step == 70
     assert threading.active_count() == threads  # no monitor of tqdm's
 
 
