@@ -5,8 +5,8 @@ python -m tests.trust.sanitizers tsan    # data races
 python -m tests.trust.sanitizers asan-portable --build    # builds alone
 
 The extension is built apart from the package's own, into build/asan or build/tsan, by setup.py's sources and flags, and
-GCC's sanitizers; asan-portable and tsan-portable, which the test suite uses, have the kernels for plain vectors alone, as
-those of all three CPU targets take a third of an hour to compile.
+GCC's sanitizers. The test suite uses asan-portable and tsan-portable, with the kernels for plain vectors alone: those
+of all three CPU targets take a third of an hour to compile.
 """
 
 from __future__ import annotations
