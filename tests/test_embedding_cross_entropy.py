@@ -860,6 +860,24 @@ def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str
     Case(idx, weight, targets, options).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_classes", [200, 1501])  # a warp a row, a block a row
+@pytest.mark.parametrize("num_pairs", [0, 10, 11])
+def test_few_rows_occur(num_pairs: int, num_classes: int, dtype: torch.dtype) -> None:
+    """A GPU clears the gradient at once where there are 16 rows for each pair; memory holds anything before."""
+    weight = torch.randn(160, num_classes).to(dtype)
+    targets = torch.randint(num_classes, (num_pairs,))
+    case = Case(torch.randint(160, (num_pairs,)), weight, targets, {"reduction": "sum", "padding_idx": 3})
+    case.idx[1:2] = 3
+    case.targets[2:3] = -100
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        case.check()
+        case.check(grad_loss=-2.5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_threads_with_tables_of_several_widths() -> None:
     """On a GPU one kernel then runs with as many sizes of shared memory."""
     idx, targets = torch.arange(2), torch.arange(2)

@@ -109,7 +109,7 @@ template <int kItems, typename Params>
 __device__ LossSums process_counted_row(const Params& rows, int64_t row, const uint32_t* counts) {
     bool any = false;
     for (int64_t j = lane_of_thread(); j < rows.num_classes; j += kWarp) any |= counts[j] != 0;
-    auto* const gradient = rows.gradient_row(row);
+    auto* const gradient = rows.gradient_row(/*slot=*/row, row);
     if (__any_sync(kAllLanes, any)) return WarpRow<kItems, Params>(rows, row).process(counts, gradient);
     if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
     return {};
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(R
 template <int kItems, typename sum_t, typename scalar_t>
 __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_t slot, sum_t* sums) {
     const int64_t row = rows.row_of_slot(slot);
-    scalar_t* const gradient = rows.gradient_row(slot);
+    scalar_t* const gradient = rows.gradient_row(slot, row);
     if (!rows.has_pairs(row)) {
         if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
         return {};
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kRowThreads<Params>, 1) block_rows_kernel(Para
     LossSums loss;
     if (slot < rows.max_slots) {
         const int64_t row = rows.row_of_slot(slot);
-        auto* const gradient = rows.gradient_row(slot);
+        auto* const gradient = rows.gradient_row(slot, row);
         if (rows.has_pairs(row)) {
             loss = BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
         } else if (gradient != nullptr) {
@@ -273,14 +273,26 @@ constexpr int kScaleThreads = 512;
 template <typename scalar_t>
 __global__ void __launch_bounds__(kScaleThreads)
     scale_kernel(scalar_t* gradient, int64_t size, const opmath_t<scalar_t>* grad_loss) {
-    const opmath_t<scalar_t> scale = *grad_loss;
+    using acc_t = opmath_t<scalar_t>;
+    constexpr int kInFlight = 4;
+    const acc_t scale = *grad_loss;
     if (scale == 1) return;
-    const int64_t threads = int64_t{gridDim.x} * blockDim.x;
-    for (int64_t k = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; k < size; k += threads) {
-        const opmath_t<scalar_t> element = widen(gradient[k]);
-        // Zeros stay zero: 0 times an infinity would be NaN in rows without pairs.
-        if (element != 0) gradient[k] = narrow<scalar_t>(element * scale);
-    }
+    const BlockRange range(size);
+    scalar_t* const part = gradient + range.begin;
+    // Zeros stay zero: 0 times an infinity would be NaN in rows without pairs.
+    const auto scaled = [scale](acc_t element) { return element != 0 ? element * scale : element; };
+    const auto scale_vector = [&](int first, const AlignedVector<scalar_t>& vector) {
+        acc_t elements[kVectorSize<scalar_t>];
+        bool is_zero = true;
+        for (int k = 0; k < kVectorSize<scalar_t>; ++k) {
+            const acc_t element = widen(vector.elements[k]);
+            is_zero &= element == 0;
+            elements[k] = scaled(element);
+        }
+        if (!is_zero) store_vector(part + first, narrow_vector<scalar_t>(elements));
+    };
+    for_each_aligned_vector<kInFlight>(part, range.end - range.begin, scale_vector,
+                                       [&](int k) { part[k] = narrow<scalar_t>(scaled(widen(part[k]))); });
 }
 
 // ----------------------------------------------------------------------------------------------- launches
@@ -309,9 +321,16 @@ Strategy strategy_of(const KernelParams& params) {
 
 bool has_grad_losses(const KernelParams& params) { return !params.is_reduced && params.gradient != nullptr; }
 
-// A dense gradient needs all rows; otherwise those that occur suffice.
+// So few that to clear a dense gradient at once, and to write the rows that occur a second time, is less than
+// a block or a warp for each empty row.
+bool has_few_pairs(const KernelParams& params) {
+    constexpr int64_t kRowsOfPair = 16;
+    return params.num_pairs <= params.num_rows / kRowsOfPair;
+}
+
+// A dense gradient with many pairs needs all rows; otherwise those that occur suffice.
 bool has_slot_rows(const KernelParams& params) {
-    return params.grad_rows != nullptr || params.gradient == nullptr;
+    return params.grad_rows != nullptr || params.gradient == nullptr || has_few_pairs(params);
 }
 
 int64_t max_slots(const KernelParams& params, Strategy strategy) {
@@ -382,6 +401,7 @@ class Launcher {
         if (strategy_ == Strategy::one_block) return run_in_one_block();
         clear(kEmbeddingCrossEntropy, stream_, scratch_.ticket, scratch_.zero_bytes);
         strategy_ == Strategy::counted ? count() : group();
+        if (has_unvisited_rows()) clear_gradient();
         if (!params_.is_reduced && params_.loss != nullptr) launch_pair_losses();
         if (has_grad_losses(params_)) {
             launch_grouped_rows<acc_t>();
@@ -415,6 +435,17 @@ class Launcher {
         rows.gradient = static_cast<scalar_t*>(params_.gradient);
         rows.grad_rows = params_.grad_rows;
         return rows;
+    }
+
+    // Where the gradient was computed before, with grad_loss = 1, their elements are zeros already.
+    bool has_unvisited_rows() const {
+        return strategy_ == Strategy::grouped && params_.gradient != nullptr &&
+               params_.grad_rows == nullptr && has_slot_rows(params_) && !params_.unless_one;
+    }
+
+    void clear_gradient() const {
+        clear(kEmbeddingCrossEntropy, stream_, params_.gradient,
+              static_cast<size_t>(params_.num_rows * params_.num_classes) * sizeof(scalar_t));
     }
 
     // launch_rows(rows), with the plain rows where they suffice.

@@ -55,7 +55,7 @@ struct RowsParams {
     acc_t* loss;                 // ()
     unsigned* ticket;            // (), 0 before
     RowStats<acc_t>* stats;      // (R)
-    scalar_t* gradient;          // (max_slots, C)
+    scalar_t* gradient;          // (R, C); with grad_rows (max_slots, C)
     int64_t* grad_rows;          // (max_slots)
 
     __device__ bool has_slot_rows() const { return groups.slot_rows != nullptr; }
@@ -70,8 +70,10 @@ struct RowsParams {
         return row >= 0 && groups.row_begin[row] < groups.row_begin[row + 1];
     }
     __device__ const scalar_t* weight_row(int64_t row) const { return weight + row * row_stride; }
-    __device__ scalar_t* gradient_row(int64_t slot) const {
-        return gradient != nullptr ? gradient + slot * num_classes : nullptr;
+    // Null: nothing to write.
+    __device__ scalar_t* gradient_row(int64_t slot, int64_t row) const {
+        const int64_t place = grad_rows != nullptr ? slot : row;
+        return gradient != nullptr && place >= 0 ? gradient + place * num_classes : nullptr;
     }
 
     __device__ acc_t class_weight_of(int64_t j) const {

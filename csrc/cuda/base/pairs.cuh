@@ -88,18 +88,18 @@ struct IndexedPairs {
     }
 };
 
-// The contiguous share of the pairs that a block takes.
+// The contiguous share of pairs, or of elements, that a block takes.
 struct BlockRange {
     int64_t begin, end;
 
-    __device__ explicit BlockRange(int64_t num_pairs)
-        : begin(num_pairs / gridDim.x * blockIdx.x + min_with_rest(num_pairs, blockIdx.x)),
-          end(num_pairs / gridDim.x * (blockIdx.x + 1) + min_with_rest(num_pairs, blockIdx.x + 1)) {}
+    __device__ explicit BlockRange(int64_t size)
+        : begin(size / gridDim.x * blockIdx.x + min_with_rest(size, blockIdx.x)),
+          end(size / gridDim.x * (blockIdx.x + 1) + min_with_rest(size, blockIdx.x + 1)) {}
 
   private:
-    // The first num_pairs % gridDim.x blocks take one more.
-    __device__ static int64_t min_with_rest(int64_t num_pairs, int64_t block) {
-        const int64_t rest = num_pairs % gridDim.x;
+    // The first size % gridDim.x blocks take one more.
+    __device__ static int64_t min_with_rest(int64_t size, int64_t block) {
+        const int64_t rest = size % gridDim.x;
         return block < rest ? block : rest;
     }
 };

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -81,7 +82,13 @@ __device__ inline AlignedVector<T> load_vector(const T* from) {
 
 template <typename T>
 __device__ inline void store_vector(T* to, const AlignedVector<T>& vector) {
+#if defined(__CUDA_ARCH__)
+    uint4 words;  // the compiler may divide the store of 16-bit elements
+    memcpy(&words, &vector, sizeof(words));
+    *reinterpret_cast<uint4*>(to) = words;
+#else
     *reinterpret_cast<AlignedVector<T>*>(to) = vector;
+#endif
 }
 
 #if defined(__CUDA_ARCH__)
