@@ -860,6 +860,16 @@ def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str
     Case(idx, weight, targets, options).check()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("num_rows", [700, 1200])
+def test_about_as_many_rows_as_pairs(num_rows: int, reduction: str) -> None:
+    """A GPU counts the pairs of a row in global memory, by several blocks: two of 550 pairs each."""
+    idx = torch.randint(num_rows, (1100,))
+    idx[::3] = 5
+    targets = torch.randint(60, (1100,))
+    Case(idx, torch.randn(num_rows, 60), targets, {"reduction": reduction}).check()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_classes", [200, 1501])  # a warp a row, a block a row
 @pytest.mark.parametrize("num_pairs", [0, 10, 11])

@@ -106,10 +106,10 @@ struct BlockRange {
 
 constexpr int kPairThreads = 512;
 
-// As many as run at once, but no more than leave each kMinPairs pairs, the grain size.
-inline int64_t blocks_for_pairs(const char* op, int64_t num_pairs, int64_t blocks_a_multiprocessor) {
-    constexpr int64_t kMinPairs = 4 * kPairThreads;
-    return std::clamp<int64_t>(num_pairs / kMinPairs, 1, blocks_a_multiprocessor * num_multiprocessors(op));
+// As many as run at once, but no more than leave each grain_size pairs.
+inline int64_t blocks_for_pairs(const char* op, int64_t num_pairs, int64_t blocks_a_multiprocessor,
+                                int64_t grain_size = 4 * kPairThreads) {
+    return std::clamp<int64_t>(num_pairs / grain_size, 1, blocks_a_multiprocessor * num_multiprocessors(op));
 }
 
 // -------------------------------------------------------------------------------------- a table of counts
@@ -207,22 +207,25 @@ struct PairGroups {
     uint32_t* cursors;  // (R): where the next pair of a row goes
 };
 
-// A counter for each row: in shared memory where they fit and pay, else `global` itself.
-struct RowCounters {
-    uint32_t* counters;  // (R)
-
-    __device__ RowCounters(uint32_t* global, bool are_shared, int64_t num_rows) : counters(global) {
-        if (!are_shared) return;
+// A counter for each row: in shared memory where they fit and pay, else `global` itself. A constant says
+// which, as atomic additions at an address of either kind are slow.
+template <bool kAreShared>
+__device__ inline uint32_t* row_counters(uint32_t* global, int64_t num_rows) {
+    if constexpr (!kAreShared) {
+        return global;
+    } else {
         SharedMemory shared;
-        counters = shared.take<uint32_t>(num_rows);
+        auto* const counters = shared.take<uint32_t>(num_rows);
         for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) counters[row] = 0;
         __syncthreads();
+        return counters;
     }
+}
 
-    static bool can_share(const char* op, int64_t num_rows, int64_t num_pairs) {
-        return num_rows <= num_pairs && SharedMemory::bytes<uint32_t>(num_rows) <= max_shared_bytes(op);
-    }
-};
+// Each block clears all counters and adds them up.
+inline bool can_share_counters(const char* op, int64_t num_rows, int64_t pairs_of_block) {
+    return num_rows <= pairs_of_block && SharedMemory::bytes<uint32_t>(num_rows) <= max_shared_bytes(op);
+}
 
 // Once all blocks have counted: the prefix sums of the counts, and the list of the rows that occur. For one
 // block. Returns the number of pairs that are not ignored.
@@ -260,29 +263,28 @@ __device__ inline int64_t scan_rows(const PairGroups& groups, int64_t num_rows, 
     return pairs_before;
 }
 
-template <typename Source>
-__device__ void count_rows(const Source& source, const PairGroups& groups, int64_t num_rows,
-                           bool share_counters) {
-    const RowCounters rows(groups.row_counts, share_counters, num_rows);
+template <bool kAreShared, typename Source>
+__device__ void count_rows(const Source& source, const PairGroups& groups, int64_t num_rows) {
+    uint32_t* const counters = row_counters<kAreShared>(groups.row_counts, num_rows);
     const BlockRange range(source.num_pairs());
     source.for_each(range.begin, range.end, [&](const Pair& pair) {
         if (groups.row_occurs != nullptr) atomicOr(groups.row_occurs + pair.row, 1u);
         if (pair.target == Pair::kIgnored) return;
-        atomicAdd(rows.counters + pair.row, 1u);
+        atomicAdd(counters + pair.row, 1u);
         if (groups.class_counts != nullptr) atomicAdd(groups.class_counts + pair.target, 1u);
     });
-    if (!share_counters) return;
-    __syncthreads();
-    for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
-        if (rows.counters[row] > 0) atomicAdd(groups.row_counts + row, rows.counters[row]);
+    if constexpr (kAreShared) {
+        __syncthreads();
+        for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
+            if (counters[row] > 0) atomicAdd(groups.row_counts + row, counters[row]);
+        }
     }
 }
 
-template <typename Source, typename Finish>
+template <bool kAreShared, typename Source, typename Finish>
 __global__ void __launch_bounds__(kPairThreads, 1)
-    count_rows_kernel(Source source, PairGroups groups, int64_t num_rows, bool share_counters,
-                      Finish finish) {
-    count_rows(source, groups, num_rows, share_counters);
+    count_rows_kernel(Source source, PairGroups groups, int64_t num_rows, Finish finish) {
+    count_rows<kAreShared>(source, groups, num_rows);
     __syncthreads();
     SharedMemory shared;  // from its beginning again: the counters are no longer needed
     auto* const scratch = shared.take<unsigned long long>(kMaxWarps);
@@ -291,28 +293,38 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     finish(scan_rows(groups, num_rows, scratch));
 }
 
-template <typename Source>
+template <bool kAreShared, typename Source>
 __global__ void __launch_bounds__(kPairThreads, 1)
-    scatter_pairs_kernel(Source source, PairGroups groups, int64_t num_rows, bool share_counters) {
-    const RowCounters rows(groups.cursors, share_counters, num_rows);
+    scatter_pairs_kernel(Source source, PairGroups groups, int64_t num_rows) {
+    uint32_t* const counters = row_counters<kAreShared>(groups.cursors, num_rows);
     const BlockRange range(source.num_pairs());
-    if (share_counters) {  // the block reserves its part of each row
+    if constexpr (kAreShared) {  // the block reserves its part of each row
         source.for_each(range.begin, range.end, [&](const Pair& pair) {
-            if (pair.target != Pair::kIgnored) atomicAdd(rows.counters + pair.row, 1u);
+            if (pair.target != Pair::kIgnored) atomicAdd(counters + pair.row, 1u);
         });
         __syncthreads();
         for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
-            const uint32_t count = rows.counters[row];
-            if (count > 0) rows.counters[row] = atomicAdd(groups.cursors + row, count);
+            const uint32_t count = counters[row];
+            if (count > 0) counters[row] = atomicAdd(groups.cursors + row, count);
         }
         __syncthreads();
     }
     source.for_each(range.begin, range.end, [&](const Pair& pair) {
         if (pair.target == Pair::kIgnored) return;
-        const uint32_t place = atomicAdd(rows.counters + pair.row, 1u);
+        const uint32_t place = atomicAdd(counters + pair.row, 1u);
         groups.targets[place] = pair.target;
         if (groups.pair_indices != nullptr) groups.pair_indices[place] = pair.index;
     });
+}
+
+template <bool kAreShared, typename Source, typename Finish>
+void launch_group_pairs(LaunchShape shape, const Source& source, int64_t num_rows, const PairGroups& groups,
+                        const Finish& finish) {
+    const int64_t counter_bytes = kAreShared ? SharedMemory::bytes<uint32_t>(num_rows) : 0;
+    shape.shared_bytes = static_cast<size_t>(std::max(counter_bytes, kFinishBytes));
+    launch(shape, count_rows_kernel<kAreShared, Source, Finish>, source, groups, num_rows, finish);
+    shape.shared_bytes = static_cast<size_t>(counter_bytes);
+    launch(shape, scatter_pairs_kernel<kAreShared, Source>, source, groups, num_rows);
 }
 
 // A counting sort in two kernels: count and scan, then scatter. Fewer than 2^32 pairs.
@@ -320,13 +332,14 @@ template <typename Source, typename Finish = NothingToFinish>
 void group_pairs(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
                  const PairGroups& groups, const Finish& finish = {}) {
     constexpr int64_t kBlocksAMultiprocessor = 2;
-    const bool share_counters = RowCounters::can_share(op, num_rows, source.num_pairs());
-    const int64_t counter_bytes = share_counters ? SharedMemory::bytes<uint32_t>(num_rows) : 0;
-    const int64_t blocks = blocks_for_pairs(op, source.num_pairs(), kBlocksAMultiprocessor);
-    launch({op, stream, blocks, kPairThreads, static_cast<size_t>(std::max(counter_bytes, kFinishBytes))},
-           count_rows_kernel<Source, Finish>, source, groups, num_rows, share_counters, finish);
-    launch({op, stream, blocks, kPairThreads, static_cast<size_t>(counter_bytes)},
-           scatter_pairs_kernel<Source>, source, groups, num_rows, share_counters);
+    LaunchShape shape{op, stream, blocks_for_pairs(op, source.num_pairs(), kBlocksAMultiprocessor),
+                      kPairThreads};
+    if (can_share_counters(op, num_rows, source.num_pairs() / shape.blocks)) {
+        launch_group_pairs</*kAreShared=*/true>(shape, source, num_rows, groups, finish);
+    } else {  // a pair for each thread: to wait for global memory takes most of the time
+        shape.blocks = blocks_for_pairs(op, source.num_pairs(), kBlocksAMultiprocessor, kPairThreads);
+        launch_group_pairs</*kAreShared=*/false>(shape, source, num_rows, groups, finish);
+    }
 }
 
 // sums[target - begin] += value(k) for each target = targets[k] from `begin` to `end`. For a block.
