@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "cuda/base/block.cuh", f"{BARRIER}    if (threadIdx.x == 0) {{\n", "    if (threadIdx.x == 0) {\n", "last_block"
     ),
-    Mutation("cuda/base/block.cuh", "        __threadfence();\n        *scratch", "        *scratch", "last_block"),
-    Mutation("cuda/base/block.cuh", "- 1;\n        __threadfence();\n", "- 1;\n", "last_block"),
+    Mutation("cuda/base/block.cuh", "        __threadfence();\n        const", "        const", "last_block"),
+    Mutation("cuda/base/block.cuh", "if (is_last) __threadfence();", "", "last_block"),
     Mutation(
         "cuda/base/block.cuh", f"    }}\n{BARRIER}    return *scratch", "    }\n    return *scratch", "last_block"
     ),

@@ -167,16 +167,6 @@ struct OnlineSum {
     __device__ T shift() const { return shift_of(max); }
 };
 
-template <typename T>
-struct MergeOnlineSums {
-    __device__ OnlineSum<T> operator()(const OnlineSum<T>& a, const OnlineSum<T>& b) const {
-        OnlineSum<T> both;
-        both.max = a.max > b.max ? a.max : b.max;
-        both.sum = a.sum * std::exp(a.max - both.shift()) + b.sum * std::exp(b.max - both.shift());
-        return both;
-    }
-};
-
 // Adds the pairs of a class, whose gradients sum to s.
 template <typename T, typename sum_t>
 __device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
@@ -377,17 +367,17 @@ template <typename Params, typename sum_t>
 struct BlockMemory {
     using scalar_t = typename Params::scalar_t;
 
-    OnlineSum<typename Params::acc_t>* online_sums;  // (kMaxWarps)
-    PairSums* pair_sums;                             // (kMaxWarps)
-    ClassSums* class_sums;                           // (kMaxWarps)
-    LossSums* losses;                                // (kMaxWarps)
-    int* is_last;                                    // ()
-    sum_t* tile;                                     // (tile)
-    scalar_t* row;                                   // (C), or null
+    typename Params::acc_t* sums;  // (kMaxWarps)
+    PairSums* pair_sums;           // (kMaxWarps)
+    ClassSums* class_sums;         // (kMaxWarps)
+    LossSums* losses;              // (kMaxWarps)
+    int* is_last;                  // ()
+    sum_t* tile;                   // (tile)
+    scalar_t* row;                 // (C), or null
 
     __device__ BlockMemory(const BlockPlan& plan, int64_t num_classes) {
         SharedMemory shared;
-        online_sums = shared.take<OnlineSum<typename Params::acc_t>>(kMaxWarps);
+        sums = shared.take<typename Params::acc_t>(kMaxWarps);
         pair_sums = shared.take<PairSums>(kMaxWarps);
         class_sums = shared.take<ClassSums>(kMaxWarps);
         losses = shared.take<LossSums>(kMaxWarps);
@@ -397,7 +387,7 @@ struct BlockMemory {
     }
 
     static int64_t bytes(const BlockPlan& plan, int64_t num_classes) {
-        return SharedMemory::bytes<OnlineSum<typename Params::acc_t>>(kMaxWarps) +
+        return SharedMemory::bytes<typename Params::acc_t>(kMaxWarps) +
                SharedMemory::bytes<PairSums>(kMaxWarps) + SharedMemory::bytes<ClassSums>(kMaxWarps) +
                SharedMemory::bytes<LossSums>(kMaxWarps) + SharedMemory::bytes<int>(1) +
                SharedMemory::bytes<sum_t>(plan.tile + kVectorSize<scalar_t>) +
@@ -578,9 +568,12 @@ class BlockRow {
                 own.template include<scalar_t>(widen(weight[j]));
                 if (kept != nullptr) kept[j] = weight[j];
             });
-        const OnlineSum<acc_t> total = block_reduce(own, memory_.online_sums, MergeOnlineSums<acc_t>());
         if (kept != nullptr) source_ = kept;
-        return {params_, total.max, total.sum};
+        // The maximum first: to merge online sums, warp after warp, takes two exponentials each.
+        const acc_t max =
+            block_reduce(own.max, memory_.sums, [](acc_t a, acc_t b) { return std::fmax(a, b); });
+        const acc_t sum = own.sum * exponential<scalar_t>(own.max, shift_of(max));
+        return {params_, max, block_sum(sum, memory_.sums)};
     }
 
     // Without class weights and gradients of the pairs, the number of pairs suffices.

@@ -165,8 +165,9 @@ __device__ inline bool is_last_block(unsigned* ticket, int* scratch) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        *scratch = atomicAdd(ticket, 1u) == gridDim.x - 1;
-        __threadfence();
+        const bool is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+        if (is_last) __threadfence();  // the others read nothing
+        *scratch = is_last;
     }
     __syncthreads();
     return *scratch != 0;
