@@ -86,13 +86,7 @@ bool may_count(const at::Tensor& step, const at::Tensor& param) {
 }
 
 // at::add_ takes longer than a small kernel.
-void count(const at::Tensor& step, int steps) {
-    if (step.is_cpu()) {
-        adamw_set_count_cpu(step, adamw_count_cpu(step) + steps);
-    } else {
-        step.add_(steps);
-    }
-}
+void count(const at::Tensor& step, int steps) { adamw_set_count_cpu(step, adamw_count_cpu(step) + steps); }
 
 }  // namespace
 
@@ -160,6 +154,7 @@ namespace {
 void take_step(AdamWParams&& params) {
     if (!params.grad.is_contiguous()) params.grad = params.grad.contiguous();
     bump_versions({params.param, params.exp_avg, params.exp_avg_sq, params.max_exp_avg_sq});
+    if (params.counts_step) bump_versions({params.step});
     BIGRAMX_DISPATCH_DEVICE(params.param, adamw, params);
 }
 
@@ -211,6 +206,8 @@ void adamw_step(at::Tensor param, const at::Tensor& grad, at::Tensor exp_avg, at
     check_writable(kAdamW, "step", step);
     check_defined(kAdamW, "grad", grad);
     check_adamw(kAdamW, params);
+    params.counts_step = uses_cuda_kernels(step);
+    if (params.counts_step) return take_step(std::move(params));
     count(step, 1);
     try {
         take_step(std::move(params));

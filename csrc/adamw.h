@@ -21,6 +21,7 @@ struct AdamWParams {
     // One element, float32 or float64: the count of this step, from 1. On the CPU or on the device of param.
     at::Tensor step;
     AdamWOptions options;
+    bool counts_step = false;  // on a GPU: step has the count of the steps before, to which one is added
 };
 
 // Raises where the step of torch.optim.AdamW does, which divides by 1 - beta^step.

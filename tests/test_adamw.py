@@ -260,6 +260,21 @@ def test_optimizer_equals_torchs(options: dict[str, Any]) -> None:
     torch.testing.assert_close(state["state"], expected_state["state"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0, 2048, 8192, 8193])
+def test_steps_of_any_size_are_counted(size: int, dtype: torch.dtype) -> None:
+    """A GPU counts the step in the kernel of up to 8192 elements (2048 of float64), before the kernel of more."""
+    first = torch.randn(size, dtype=dtype)
+    params = [torch.nn.Parameter(first.clone()) for _ in range(2)]
+    for param, optimizer_class in zip(params, (optim.AdamW, torch.optim.AdamW), strict=True):
+        optimizer = optimizer_class([param], lr=0.1)
+        for _ in range(3):
+            param.grad = param.detach().sin()
+            optimizer.step()
+        assert optimizer.state[param]["step"] == 3
+    torch.testing.assert_close(*params)
+
+
 def test_state_dicts_are_interchangeable() -> None:
     for first, second in [(optim.AdamW, torch.optim.AdamW), (torch.optim.AdamW, optim.AdamW)]:
         param, optimizer = train(first)

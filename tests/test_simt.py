@@ -155,6 +155,12 @@ MUTATIONS = [
         "tests/test_adamw.py -k equals_reference",
     ),
     Mutation(
+        "cuda/adamw_kernels.cu",
+        "    counted.counts = false;\n",
+        "",
+        "tests/test_adamw.py -k steps_of_any_size",
+    ),
+    Mutation(
         "cuda/sampling/weighted_row.cuh",
         f"        {BARRIER}            begin = memory_",
         "            begin = memory_",

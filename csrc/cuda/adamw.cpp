@@ -20,7 +20,8 @@ void adamw_cuda(const AdamWParams& params) {
     kernel.options = params.options;
     kernel.step_type = cuda::float_type(params.step);
     if (uses_cuda_kernels(params.step)) {
-        kernel.step = params.step.const_data_ptr();
+        kernel.step = params.step.data_ptr();
+        kernel.counts_step = params.counts_step;
     } else {
         kernel.host_step = params.step.item<double>();
         TORCH_CHECK_VALUE(kernel.host_step >= 1, kAdamW, ": expected step >= 1, got ", kernel.host_step);

@@ -1,6 +1,7 @@
 // One step of AdamW. Bound by memory bandwidth: up to seven streams over the arrays, so each thread moves
 // 16-byte vectors where the arrays are aligned. A step count on the GPU is read by the kernel, so that a CUDA
-// graph can be replayed; the constants that depend on it are computed once per block.
+// graph can be replayed; the constants that depend on it are computed once per block. A small table takes one
+// block, which counts the step as well and so saves a launch.
 #include "cuda/adamw_kernels.h"
 
 #include <algorithm>
@@ -13,8 +14,10 @@
 namespace bigramx::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kManyBlocksThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;  // what its registers hold
+template <typename scalar_t>
+constexpr int kOneBlockThreads = sizeof(scalar_t) == sizeof(float) ? 1024 : 512;  // the same
 
 template <typename scalar_t>
 struct Arrays {
@@ -29,9 +32,24 @@ struct Arrays {
 // A step count that may lie on the device.
 struct CountedStep {
     AdamWOptions options;
-    const void* step;  // null: the host has it
+    void* step;  // null: the host has it
     FloatType type;
+    bool counts;  // adds 1 to it first; for one thread
+
+    __device__ double operator()() const {
+        return type == FloatType::float64 ? count_in<double>() : count_in<float>();
+    }
+
+  private:
+    template <typename T>
+    __device__ double count_in() const {
+        const T count = *static_cast<const T*>(step) + (counts ? 1 : 0);
+        if (counts) *static_cast<T*>(step) = count;
+        return count;
+    }
 };
+
+__global__ void __launch_bounds__(1) count_step_kernel(CountedStep counted) { counted(); }
 
 // The host's constants, or those of the step count on the device, computed once per block.
 template <typename scalar_t>
@@ -39,11 +57,7 @@ __device__ AdamWConstants<scalar_t> constants_of(const AdamWConstants<scalar_t>&
     if (counted.step == nullptr) return hosts;
     SharedMemory shared;
     auto* const constants = shared.take<AdamWConstants<scalar_t>>(1);
-    if (threadIdx.x == 0) {
-        const double step = counted.type == FloatType::float64 ? *static_cast<const double*>(counted.step)
-                                                               : *static_cast<const float*>(counted.step);
-        *constants = adamw_constants<scalar_t>(counted.options, step);
-    }
+    if (threadIdx.x == 0) *constants = adamw_constants<scalar_t>(counted.options, counted());
     __syncthreads();
     return *constants;
 }
@@ -104,7 +118,7 @@ __device__ void step_elements(const Arrays<scalar_t>& arrays, const AdamWConstan
     if (amsgrad) store_elements(arrays.max_exp_avg_sq + begin, largest, count);
 }
 
-template <typename scalar_t>
+template <typename scalar_t, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(Arrays<scalar_t> arrays, AdamWConstants<scalar_t> of_host, CountedStep counted) {
     const AdamWConstants<scalar_t> constants = constants_of(of_host, counted);
@@ -117,21 +131,32 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename scalar_t>
-void launch_typed(const AdamWKernelParams& params, cudaStream_t stream) {
-    constexpr int64_t kPerBlock = kThreads * kVectorSize<scalar_t>;
+template <typename scalar_t, int kThreads>
+void launch_blocks(int64_t blocks, const AdamWKernelParams& params, const CountedStep& counted,
+                   cudaStream_t stream) {
     const Arrays<scalar_t> arrays{params.size,
                                   static_cast<scalar_t*>(params.param),
                                   static_cast<const scalar_t*>(params.grad),
                                   static_cast<scalar_t*>(params.exp_avg),
                                   static_cast<scalar_t*>(params.exp_avg_sq),
                                   static_cast<scalar_t*>(params.max_exp_avg_sq)};
-    const LaunchShape shape{kAdamW, stream,
-                            std::min((params.size + kPerBlock - 1) / kPerBlock,
-                                     kBlocksPerMultiprocessor * num_multiprocessors(kAdamW)),
-                            kThreads, SharedMemory::bytes<AdamWConstants<scalar_t>>(1)};
-    launch(shape, adamw_kernel<scalar_t>, arrays, adamw_constants<scalar_t>(params.options, params.host_step),
-           CountedStep{params.options, params.step, params.step_type});
+    launch({kAdamW, stream, blocks, kThreads, SharedMemory::bytes<AdamWConstants<scalar_t>>(1)},
+           adamw_kernel<scalar_t, kThreads>, arrays,
+           adamw_constants<scalar_t>(params.options, params.host_step), counted);
+}
+
+template <typename scalar_t>
+void launch_typed(const AdamWKernelParams& params, cudaStream_t stream) {
+    constexpr int64_t kMaxOneBlock = 2 * kOneBlockThreads<scalar_t> * kVectorSize<scalar_t>;
+    constexpr int64_t kPerBlock = kManyBlocksThreads * kVectorSize<scalar_t>;
+    CountedStep counted{params.options, params.step, params.step_type, params.counts_step};
+    if (params.counts_step && params.size <= kMaxOneBlock)
+        return launch_blocks<scalar_t, kOneBlockThreads<scalar_t>>(1, params, counted, stream);
+    if (params.counts_step) launch({kAdamW, stream, 1, 1}, count_step_kernel, counted);
+    counted.counts = false;
+    const int64_t blocks = std::min((params.size + kPerBlock - 1) / kPerBlock,
+                                    kBlocksPerMultiprocessor * num_multiprocessors(kAdamW));
+    launch_blocks<scalar_t, kManyBlocksThreads>(blocks, params, counted, stream);
 }
 
 }  // namespace

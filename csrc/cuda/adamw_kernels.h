@@ -19,8 +19,9 @@ struct AdamWKernelParams {
     void* max_exp_avg_sq;  // null: no AMSGrad
     AdamWOptions options;
     double host_step;  // from 1; used where `step` is null
-    const void* step;  // () on the device, in place of host_step; or null
+    void* step;        // () on the device, in place of host_step; or null
     FloatType step_type;
+    bool counts_step;  // adds 1 to *step first
 };
 
 void launch_adamw(const AdamWKernelParams& params, cudaStream_t stream);
