@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -113,6 +113,20 @@ def nothing_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def graph_nodes(run: Callable[[], object]) -> tuple[int, list[str]]:
+    """In the emulator: the nodes that a CUDA graph of `run` has, and the ops of ATen, which may add others."""
+    emulator = ctypes.CDLL(os.environ["BIGRAMX_EXTENSION"])
+    emulator.simt_num_nodes.restype = ctypes.c_uint64
+    emulator.simt_aten_ops.restype = ctypes.c_char_p
+    before = emulator.simt_num_nodes()
+    emulator.simt_aten_ops(True)
+    try:
+        run()
+    finally:
+        names = bytes(emulator.simt_aten_ops(False)).decode().split()
+    return emulator.simt_num_nodes() - before, [name for name in names if name.startswith("aten::")]
 
 
 def draws_frozen_by_a_graph(op: str) -> AbstractContextManager[object]:

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigramx import functional, ops, optim, reference
-from tests.devices import on_device, skip_if_long
+from bigramx import BigramLanguageModel, functional, ops, optim, reference
+from bigramx.data import get_batch
+from tests.devices import IN_SIMT, graph_nodes, on_device, skip_if_long
 from tests.tolerances import assert_as_close_as_eager
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -273,6 +274,27 @@ def test_steps_of_any_size_are_counted(size: int, dtype: torch.dtype) -> None:
             optimizer.step()
         assert optimizer.state[param]["step"] == 3
     torch.testing.assert_close(*params)
+
+
+@pytest.mark.skipif(not IN_SIMT, reason="the GPU emulator counts what a CUDA graph would have")
+def test_nodes_of_a_training_step() -> None:
+    """The batch, the loss with its gradient and the logits, its scale, the update; torch fills the loss's gradient."""
+    model = BigramLanguageModel(65)
+    optimizer = optim.AdamW(model.parameters())
+    tokens = torch.randint(65, (500,))
+
+    def step() -> None:
+        idx, targets = get_batch(tokens, 32, 8)
+        optimizer.zero_grad()
+        _logits, loss = model(idx, targets)
+        loss.backward()
+        optimizer.step()
+
+    step()
+    num_nodes, names = graph_nodes(step)
+    without_kernels = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "to", "detach")}
+    assert num_nodes == 4
+    assert set(names) - without_kernels == {"aten::ones_like", "aten::fill_"}
 
 
 def test_state_dicts_are_interchangeable() -> None:

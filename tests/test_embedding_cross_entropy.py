@@ -860,6 +860,19 @@ def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str
     Case(idx, weight, targets, options).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_rows", "num_classes", "num_pairs"), [(65, 65, 256), (9, 128, 40), (65, 65, 600), (5, 3, 0)]
+)
+def test_logits_are_rows(num_rows: int, num_classes: int, num_pairs: int, dtype: torch.dtype) -> None:
+    """A GPU copies few logits in the kernel of the loss; of a table whose rows may lie apart."""
+    weight = torch.randn(num_rows, num_classes + 1).to(dtype)[:, :num_classes]
+    idx, targets = torch.randint(num_rows, (num_pairs,)), torch.randint(num_classes, (num_pairs,))
+    loss, logits = functional.embedding_cross_entropy_with_logits(idx, weight, targets)
+    assert torch.equal(logits, weight[idx])
+    assert loss.isfinite() or num_pairs == 0
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("num_rows", [700, 1200])
 def test_about_as_many_rows_as_pairs(num_rows: int, reduction: str) -> None:

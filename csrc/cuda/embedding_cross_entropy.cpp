@@ -78,8 +78,14 @@ EmbeddingCrossEntropyResult embedding_cross_entropy_cuda(const EmbeddingCrossEnt
     result.loss = at::empty(shape, weight.options().dtype(at::toOpMathType(weight.scalar_type())));
     kernel.loss = result.loss.data_ptr();
     if (params.compute_grad) result.gradient = make_gradient(kernel, weight, params.options.sparse);
+    if (params.return_logits && can_copy_logits(kernel)) {
+        result.logits = at::empty({kernel.num_pairs, kernel.num_classes}, weight.options());
+        kernel.logits = result.logits.data_ptr();
+    }
     launch(kernel, guard, weight);
-    if (params.return_logits) result.logits = weight.index_select(0, params.idx.reshape(-1));
+    if (params.return_logits && !result.logits.defined()) {
+        result.logits = weight.index_select(0, params.idx.reshape(-1));
+    }
     return result;
 }
 

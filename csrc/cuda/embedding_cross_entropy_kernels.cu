@@ -194,6 +194,25 @@ __global__ void __launch_bounds__(kRowThreads<Params>, 1) block_rows_kernel(Para
     if (rows.loss != nullptr) reduce_losses(rows, loss, memory.losses, memory.is_last);
 }
 
+// logits = weight[idx], (N, C), of at most kItems * kWarp classes. For a block. A warp loads a whole row
+// before it stores it.
+template <int kItems, typename scalar_t>
+__device__ void copy_logits(const RowsParams<scalar_t>& rows, const IndexedPairs& pairs, scalar_t* logits) {
+    for (int64_t n = warp_of_thread(); n < pairs.num_pairs(); n += warps_of_block()) {
+        const scalar_t* const row = rows.weight_row(pairs.idx[n]);
+        scalar_t* const copy = logits + n * rows.num_classes;
+        scalar_t items[kItems];
+        for (int k = 0; k < kItems; ++k) {
+            const int j = lane_of_thread() + k * kWarp;
+            if (j < rows.num_classes) items[k] = row[j];
+        }
+        for (int k = 0; k < kItems; ++k) {
+            const int j = lane_of_thread() + k * kWarp;
+            if (j < rows.num_classes) copy[j] = items[k];
+        }
+    }
+}
+
 // More would not have enough registers.
 template <typename Params>
 constexpr int kOneBlockThreads =
@@ -202,7 +221,7 @@ constexpr int kOneBlockThreads =
 // Counting, loss and gradient in one block; at most kItems * kWarp classes.
 template <int kItems, typename Params>
 __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
-    one_block_kernel(Params rows, IndexedPairs pairs, bool is_mean) {
+    one_block_kernel(Params rows, IndexedPairs pairs, bool is_mean, typename Params::scalar_t* logits) {
     if (rows.is_done()) return;
     SharedMemory shared;
     auto* const scratch = shared.take<LossSums>(kMaxWarps);
@@ -217,6 +236,7 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     const SumScales<typename Params::acc_t> sum_scales{
         counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales};
     sum_scales(num_targets);
+    if (logits != nullptr) copy_logits<kItems, typename Params::scalar_t>(rows, pairs, logits);
     __syncthreads();
     rows.scales = scales;
     LossSums loss;
@@ -463,7 +483,8 @@ class Launcher {
             using Params = std::decay_t<decltype(rows)>;
             launch({kEmbeddingCrossEntropy, stream_, 1, kOneBlockThreads<Params>,
                     static_cast<size_t>(shared_bytes)},
-                   one_block_kernel<kFewItems, Params>, rows, pairs_, params_.is_mean);
+                   one_block_kernel<kFewItems, Params>, rows, pairs_, params_.is_mean,
+                   static_cast<scalar_t*>(params_.logits));
         });
     }
 
@@ -596,6 +617,11 @@ class Launcher {
 };
 
 }  // namespace
+
+bool can_copy_logits(const KernelParams& params) {
+    constexpr int64_t kMaxLogits = 1 << 15;
+    return strategy_of(params) == Strategy::one_block && params.num_pairs * params.num_classes <= kMaxLogits;
+}
 
 int64_t embedding_cross_entropy_scratch_bytes(const KernelParams& params) {
     return static_cast<int64_t>(Scratch(params, nullptr).end);

@@ -27,8 +27,12 @@ struct EmbeddingCrossEntropyKernelParams {
     const void* grad_loss;  // the shape of loss; null: ones
     void* gradient;         // (R, C) of scalar_t; sparse: (min(N, R), C)
     int64_t* grad_rows;     // (min(N, R)); not null: the gradient is sparse
+    void* logits;           // (N, C) of scalar_t: weight[idx]; null unless can_copy_logits
     bool unless_one;        // leave the gradient as it is where *grad_loss is 1
 };
+
+// Whether the launch can write the logits without taking much longer: for the smallest batches.
+bool can_copy_logits(const EmbeddingCrossEntropyKernelParams& params);
 
 // The scratch memory that the launch needs, in bytes.
 int64_t embedding_cross_entropy_scratch_bytes(const EmbeddingCrossEntropyKernelParams& params);

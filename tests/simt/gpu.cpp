@@ -1,6 +1,7 @@
 // Replaces csrc/cuda/base/device.cpp: every CPU tensor counts as a tensor on the device.
 #include "cuda/base/device.h"
 
+#include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
@@ -8,6 +9,7 @@
 
 #include <cstring>
 #include <memory>
+#include <string>
 
 #include "base/dispatch.h"
 #include "device_memory.h"
@@ -58,6 +60,26 @@ const bool is_installed = [] {
 // Whether kernels are to believe that a CUDA graph captures their stream.
 extern "C" __attribute__((visibility("default"))) void simt_set_capturing(bool capturing) {
     simt::is_capturing = capturing;
+}
+
+// The nodes that the kernels' host code has added to a graph so far.
+extern "C" __attribute__((visibility("default"))) uint64_t simt_num_nodes() { return simt::num_nodes(); }
+
+// The names of ATen's ops, with a space after each, that have run since `record` was last true.
+extern "C" __attribute__((visibility("default"))) const char* simt_aten_ops(bool record) {
+    static std::string names;
+    static at::CallbackHandle handle = 0;
+    if (!record) {
+        at::removeCallback(handle);
+        return names.c_str();
+    }
+    names.clear();
+    handle = at::addGlobalCallback(at::RecordFunctionCallback(
+        [](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+            names += std::string(function.name()) + " ";
+            return nullptr;
+        }));
+    return names.c_str();
 }
 
 namespace bigramx {

@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "device_memory.h"
 #include "memory.h"
 #include "simt.h"
 
@@ -93,7 +94,7 @@ struct Machine {
     std::string error;
     void* frames[kMaxFrames];
     int num_frames;
-    uint64_t num_launches = 0;
+    uint64_t num_launches = 0, num_memsets = 0;
     std::unordered_map<const void*, size_t> allowed_shared;  // by kernel
 };
 Machine& machine = *new Machine;
@@ -464,6 +465,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
     return cudaSuccess;
 }
 
+uint64_t num_nodes() { return machine.num_launches + machine.num_memsets; }
+
 cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
     if (bytes < 0 || static_cast<size_t>(bytes) > max_shared_bytes())
         return remembered(cudaErrorInvalidValue);
@@ -502,6 +505,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+    ++simt::machine.num_memsets;
     return simt::remembered(simt::set_memory(memory, value, bytes) ? cudaSuccess : cudaErrorInvalidValue);
 }
 
