@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigramx import BigramLanguageModel, functional, ops, optim, reference
 from bigramx.data import get_batch
 from tests.devices import IN_SIMT, graph_nodes, on_device, skip_if_long
+from tests.names import name_of
 from tests.tolerances import assert_as_close_as_eager
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -688,7 +689,7 @@ def test_a_mode_sees_torchs_step(mode_class: type[DispatchedOps | CalledFunction
     assert kernel_steps == []
 
 
-@pytest.mark.parametrize("context", [lambda: torch.device("cpu"), torch.inference_mode, torch.enable_grad], ids=str)
+@pytest.mark.parametrize("context", [lambda: torch.device("cpu"), torch.inference_mode, torch.enable_grad], ids=name_of)
 def test_other_contexts_leave_the_kernel(context: Callable[[], Any], kernel_steps: list[Tensor]) -> None:
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
@@ -725,7 +726,7 @@ def test_a_compiled_step_is_torchs(kernel_steps: list[Tensor]) -> None:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.functionalize], ids=str)
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.functionalize], ids=name_of)
 def test_transforms_see_torchs_step(transform: Any, kernel_steps: list[Tensor]) -> None:
     outcomes = []
     for optimizer_class in (optim.AdamW, torch.optim.AdamW):

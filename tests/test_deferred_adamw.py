@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from bigramx import BigramLanguageModel, fit, ops, optim, reference
+from tests.names import name_of
 from tests.tolerances import assert_as_close_as_eager
 
 pytestmark = pytest.mark.cpu_only
@@ -195,7 +196,7 @@ def call(**changes: Any) -> None:
         ({"grad": torch.rand(2, 3).double()}, RuntimeError, "grad .*got Double"),
         ({"rows": None}, RuntimeError, r"grad to have the shape \[4, 3\], got \[2, 3\]"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_bad_arguments_change_nothing(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     tensors = [value for value in changes.values() if isinstance(value, Tensor)]

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigramx import functional, reference
 from bigramx.functional import Reduction
 from tests.devices import on_device, raises_in_kernel, runs_on_gpu, skip_if_long
+from tests.names import name_of
 from tests.tolerances import assert_as_close_as_eager
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -143,7 +144,7 @@ def test_equals_reference_for_any_options(case: Case, grad_loss: float) -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"label_smoothing": 0.2}, {"z_loss": 0.1}, {"class_weight": torch.rand(5).double()}, {"ignore_index": 2}],
-    ids=str,
+    ids=name_of,
 )
 def test_gradcheck(reduction: str, options: dict[str, Any]) -> None:
     idx, targets = torch.tensor([0, 3, 3, 4, 0]), torch.tensor([1, 2, 0, 4, 1])
@@ -1061,7 +1062,7 @@ IDX, TARGETS, WEIGHT = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.randn(5
         ({"ignore_index": 1.5}, TypeError, r"'int' for argument 'ignore_index'"),
         ({"idx": IDX.to("meta")}, RuntimeError, r"same device, got idx on meta and weight on c"),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: name_of(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"idx": IDX, "weight": WEIGHT, "targets": TARGETS, **arguments}

@@ -30,6 +30,7 @@ from tests.devices import (
     skip_if_long,
 )
 from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
+from tests.names import name_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -660,7 +661,7 @@ IDX, WEIGHT = torch.zeros((1, 1), dtype=torch.long), torch.zeros(5, 5)
         ({"stop": iter([0])}, TypeError, r"stop to be an int or a sequence of ints, got list_iterator"),
         ({"sampler": "foo"}, ValueError, r"'philox'.* got 'foo'"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     call = {"idx": IDX, "weight": WEIGHT, "max_new_tokens": 3, **arguments}

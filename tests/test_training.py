@@ -24,6 +24,7 @@ import torch
 from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, memory, reference
 from tests import processes
 from tests.devices import on_device
+from tests.names import name_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -485,7 +486,7 @@ def test_what_is_never_reached_takes_no_memory(name: str, value: Any) -> None:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize(("options", "error", "message"), BAD_NUMBERS, ids=str)
+@pytest.mark.parametrize(("options", "error", "message"), BAD_NUMBERS, ids=name_of)
 def test_bad_arguments_are_told_at_the_start(options: dict[str, Any], error: type[Exception], message: str) -> None:
     model = BigramLanguageModel(20)
     evaluated: list[History] = []
