@@ -24,6 +24,7 @@ DTYPES = [torch.uint8, torch.uint16, torch.uint32, torch.int32, torch.int64]
 BLOCK = 256  # pairs
 CHUNK = 2**21  # pairs of a job between checks for signals
 JOB = 2**17  # pairs that make another thread worthwhile, for tables of no more entries than that
+PIECE = 2**15  # pairs of a row, of more of which CUDA kernels make pieces
 
 
 def counted(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -101,6 +102,36 @@ def test_large_vocabulary() -> None:
     tokens[1] = 5
     counts = functional.count_bigrams(tokens % 3001, 3001)
     assert torch.equal(counts, reference.count_bigrams(tokens % 3001, 3001))
+
+
+def test_a_row_with_most_of_the_pairs() -> None:
+    tokens = torch.multinomial(1 / torch.arange(1.0, 301), 5 * PIECE, replacement=True)
+    tokens[torch.rand(len(tokens)) < 0.8] = 7
+    assert torch.equal(functional.count_bigrams(tokens, 300), reference.count_bigrams(tokens, 300))
+
+
+@pytest.mark.parametrize(
+    "row_sizes",
+    [
+        [PIECE - 1],
+        [PIECE],
+        [PIECE + 1],
+        [2 * PIECE],
+        [2 * PIECE + 1],
+        [1, PIECE],  # cut, but too short to be split
+        [1, PIECE + 1],
+        [1, 2 * PIECE - 1, 1],  # ends at a cut
+        [1, 2 * PIECE, 1],
+        [PIECE, 0, 0, PIECE, PIECE + 1, 0, 5],  # each begins at a cut
+        [PIECE // 2, 2 * PIECE, PIECE // 2 + 1],
+    ],
+)
+def test_rows_in_pieces(row_sizes: list[int]) -> None:
+    """Sizes at which a row has one piece more."""
+    vocab_size = 200  # a table too large for shared memory
+    tokens = torch.arange(len(row_sizes)).repeat_interleave(torch.tensor(row_sizes))
+    tokens = torch.cat((tokens[torch.randperm(len(tokens))], torch.tensor([vocab_size - 1])))
+    assert torch.equal(functional.count_bigrams(tokens, vocab_size), reference.count_bigrams(tokens, vocab_size))
 
 
 @pytest.mark.device_assertion

@@ -131,6 +131,18 @@ MUTATIONS = [
         "tests/test_count_bigrams.py -k large_vocabulary",
     ),
     Mutation(
+        "cuda/count_bigrams_kernels.cu",
+        "if (count > 0) add_atomically(&entry, count);",
+        "entry += count;",
+        "tests/test_count_bigrams.py -k most_of_the_pairs",
+    ),
+    Mutation(
+        "cuda/count_bigrams_kernels.cu",
+        "if (!row.is_cut() || row.begin == cut) return;",
+        "if (!row.is_cut()) return;",
+        "tests/test_count_bigrams.py -k rows_in_pieces",
+    ),
+    Mutation(
         "cuda/embedding_cross_entropy_rows.cuh",
         "weight + row * row_stride",
         "weight + static_cast<int32_t>(row * row_stride)",

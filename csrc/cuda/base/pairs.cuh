@@ -342,14 +342,27 @@ void group_pairs(const char* op, cudaStream_t stream, const Source& source, int6
     }
 }
 
-// sums[target - begin] += value(k) for each target = targets[k] from `begin` to `end`. For a block.
+// sums[target - begin] += value(k) for each target = targets[k] from `begin` to `end`. For a block, whose
+// threads load several targets before they add the first, to hide latency.
 // sums: (end - begin).
 template <typename sum_t, typename Value>
 __device__ void add_targets(const int32_t* targets, int64_t size, int64_t begin, int64_t end, sum_t* sums,
                             const Value& value) {
-    for (int64_t k = threadIdx.x; k < size; k += blockDim.x) {
-        const int64_t target = targets[k];
-        if (target >= begin && target < end) atomicAdd(sums + (target - begin), value(k));
+    constexpr int kInFlight = 4;
+    const auto num_sums = static_cast<uint32_t>(end - begin);
+    for (int64_t first = threadIdx.x; first < size; first += int64_t{kInFlight} * blockDim.x) {
+        int32_t loaded[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            const int64_t n = first + k * blockDim.x;
+            loaded[k] = n < size ? targets[n] : Pair::kIgnored;
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            // What lies before `begin` wraps around, and is beyond `end`.
+            const uint32_t place = static_cast<uint32_t>(loaded[k]) - static_cast<uint32_t>(begin);
+            if (place < num_sums) atomicAdd(sums + place, value(first + k * blockDim.x));
+        }
     }
 }
 
