@@ -458,14 +458,16 @@ def get_batch(
         RuntimeError: ``tokens`` is not 1-D, or of another dtype; or a CUDA graph captures what the CPU draws.
         ValueError: A size is not positive, or there are too few tokens for one block.
         TypeError: An argument is of the wrong type.
+        RuntimeError: There is no such device.
     """
+    place = None if device is None else torch.device(device)  # first: a wrong one shall draw nothing
     if isinstance(tokens, TokenShards) and len(tokens.shards) == 1:
         (tokens,) = tokens.shards
     if isinstance(tokens, TokenShards):
         idx, targets = _gather_batch(tokens, batch_size, block_size, generator)
     else:
         idx, targets = ops.get_batch(tokens, batch_size, block_size, generator)
-    return (idx, targets) if device is None else (_moved(idx, device), _moved(targets, device))
+    return (idx, targets) if place is None else (_moved(idx, place), _moved(targets, place))
 
 
 def _gather_batch(
@@ -479,8 +481,8 @@ def _gather_batch(
     return idx.copy_(blocks[:, :-1]), targets.copy_(blocks[:, 1:])
 
 
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on this device. PyTorch keeps pinned memory for the next, once a copy from it has ended."""
-    if tensor.is_cpu and torch.device(device).type == "cuda":
+    if tensor.is_cpu and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

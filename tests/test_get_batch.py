@@ -164,3 +164,12 @@ def test_a_graph_does_not_capture_the_cpus_draws(generator: torch.Generator | No
         data.get_batch(source, 3, 4, generator=generator)
         with draws_frozen_by_a_graph("get_batch"), capturing():
             data.get_batch(source, 3, 4, generator=generator)
+
+
+@pytest.mark.cpu_only
+def test_a_device_that_does_not_exist_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(RuntimeError, match="nowhere"):
+        data.get_batch(torch.arange(100), 4, 8, generator=generator, device="nowhere")
+    assert torch.equal(generator.get_state(), before)

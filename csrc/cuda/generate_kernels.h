@@ -42,13 +42,13 @@ struct LogitsParams {
     int64_t vocab_size, stride;
     double temperature;  // divides the logits
 
-    bool is_filtered;
-    TokenFilter filter;
-    FilteredRows filtered;
+    bool is_filtered = false;
+    TokenFilter filter = {};
+    FilteredRows filtered = {};
 
     // (1 + V), 0 before: whether any row of the table that was met is not a distribution; then for each row
     // whether it is not. Such a row draws token 0.
-    unsigned* invalid;
+    unsigned* invalid = nullptr;
 };
 
 // The tokens at which a chain ends.

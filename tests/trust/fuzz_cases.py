@@ -278,6 +278,7 @@ PLAIN_OF_KIND: dict[str, str | Callable[[Draw], str]] = {
     "list": lambda draw: repr([draw.randrange(len(CHARACTERS)) for _ in range(draw.T)]),
     "Generator": "None",
     "dtype": lambda draw: draw.choice(["None", "torch.float32"]),
+    "device": lambda draw: draw.choice(["None", "'cpu'"]),
     "layout": lambda draw: draw.choice(["torch.strided", "torch.sparse_csr"]),
     "PairCounter": "_C.PairCounter(300, None)",
 }
@@ -342,6 +343,7 @@ STRANGERS = [
     "b'a'",
 ]
 GENERATORS = ["torch.default_generator", "torch.Generator()", "torch.Generator().manual_seed(2**63)"]
+DEVICES = ["'meta'", "'nowhere'", "-1", "''", "torch.device('cpu')"]
 CONTEXTS = ["torch.no_grad()", "torch.inference_mode()", "torch.enable_grad()", "torch.autocast('cpu', torch.bfloat16)"]
 
 # Elements of a tensor of numbers; and changes of a tensor, {} being the expression so far, by what they change.
@@ -411,6 +413,7 @@ def odd(argument: str, parameter: Parameter, earlier: Sequence[str], draw: Draw)
         "str": TEXTS,
         "list": LISTS,
         "Generator": GENERATORS,
+        "device": DEVICES,
     }
     return draw.choice(choices.get(parameter.kind, DTYPES))
 
