@@ -455,10 +455,10 @@ def get_batch(
         idx, targets, (B, T) int64 each, contiguous; ``targets`` is ``idx`` shifted by one token.
 
     Raises:
-        RuntimeError: ``tokens`` is not 1-D, or of another dtype; or a CUDA graph captures what the CPU draws.
+        RuntimeError: ``tokens`` is not 1-D, or of another dtype; a CUDA graph captures what the CPU draws; or there is
+            no such device.
         ValueError: A size is not positive, or there are too few tokens for one block.
         TypeError: An argument is of the wrong type.
-        RuntimeError: There is no such device.
     """
     place = None if device is None else torch.device(device)  # first: a wrong one shall draw nothing
     if isinstance(tokens, TokenShards) and len(tokens.shards) == 1:

@@ -65,7 +65,7 @@ class Sanitizer:
     @property
     def flags(self) -> list[str]:
         """For the compiler and the linker."""
-        return [*FLAGS, f"-fsanitize={self.checks}"]
+        return [*FLAGS, f"-fsanitize={self.checks}", *(f"-D{macro}" for macro in self.macros)]
 
     @property
     def folder(self) -> Path:
@@ -124,8 +124,7 @@ def compile_extension(sanitizer: Sanitizer) -> None:
     os.environ["BIGRAMX_CUDA"] = "0"
     extension, builder = setup.extension_and_builder()
     extension.sources = [*extension.sources, *(f"tests/trust/{source}" for source in sanitizer.sources)]
-    macros = [f"-D{macro}" for macro in sanitizer.macros]
-    extension.extra_compile_args = [*extension.extra_compile_args, *sanitizer.flags, *macros]
+    extension.extra_compile_args = [*extension.extra_compile_args, *sanitizer.flags]
     extension.extra_link_args = [*extension.extra_link_args, *sanitizer.flags, *sanitizer.link_flags]
     command = builder(Distribution({"name": "bigramx", "ext_modules": [extension]}))
     command.build_temp, command.build_lib = str(sanitizer.folder / "objects"), str(sanitizer.folder)
