@@ -127,18 +127,19 @@ def compile_extension(sanitizer: Sanitizer) -> None:
     extension.extra_compile_args = [*extension.extra_compile_args, *sanitizer.flags]
     extension.extra_link_args = [*extension.extra_link_args, *sanitizer.flags, *sanitizer.link_flags]
     command = builder(Distribution({"name": "bigramx", "ext_modules": [extension]}))
-    command.build_temp, command.build_lib = str(sanitizer.folder / "objects"), str(sanitizer.folder)
+    command.build_temp, command.build_lib = str(sanitizer.folder / "objects"), str(sanitizer.folder / "linked")
     command.ensure_finalized()
     sanitizer.folder.mkdir(parents=True, exist_ok=True)
     with open(sanitizer.folder / "lock", "w") as lock:  # while another process builds, which make may have started
         fcntl.flock(lock, fcntl.LOCK_EX)
         command.run()
+        # It links each time, and others may be using what they have built before: they keep their file.
+        os.replace(command.get_ext_fullpath(extension.name), extension_of(sanitizer))
 
 
 def extension_of(sanitizer: Sanitizer) -> Path:
-    """What ``build`` has made."""
-    (path,) = (sanitizer.folder / "bigramx").glob("_C*.so")
-    return path
+    """What ``build`` makes."""
+    return sanitizer.folder / "_C.so"
 
 
 def run(sanitizer: Sanitizer, capability: str, command: Sequence[str]) -> tuple[CompletedProcess[str], list[str]]:

@@ -287,6 +287,14 @@ def test_odd_tensors_are_odd() -> None:
     assert torch.equal(fuzz_tensors.huge(tensor, 2**62, 1)[:2], torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize(("layout", "outcome"), [("torch.sparse_csr", "invalid"), ("torch.strided", "raised")])
+def test_more_tokens_than_can_be_counted(layout: str, outcome: str) -> None:
+    (target,) = (target for target in targets() if target.path == "functional.count_bigrams")
+    arguments = {"tokens": "huge(torch.tensor([1]), 2**62)", "vocab_size": "5", "layout": layout}
+    verdict = fuzz_judge.run(Case(target, arguments, arguments))
+    assert (verdict.outcome, verdict.findings) == (outcome, [])
+
+
 # --------------------------------------------------------------------------------------------- planted faults
 
 
