@@ -219,13 +219,15 @@ def interpolated_bigram_generate(
     rows = _InterpolatedRows(*parts, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     stops = set(_stop_tokens(stop))
     sequences: list[list[int]] = idx.tolist()
+    length = idx.size(1)
     for t in range(max_new_tokens):
         stopped = [t > 0 and tokens[-1] in stops for tokens in sequences]
         if stops and all(stopped):
             break
         for b, tokens in enumerate(sequences):
             tokens.append(tokens[-1] if stopped[b] else rows.draw(tokens[-1], seed, b, t))
-    return torch.tensor(sequences, dtype=torch.int64, device=idx.device).view(idx.size(0), -1)
+        length += 1
+    return torch.tensor(sequences, dtype=torch.int64, device=idx.device).view(len(sequences), length)
 
 
 class _InterpolatedRows:

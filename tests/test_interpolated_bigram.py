@@ -181,6 +181,8 @@ def test_stop(stop: Any) -> None:
     expected = reference.interpolated_bigram_generate(idx, *parts, 60, stop=stop, generator=seeded(7))
     assert torch.equal(tokens, expected)
     assert (tokens.size(1) < 61) == (stop not in (None, []))
+    no_tokens = functional.interpolated_bigram_generate(idx[:0], *parts, 60, stop=stop)
+    assert no_tokens.shape == reference.interpolated_bigram_generate(idx[:0], *parts, 60, stop=stop).shape
 
 
 def test_same_tokens_for_any_threads_and_splits() -> None:
