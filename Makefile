@@ -160,12 +160,10 @@ $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/d
 	@$(MAKE) --no-print-directory distcheck
 	@touch $@
 
-# Two processes, however many cores there are: tests start others and take two threads. The builds with sanitizers, which
-# the tests wait for, go beside them. OpenMP's threads sleep while they wait: those that spin would keep the others from
-# the core.
+# Two processes, however many cores there are: tests start others and take two threads. OpenMP's threads sleep while they
+# wait: those that spin would keep the others from the core.
 $(STAMPS)/tested: export OMP_WAIT_POLICY := passive
 $(STAMPS)/tested: $(STAMPS)/built $(CHECKED) Makefile MANIFEST.in $(wildcard *.md docs/* benchmarks/results/* tests/trust/results/* tests/trust/*.supp)
 	@$(MAKE) --no-print-directory simt
-	@for name in asan-portable tsan-portable; do MAX_JOBS=1 nice $(BIN)/python -m tests.trust.sanitizers $$name --build; done >build/sanitizers.log 2>&1 &
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 	@touch $@

@@ -3,8 +3,6 @@
 // BIGRAMX_DISPATCH_TARGET(kernel) is the kernel for this machine. The choice is ATen's: it follows
 // at::get_cpu_capability(), and thereby ATEN_CPU_CAPABILITY.
 //
-// BIGRAMX_PORTABLE leaves out all targets but plain vectors, for a build that is made to be quick.
-//
 // A pragma sets the target for the kernels alone. With -mavx512f for a whole file, inline functions of the
 // standard library would be compiled with AVX-512 too, and the linker might keep those copies for all
 // machines.
@@ -56,7 +54,7 @@ inline Target cpu_target() {
 #undef BIGRAMX_TARGET
 #undef BIGRAMX_VECTOR_BYTES
 
-#if defined(__x86_64__) && !defined(BIGRAMX_PORTABLE)
+#if defined(__x86_64__)
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
