@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests import devices, tree
 
@@ -25,9 +26,28 @@ os.environ.setdefault(
 
 # A processor that is emulated, or shared, is no reason to fail.
 settings.register_profile(
-    "bigramx", deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "bigramx",
+    deadline=None,
+    max_examples=15 if devices.IN_SIMT else 60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# Where tests are to fail, the first example that does is as good as the smallest.
+settings.register_profile(
+    "first-failure", settings.get_profile("bigramx"), phases=(Phase.explicit, Phase.generate), print_blob=False
 )
 settings.load_profile("bigramx")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds an option for short runs, which meet each test all the same."""
+    parser.addoption("--every", type=int, default=1, metavar="K", help="of each test run one of K cases")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thins out the cases of each test; the first stays."""
+    tests = itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0])
+    items[:] = [item for _name, cases in tests for item in list(cases)[:: config.getoption("--every")]]
 
 
 def pytest_configure(config: pytest.Config) -> None:

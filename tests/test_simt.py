@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -196,7 +197,10 @@ MUTATIONS = [
 def make(root: Path, target: str) -> Path:
     """Builds a target of tests/simt/Makefile in this copy of the repository."""
     command = ["make", "--silent", "-C", str(root / "tests" / "simt"), f"PYTHON={sys.executable}"]
-    result = processes.run([*command, Path("..", "..", BUILD, target)], seconds=1800)
+    (root / BUILD).mkdir(parents=True, exist_ok=True)
+    with open(root / BUILD / "lock", "w") as lock:  # while another process of the suite builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = processes.run([*command, Path("..", "..", BUILD, target)], seconds=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     return root / BUILD / target
 
@@ -277,7 +281,7 @@ def test_narrow_types(faults: InjectedFaults, name: str, dtype: torch.dtype) -> 
     assert same_bits(narrowed, floats.to(dtype))
 
 
-def run_tests(module: Path, arguments: list[str]) -> CompletedProcess[str]:
+def run_tests(module: Path, *arguments: str) -> CompletedProcess[str]:
     """Runs pytest in the emulator, with the CUDA kernels of the module."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "BIGRAMX_EXTENSION": str(module), "OMP_NUM_THREADS": "1"}
@@ -286,7 +290,7 @@ def run_tests(module: Path, arguments: list[str]) -> CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", tree.cuda_tests())
 def test_kernels_pass(name: str) -> None:
-    result = run_tests(make(ROOT, "_C.so"), [f"tests/{name}"])
+    result = run_tests(make(ROOT, "_C.so"), f"tests/{name}")
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -323,5 +327,5 @@ def test_finds_mutation(mutation: Mutation, tmp_path: Path) -> None:
         mutant = InjectedFaults(module)
         assert any(mutant.run(mutation.tests, seed) for seed in SEEDS)
     else:
-        result = run_tests(module, mutation.tests.split())
+        result = run_tests(module, "--hypothesis-profile=first-failure", *mutation.tests.split())
         assert result.returncode == 1, result.stdout[-3000:]
