@@ -1,7 +1,7 @@
 """The vectorised kernels pass their tests under each CPU capability that this machine has.
 
-This is the short form: under another capability than the machine's a third of the cases of each test; make asan runs all
-under each.
+This is the short form: under another capability than the machine's a third of the cases of each test; make asan runs
+all under each.
 """
 
 from __future__ import annotations

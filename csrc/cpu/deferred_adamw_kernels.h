@@ -5,77 +5,62 @@
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// Some vectors of a parameter and of its moments, in registers. They go together, as a step of one of them
-// waits for its step before.
-template <typename scalar_t, int64_t size>
-struct MissedSteps {
-    using Values = Vector<scalar_t>[size];
-
-    // Steps whose gradient is zero, of the vectors at these places.
-    static void take(const AdamWSchedule<scalar_t>& schedule, int64_t first_step, int64_t num_steps,
-                     const AdamWElements<scalar_t>& elements, const Lanes<scalar_t>* places) {
-        Values param, exp_avg, exp_avg_sq;
-        Vector<scalar_t> none{}, moments{};
-        for (int64_t k = 0; k < size; ++k) {
-            param[k] = places[k].load(elements.param, none[0]);
-            exp_avg[k] = places[k].load(elements.exp_avg, none[0]);
-            exp_avg_sq[k] = places[k].load(elements.exp_avg_sq, none[0]);
-            moments = bits_of_either<scalar_t>(moments, bits_of_either<scalar_t>(exp_avg[k], exp_avg_sq[k]));
+// Whether a moment of some elements has a bit: of -0 the next step makes 0.
+template <typename scalar_t>
+bool have_moments(const AdamWElements<scalar_t>& elements, int64_t size) {
+    Vector<scalar_t> bits{};
+    for_each_vector<scalar_t>(size, [&](Lanes<scalar_t> lanes) {
+        for (const scalar_t* moment : {elements.exp_avg, elements.exp_avg_sq}) {
+            bits = bits_of_either<scalar_t>(bits, lanes.load(moment, scalar_t(0)));
         }
-        const AdamWConstants<scalar_t>* const steps = schedule.step(first_step);
-        // Of all bits: a moment of -0 becomes 0 at the next step.
-        if (schedule.keeps_zeros() && !has_bits<scalar_t>(moments)) {
-            decay(steps, num_steps, param);
+    });
+    return has_bits<scalar_t>(bits);
+}
+
+template <typename scalar_t>
+void decay(const AdamWConstants<scalar_t>& step, scalar_t* param, int64_t size) {
+    for_each_vector<scalar_t>(size, [param, factor = broadcast(step.decay)](Lanes<scalar_t> lanes) {
+        lanes.store(param, lanes.load(param, scalar_t(0)) * factor);
+    });
+}
+
+// Elements that take their missed steps together.
+template <typename scalar_t>
+constexpr int64_t kElementsTogether = 1024 / sizeof(scalar_t);
+
+// Consecutive steps of some elements whose gradient is zero. Between the steps they are in the L1 cache,
+// whose loads and stores take less time than the square roots and the divisions: in one piece of memory, as
+// the parameter and its moments may lie where they evict each other.
+template <typename scalar_t>
+void take_missed_steps(const AdamWSchedule<scalar_t>& schedule, int64_t first_step, int64_t num_steps,
+                       const AdamWElements<scalar_t>& elements, int64_t size) {
+    constexpr int64_t kTogether = kElementsTogether<scalar_t>;
+    alignas(BIGRAMX_VECTOR_BYTES) scalar_t memory[3 * kTogether];
+    const AdamWElements<scalar_t> between{memory, memory + kTogether, memory + 2 * kTogether};
+    const bool only_decay = schedule.keeps_zeros() && !have_moments(elements, size);
+    const AdamWConstants<scalar_t>* const steps = schedule.step(first_step);
+    for (int64_t s = 0; s < num_steps; ++s) {
+        if (only_decay) {
+            decay(steps[s], elements.param, size);
         } else {
-            update(steps, num_steps, param, exp_avg, exp_avg_sq);
-            for (int64_t k = 0; k < size; ++k) {
-                places[k].store(elements.exp_avg, exp_avg[k]);
-                places[k].store(elements.exp_avg_sq, exp_avg_sq[k]);
-            }
-        }
-        for (int64_t k = 0; k < size; ++k) places[k].store(elements.param, param[k]);
-    }
-
-  private:
-    static inline __attribute__((always_inline)) void decay(const AdamWConstants<scalar_t>* steps,
-                                                            int64_t num_steps, Values& param) {
-        for (int64_t s = 0; s < num_steps; ++s) {
-            for (int64_t k = 0; k < size; ++k) param[k] = param[k] * steps[s].decay;
+            update_elements(steps[s], s == 0 ? elements : between, s == num_steps - 1 ? elements : between,
+                            size, [](Lanes<scalar_t>) { return Vector<scalar_t>{}; });
         }
     }
-
-    static inline __attribute__((always_inline)) void update(const AdamWConstants<scalar_t>* steps,
-                                                             int64_t num_steps, Values& param,
-                                                             Values& exp_avg, Values& exp_avg_sq) {
-        for (int64_t s = 0; s < num_steps; ++s) {
-            const Vector<scalar_t> grad = broadcast(steps[s].grad_sign * scalar_t(0));
-            for (int64_t k = 0; k < size; ++k) {
-                update_moments<scalar_t>(steps[s], grad, exp_avg[k], exp_avg_sq[k]);
-                param[k] = updated_param<scalar_t>(steps[s], param[k], exp_avg[k], exp_avg_sq[k]);
-            }
-        }
-    }
-};
+}
 
 // The steps of a row up to last_step, whose gradient is zero. Another thread that writes to row_steps may
 // make the result wrong, but not lead out of the schedule.
 template <typename scalar_t>
 void catch_up_kernel(const DeferredRows<scalar_t>& rows, int64_t row, int64_t last_step) {
-    constexpr int64_t kTogether = 4;
+    constexpr int64_t kTogether = kElementsTogether<scalar_t>;
     const int64_t first_step = std::max(rows.row_steps[row] + 1, rows.schedule->first_step());
     const int64_t num_steps = last_step + 1 - first_step;
     if (num_steps <= 0) return;
-    const AdamWElements<scalar_t> elements = rows.elements.from(row * rows.num_columns);
-    Lanes<scalar_t> places[kTogether];
-    int64_t count = 0;
-    for_each_vector<scalar_t>(rows.num_columns, [&](Lanes<scalar_t> lanes) {
-        places[count++] = lanes;
-        if (count < kTogether) return;
-        MissedSteps<scalar_t, kTogether>::take(*rows.schedule, first_step, num_steps, elements, places);
-        count = 0;
-    });
-    for (int64_t k = 0; k < count; ++k) {
-        MissedSteps<scalar_t, 1>::take(*rows.schedule, first_step, num_steps, elements, places + k);
+    for (int64_t begin = 0; begin < rows.num_columns; begin += kTogether) {
+        take_missed_steps(*rows.schedule, first_step, num_steps,
+                          rows.elements.from(row * rows.num_columns + begin),
+                          std::min(kTogether, rows.num_columns - begin));
     }
     rows.row_steps[row] = last_step;
 }

@@ -58,15 +58,11 @@ class GradientForAdamW {
   private:
     static constexpr int64_t kLongestToCollect = 128;
 
-    // Flattened as adamw_kernel is.
     template <typename Gradient>
-    __attribute__((flatten)) void update_row(int64_t slot, const Gradient& gradient) const {
+    void update_row(int64_t slot, const Gradient& gradient) const {
         const int64_t row = slots_ != nullptr ? slots_[slot] : slot;
         const AdamWElements<scalar_t> elements = rows_.elements.from(row * rows_.num_columns);
-        const AdamWConstants<scalar_t> step = step_;  // a copy, for registers
-        for_each_vector<scalar_t>(rows_.num_columns, [&](Lanes<scalar_t> lanes) {
-            update<scalar_t>(step, elements, lanes, gradient(lanes));
-        });
+        update_elements(step_, elements, elements, rows_.num_columns, gradient);
         if (rows_.row_steps != nullptr) rows_.row_steps[row] = number_;
     }
 
