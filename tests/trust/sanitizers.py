@@ -138,7 +138,7 @@ def compile_extension(sanitizer: Sanitizer) -> None:
         os.replace(command.get_ext_fullpath(extension.name), extension_of(sanitizer))
 
 
-def is_instrumented(sanitizer: Sanitizer, source: str) -> bool:
+def is_instrumented(sanitizer: Sanitizer, source: str | os.PathLike[str]) -> bool:
     """Whether a file of csrc/ is compiled for the sanitizer."""
     files = {path for op in sanitizer.kernels_of for path in tree.cpu_files(op) if tree.CSRC / "cpu" in path.parents}
     return not sanitizer.kernels_of or tree.ROOT / source in files
