@@ -33,9 +33,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 # Where tests are to fail, the first example that does is as good as the smallest.
-settings.register_profile(
-    "first-failure", settings.get_profile("bigramx"), phases=(Phase.explicit, Phase.generate), print_blob=False
-)
+settings.register_profile("first-failure", settings.get_profile("bigramx"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("bigramx")
 
 
@@ -47,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Thins out the cases of each test; the first stays."""
     tests = itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0])
-    items[:] = [item for _name, cases in tests for item in list(cases)[:: config.getoption("--every")]]
+    items[:] = [item for _name, cases in tests for item in list(cases)[:: config.getoption("--every", 1)]]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,12 +27,10 @@ void for_each_block(int64_t num_blocks, const Visit& visit) {
     const int64_t num_threads = num_threads_for(num_blocks);
     if (num_blocks == 0) return;
     const int64_t run = std::max<int64_t>(1, num_blocks / (kRunsOfThread * num_threads));  // in blocks
-    // Each begins with the same run at every call: of a table that is worked on again and again, with what
-    // its core's caches have.
-    std::atomic<int64_t> next = num_threads * run;
+    std::atomic<int64_t> next = 0;
     at::parallel_for(0, num_threads, 1, [&](int64_t first, int64_t last) {
         for (int64_t thread = first; thread < last; ++thread) {
-            for (int64_t begin = thread * run; begin < num_blocks; begin = next.fetch_add(run)) {
+            for (int64_t begin; (begin = next.fetch_add(run)) < num_blocks;) {
                 const int64_t end = std::min(begin + run, num_blocks);
                 for (int64_t block = begin; block < end; ++block) visit(thread, block);
             }
