@@ -86,3 +86,8 @@ def is_plain(table: nn.Embedding) -> bool:
         and (is_plain_tensor(weight := table._parameters.get("weight")) or any_dtensor(weight))
         and not is_observed()
     )
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch.compiler.disable, which imports the compiler at once: that takes as long as importing PyTorch."""
+    return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function

@@ -45,6 +45,11 @@ class _Derived(Generic[_Value]):
         return self if model is None else self._get(model)
 
 
+def _call_each(hooks: Sequence[Callable[[Tensor | None], object]], idx: Tensor | None) -> None:
+    for hook in hooks:
+        hook(idx)
+
+
 def _number_in(
     metadata: dict[str, str], name: str, kind: type[_Value], default: _Value, least: Any, most: Any
 ) -> _Value:
@@ -189,10 +194,9 @@ class BigramLanguageModel(nn.Module):
         return handle
 
     @torch.jit.unused
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_reading(self, idx: Tensor | None = None) -> None:
-        for hook in tuple((self._table_pre_hooks or {}).values()):
-            hook(idx)
+        if self._table_pre_hooks:
+            fusion.uncompiled(_call_each)(tuple(self._table_pre_hooks.values()), idx)
 
     def _table(self) -> Any:
         """``token_embedding_table`` for those who read no row of it, or only rows that are up to date."""

@@ -388,6 +388,27 @@ class WithBias(BigramLanguageModel):
         )
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's
+def test_compiled() -> None:
+    def run(compile_model: bool) -> list[Tensor]:
+        torch.compiler.reset()
+        torch.manual_seed(5)
+        model = BigramLanguageModel(65)
+        optimizer = optim.DeferredAdamW(model, lr=1e-2)
+        model.token_embedding_table.sparse = True
+        forward: Any = torch.compile(model, backend="eager") if compile_model else model
+        losses = []
+        for idx, targets in pairs_of(65, 12):
+            loss = forward(idx, targets)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return [*losses, saved(model)]
+
+    assert_same_bits(run(True), run(False))
+
+
 def test_other_parameters_take_all_steps() -> None:
     batches = [(idx, torch.arange(12)) for idx, _ in pairs_of(65, 30)]
     assert_same_training(batches, 65, model_class=WithBias)
