@@ -16,7 +16,7 @@ TRUST_C := $(wildcard tests/trust/*.c tests/trust/*.cpp tests/trust/*.h)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(TRUST_C) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint integration simt cuda-check cuda-instructions sanitize trust asan tsan fuzz fuzz-files faults statistics soak portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
+.PHONY: help train test lint integration simt cuda-check cuda-instructions sanitize trust asan tsan fuzz fuzz-files faults statistics soak emulator portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +27,7 @@ help:
 	@echo "make cuda-check          compile the CUDA kernels for three architectures, and print what each takes"
 	@echo "make cuda-instructions   count the machine instructions that the kernel of large tables takes for an element"
 	@echo "make sanitize            run CUDA tests under compute-sanitizer; needs a GPU"
-	@echo "make trust               all promises about faults, an hour or two: asan, tsan, fuzz, fuzz-files, faults, statistics, soak, portability"
+	@echo "make trust               all promises about faults, some hours: asan, tsan, fuzz, fuzz-files, faults, statistics, soak, emulator, portability"
 	@echo "make fuzz [SECONDS=60]   one of these"
 	@echo "make bench               time and memory against PyTorch, JAX and NumPy, some ten minutes"
 	@echo "make bench-quick         the same with few rounds, under three minutes"
@@ -68,7 +68,7 @@ sanitize: $(STAMPS)/built
 
 # Each of these is a module of tests/trust, which runs for its own time or for SECONDS, prints what it tried and exits
 # with 1 for a finding. make trust keeps what they print in tests/trust/results.
-TRUST := asan tsan fuzz fuzz-files faults statistics soak portability
+TRUST := asan tsan fuzz fuzz-files faults statistics soak emulator portability
 
 trust: export BIGRAMX_TRUST_KEEP := 1
 trust: $(STAMPS)/built
@@ -86,6 +86,9 @@ fuzz-files: $(STAMPS)/built
 
 faults statistics soak portability: $(STAMPS)/built
 	@$(BIN)/python -m tests.trust.$@ $(SECONDS)
+
+emulator: simt
+	@$(BIN)/python -m tests.trust.emulator
 
 bench: $(STAMPS)/built peers
 	$(BIN)/python benchmarks/run.py

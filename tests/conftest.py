@@ -38,18 +38,26 @@ settings.load_profile("bigramx")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds an option for short runs, which meet each test all the same."""
+    """Adds options for shorter and longer runs, which meet each test all the same."""
     parser.addoption("--every", type=int, default=1, metavar="K", help="of each test run one of K cases")
+    parser.addoption("--long", action="store_true", help="leave nothing out where the suite has a short form")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Thins out the cases of each test; the first stays."""
     tests = itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0])
-    items[:] = [item for _name, cases in tests for item in list(cases)[:: config.getoption("--every", 1)]]
+    items[:] = [item for _name, cases in tests for item in thinned_out(list(cases), config)]
+
+
+def thinned_out(cases: list[pytest.Item], config: pytest.Config) -> list[pytest.Item]:
+    """Those cases of a test that the options and its mark leave."""
+    mark = None if config.getoption("--long", False) else cases[0].get_closest_marker("short_form")
+    return cases[:: max(config.getoption("--every", 1), mark.args[0] if mark else 1)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marks that devices.py explains."""
+    """Registers the marks."""
+    config.addinivalue_line("markers", "short_form(k): of the cases of this test one of k runs, without --long")
     for mark in devices.MARKS:
         config.addinivalue_line("markers", f"{mark}: see tests/devices.py")
 

@@ -6,5 +6,6 @@ make fuzz-files         fuzz_files
 make faults             faults           fault_scenarios, fault_injection.c
 make statistics         statistics       goodness_of_fit
 make soak               soak
+make emulator           emulator         tests/test_simt.py
 make portability        portability      environments, cuda_stubs, aarch64, simd_checks.cpp
 """
