@@ -16,7 +16,7 @@ TRUST_C := $(wildcard tests/trust/*.c tests/trust/*.cpp tests/trust/*.h)
 PACKAGE := $(wildcard bigramx/*.py bigramx/*.pyi)
 CHECKED := $(CSRC) $(SIMT) $(TRUST_C) $(PACKAGE) $(wildcard tests/*.py tests/*/*.py tests/simt/Makefile benchmarks/*.py examples/*.py benchmarks/*.cpp benchmarks/*.h) setup.py pyproject.toml
 
-.PHONY: help train test lint integration simt cuda-check cuda-instructions sanitize trust asan tsan fuzz fuzz-files faults statistics soak emulator portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
+.PHONY: help train test lint cuda-checked tested dist-checked integration simt cuda-check cuda-instructions sanitize trust asan tsan fuzz fuzz-files faults statistics soak emulator portability bench bench-quick bench-cuda wheel distcheck clean tools peers peers-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -42,7 +42,11 @@ train: $(STAMPS)/built
 test: $(STAMPS)/linted $(STAMPS)/cuda-checked $(STAMPS)/tested $(STAMPS)/dist-checked
 	@echo "make test: all passed (what has not changed since it last passed is not run again; make clean forgets)"
 
+# The parts of make test.
 lint: $(STAMPS)/linted
+cuda-checked: $(STAMPS)/cuda-checked
+tested: $(STAMPS)/tested
+dist-checked: $(STAMPS)/dist-checked
 
 integration: $(STAMPS)/integrated
 

@@ -21,13 +21,15 @@ planted = ctypes.CDLL(_C.__file__)
 values = torch.zeros(8, dtype=torch.int64)
 torch.set_num_threads(2)
 """
-# Tokens that claim to be one more than what was allocated.
+# A gradient that claims to have a vector more than what was allocated: masked loads of less are not instrumented.
 READ_OUT_OF_BOUNDS = """
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
-tokens = (ctypes.c_uint8 * 10_001).from_address(libc.malloc(ctypes.c_size_t(10_000)))
-ctypes.memset(tokens, 0, 10_000)
-ops.count_bigrams(torch.frombuffer(tokens, dtype=torch.uint8), 4)
+memory = (ctypes.c_float * 10_016).from_address(libc.malloc(ctypes.c_size_t(40_000)))
+ctypes.memset(memory, 0, 40_000)
+grad = torch.frombuffer(memory, dtype=torch.float32)
+param, exp_avg, exp_avg_sq = torch.zeros(3, 10_016)
+ops.adamw_(param, grad, exp_avg, exp_avg_sq, None, torch.ones(()), 0.1, 0.9, 0.99, 1e-8, 0.0, False)
 """
 # Two threads of Python change the same tensors, without waiting for each other.
 RACES = """
@@ -73,7 +75,7 @@ def test_finds_a_read_out_of_bounds_in_a_kernel(capability: str) -> None:
     (found,) = findings(ASAN_QUICK, capability, READ_OUT_OF_BOUNDS)
     target = {"default": "portable"}.get(capability, capability)
     assert "AddressSanitizer: heap-buffer-overflow " in found
-    assert f" bigramx::cpu::{target}::count_bigrams_kernel<" in found
+    assert f" bigramx::cpu::{target}::" in found
 
 
 def test_finds_undefined_behaviour() -> None:
@@ -100,8 +102,8 @@ def test_knows_what_happens_before_and_after_a_parallel_region() -> None:
 @pytest.mark.parametrize(
     ("sanitizer", "name", "chosen"),
     [
-        (ASAN_QUICK, "tests/test_count_bigrams.py", "equals or token_out_of_range"),
-        (TSAN_QUICK, "tests/test_embedding_cross_entropy.py", "many_pairs"),
+        (ASAN_QUICK, "tests/test_adamw.py", "equals or any_size or overlap"),
+        (TSAN_QUICK, "tests/test_adamw.py", "more_elements_than_threads or any_size"),
     ],
     ids=["asan", "tsan"],
 )
