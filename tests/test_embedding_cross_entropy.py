@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigramx import functional, reference
 from bigramx.functional import Reduction
-from tests.devices import on_device, raises_in_kernel, runs_on_gpu, skip_if_long
+from tests.devices import fewer, on_device, raises_in_kernel, runs_on_gpu, skip_if_long
 from tests.names import name_of
 from tests.tolerances import assert_as_close_as_eager
 
@@ -859,6 +859,14 @@ def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str
     targets[:20] = 3  # one target of many pairs
     targets[130:] = targets[130]
     Case(idx, weight, targets, options).check()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"sparse": True}, {"label_smoothing": 0.1}], ids=str)
+def test_more_long_rows_than_blocks(options: dict[str, Any]) -> None:
+    """The blocks of a GPU take one row after another, some of them without pairs."""
+    num_rows, num_classes = fewer(1000), 1501
+    idx, targets = torch.randint(num_rows, (2 * num_rows,)), torch.randint(num_classes, (2 * num_rows,))
+    Case(idx, torch.randn(num_rows, num_classes), targets, options).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -172,25 +172,36 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(R
 
 // Per multiprocessor: more would not have enough registers. In whole warps also for two and three blocks.
 template <typename Params>
-constexpr int kRowThreads = Params::kIsPlain ? 768 : 576;
+constexpr int kRowThreads = Params::kIsPlain && sizeof(typename Params::acc_t) == sizeof(float) ? 768 : 576;
 
-// Grouped pairs, one block per slot.
+// For a block of a grid that stays: visit(slot, row) for every gridDim.x-th slot. A next row that shared
+// memory will keep comes into the L2 cache meanwhile; a longer one would drive the present one out.
+template <typename Params, typename Visit>
+__device__ void for_each_slot_of_block(const Params& rows, const BlockPlan& plan, const Visit& visit) {
+    for (int64_t slot = blockIdx.x; slot < rows.max_slots; slot += gridDim.x) {
+        if (plan.caches_row) {
+            const int64_t next = rows.row_of_slot(slot + gridDim.x);
+            if (rows.has_pairs(next)) prefetch_row(rows.weight_row(next), rows.num_classes);
+        }
+        visit(slot, rows.row_of_slot(slot));
+    }
+}
+
+// Grouped pairs, a slot at a time.
 template <typename sum_t, typename Params>
 __global__ void __launch_bounds__(kRowThreads<Params>, 1) block_rows_kernel(Params rows, BlockPlan plan) {
     if (rows.is_done()) return;
     const BlockMemory<Params, sum_t> memory(plan, rows.num_classes);
-    const int64_t slot = blockIdx.x;
     LossSums loss;
-    if (slot < rows.max_slots) {
-        const int64_t row = rows.row_of_slot(slot);
+    for_each_slot_of_block(rows, plan, [&](int64_t slot, int64_t row) {
         auto* const gradient = rows.gradient_row(slot, row);
         if (rows.has_pairs(row)) {
-            loss = BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
+            loss = loss + BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
         } else if (gradient != nullptr) {
             clear_by_block(gradient, rows.num_classes);
         }
         if (rows.grad_rows != nullptr && threadIdx.x == 0) name_row(rows, slot);
-    }
+    });
     if (rows.loss != nullptr) reduce_losses(rows, loss, memory.losses, memory.is_last);
 }
 
@@ -257,16 +268,17 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(Row
     if (lane_of_thread() == 0) rows.stats[row] = stats;
 }
 
-// The same, one block per slot.
+// The same, a slot at a time.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kRowThreads<RowsParams<scalar_t>>, 1)
     block_stats_kernel(RowsParams<scalar_t> rows, BlockPlan plan) {
     const BlockMemory<RowsParams<scalar_t>, uint32_t> memory(plan, rows.num_classes);
-    const int64_t row = rows.row_of_slot(blockIdx.x);
-    if (row < 0) return;
-    const RowStats<opmath_t<scalar_t>> stats =
-        BlockRow<RowsParams<scalar_t>, uint32_t>(rows, plan, memory, row).stats();
-    if (threadIdx.x == 0) rows.stats[row] = stats;
+    for_each_slot_of_block(rows, plan, [&](int64_t, int64_t row) {
+        if (row < 0) return;
+        const RowStats<opmath_t<scalar_t>> stats =
+            BlockRow<RowsParams<scalar_t>, uint32_t>(rows, plan, memory, row).stats();
+        if (threadIdx.x == 0) rows.stats[row] = stats;
+    });
 }
 
 // losses: (N).
@@ -576,8 +588,9 @@ class Launcher {
     LaunchShape shape_of_blocks(const BlockPlan& plan) const {
         const int64_t shared_bytes =
             BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
-        return {kEmbeddingCrossEntropy, stream_, std::max<int64_t>(rows_.max_slots, 1), plan.threads,
-                static_cast<size_t>(shared_bytes)};
+        const int64_t resident = plan.blocks * num_multiprocessors(kEmbeddingCrossEntropy);
+        return {kEmbeddingCrossEntropy, stream_, std::clamp<int64_t>(rows_.max_slots, 1, resident),
+                plan.threads, static_cast<size_t>(shared_bytes)};
     }
 
     // Up to kMaxBlocks blocks per multiprocessor, as long as each has shared memory for its row and a tile of
@@ -585,9 +598,10 @@ class Launcher {
     // table again. sweeps: whether the row is read again, by tiles, each of which reads all its targets.
     template <typename sum_t>
     BlockPlan plan_block(int threads, bool sweeps) const {
-        constexpr int64_t kMaxBlocks = 3, kSmallestTile = 1 << 12;
-        if (!sweeps) return {static_cast<int>(threads / kMaxBlocks), /*tile=*/0, /*caches_row=*/false};
-        for (int64_t blocks = kMaxBlocks; blocks > 0; --blocks) {
+        constexpr int kMaxBlocks = 3;
+        constexpr int64_t kSmallestTile = 1 << 12;
+        if (!sweeps) return {kMaxBlocks, threads / kMaxBlocks, /*tile=*/0, /*caches_row=*/false};
+        for (int blocks = kMaxBlocks; blocks > 0; --blocks) {
             const BlockPlan plan = plan_tile<sum_t>(threads, blocks, /*caches_row=*/true);
             if (plan.tile >= std::min(params_.num_classes, kSmallestTile)) return plan;
         }
@@ -596,9 +610,9 @@ class Launcher {
 
     // The largest tile with which so many blocks share a multiprocessor; not positive if there is no room.
     template <typename sum_t>
-    BlockPlan plan_tile(int threads, int64_t blocks, bool caches_row) const {
+    BlockPlan plan_tile(int threads, int blocks, bool caches_row) const {
         constexpr int64_t kReserved = 1 << 10;  // bytes of a block
-        BlockPlan plan{static_cast<int>(threads / blocks), /*tile=*/0, caches_row};
+        BlockPlan plan{blocks, threads / blocks, /*tile=*/0, caches_row};
         const int64_t left = max_shared_bytes(kEmbeddingCrossEntropy) / blocks - kReserved -
                              BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
         const int64_t all_classes = (params_.num_classes + kTileStep - 1) / kTileStep * kTileStep;

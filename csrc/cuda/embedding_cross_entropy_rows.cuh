@@ -356,6 +356,7 @@ class WarpRow {
 
 // How a block processes its row.
 struct BlockPlan {
+    int blocks;  // of a multiprocessor
     int threads;
     int64_t tile;  // classes whose s_j are in shared memory at once; whole vectors
     bool caches_row;
