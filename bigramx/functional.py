@@ -473,7 +473,8 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
     """
     if layout == torch.sparse_csr:
         # torch.compile would warn of native code that is no op.
-        return fusion.uncompiled(count_csr)(tokens, vocab_size)
+        counts: Tensor = fusion.uncompiled(count_csr)(tokens, vocab_size)
+        return counts
     if not isinstance(layout, torch.layout):
         raise TypeError(f"count_bigrams(): argument 'layout' must be torch.layout, not {type(layout).__name__}")
     if layout != torch.strided:
