@@ -473,8 +473,7 @@ def count_bigrams(tokens: Tensor, vocab_size: int, layout: torch.layout = torch.
     """
     if layout == torch.sparse_csr:
         # torch.compile would warn of native code that is no op.
-        counts: Tensor = fusion.uncompiled(count_csr)(tokens, vocab_size)
-        return counts
+        return fusion.uncompiled(count_csr)(tokens, vocab_size)
     if not isinstance(layout, torch.layout):
         raise TypeError(f"count_bigrams(): argument 'layout' must be torch.layout, not {type(layout).__name__}")
     if layout != torch.strided:

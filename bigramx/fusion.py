@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.modules import module as modules
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # As they were at import: who replaces one of them later wants to see the calls.
 _MODULE_CALL = nn.Module.__call__
@@ -88,6 +90,9 @@ def is_plain(table: nn.Embedding) -> bool:
     )
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def uncompiled(function: _Function) -> _Function:
     """As torch.compiler.disable, which imports the compiler at once: that takes as long as importing PyTorch."""
-    return torch.compiler.disable(function) if torch.compiler.is_dynamo_compiling() else function
+    if not torch.compiler.is_dynamo_compiling():
+        return function
+    disabled: _Function = torch.compiler.disable(function)
+    return disabled
