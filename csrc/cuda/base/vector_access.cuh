@@ -216,9 +216,9 @@ __device__ inline void for_each_batch_of_vectors(const T* row, int64_t size, con
 // For a block: lets a row that it reads later come into the L2 cache, but for elements outside its vectors.
 template <typename T>
 __device__ inline void prefetch_row(const T* row, int64_t size) {
+#if defined(__CUDA_ARCH__)
     const int64_t before = elements_before_vectors(row, size);
     const auto bytes = static_cast<uint32_t>((size - before) / kVectorSize<T> * kVectorBytes);
-#if defined(__CUDA_ARCH__)
     const size_t address = __cvta_generic_to_global(row + before);
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0 && bytes > 0)
