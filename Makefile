@@ -91,7 +91,7 @@ fuzz-files: $(STAMPS)/built
 faults statistics soak portability: $(STAMPS)/built
 	@$(BIN)/python -m tests.trust.$@ $(SECONDS)
 
-emulator: simt
+emulator: $(STAMPS)/built
 	@$(BIN)/python -m tests.trust.emulator
 
 bench: $(STAMPS)/built peers
