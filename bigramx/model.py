@@ -107,7 +107,11 @@ class BigramLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self._vocab_size = vocab_size
-        self.token_embedding_table = nn.Embedding(vocab_size, vocab_size, sparse=sparse, device=device, dtype=dtype)
+        weight = torch.empty(vocab_size, vocab_size, device=device, dtype=dtype)
+        table: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False, sparse=sparse)
+        if not weight.is_meta:  # whose random numbers PyTorch draws by importing its compiler, for seconds
+            table.reset_parameters()
+        self.token_embedding_table = table
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.register_buffer("class_weight", class_weight, persistent=False)  # the state_dict is the lecture's

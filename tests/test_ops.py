@@ -503,9 +503,30 @@ def test_missing_kernels_raise_a_clear_error() -> None:
     assert "pip install --no-build-isolation --no-deps --force-reinstall" in result.stderr
 
 
+HEAVY = ["typer", "rich", "matplotlib", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"]
+USE = """
+model = bigramx.BigramLanguageModel(65)
+tokens = torch.randint(65, (1000,))
+idx, targets = bigramx.data.get_batch(tokens, 8, 4)
+model(idx, targets)[1].backward()
+model.generate(idx, 5)
+model.evaluate(tokens)
+counts = bigramx.functional.count_bigrams(tokens, 65, layout=torch.sparse_csr)
+smoothed = bigramx.SmoothedBigramModel.from_counts(counts)
+smoothed.generate(idx, 5)
+model.load_state_dict(copy.deepcopy(smoothed.to_dense()).state_dict())
+for each in (model, smoothed):
+    file = io.BytesIO()
+    each.save(file)
+    type(each).load(io.BytesIO(file.getvalue()))
+with torch.device("meta"):
+    bigramx.BigramLanguageModel(65)
+"""
+
+
 @pytest.mark.cpu_only
-def test_import_is_light() -> None:
-    """Neither the command line's packages and matplotlib, nor the parts of PyTorch that take long."""
-    heavy = ["typer", "rich", "matplotlib", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"]
-    script = f"import torch, sys, bigramx; print([name for name in {heavy} if name in sys.modules])"
+@pytest.mark.parametrize("use", ["", USE], ids=["import", "use"])
+def test_imports_are_light(use: str) -> None:
+    """Neither the command line's packages and matplotlib, nor the parts of PyTorch that take as long as all of it."""
+    script = f"import copy, io, sys, torch, bigramx\n{use}\nprint([name for name in {HEAVY} if name in sys.modules])"
     assert processes.run([sys.executable, "-c", script], check=True).stdout == "[]\n"

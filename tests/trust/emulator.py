@@ -1,4 +1,4 @@
-"""Runs all tests of the CUDA kernels in the GPU emulator, and all of them again with each fault injected.
+"""Runs all tests of the CUDA kernels in the GPU emulator, which must also find each faulty kernel and each mutation.
 
 The test suite has the short form (tests/test_simt.py).
 """
