@@ -109,7 +109,7 @@ class BigramLanguageModel(nn.Module):
         self._vocab_size = vocab_size
         weight = torch.empty(vocab_size, vocab_size, device=device, dtype=dtype)
         table: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False, sparse=sparse)
-        if not weight.is_meta:  # whose random numbers PyTorch draws by importing its compiler, for seconds
+        if not table.weight.is_meta:  # whose random numbers PyTorch draws by importing its compiler, for seconds
             table.reset_parameters()
         self.token_embedding_table = table
         self.ignore_index = ignore_index
