@@ -192,17 +192,20 @@ template <typename sum_t, typename Params>
 __global__ void __launch_bounds__(kRowThreads<Params>, 1) block_rows_kernel(Params rows, BlockPlan plan) {
     if (rows.is_done()) return;
     const BlockMemory<Params, sum_t> memory(plan, rows.num_classes);
-    LossSums loss;
+    LossSums* const total = memory.losses;  // the first thread's: registers are scarce
+    if (threadIdx.x == 0) *total = {};
     for_each_slot_of_block(rows, plan, [&](int64_t slot, int64_t row) {
         auto* const gradient = rows.gradient_row(slot, row);
         if (rows.has_pairs(row)) {
-            loss = loss + BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
+            const LossSums loss = BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
+            if (threadIdx.x == 0) *total = *total + loss;
         } else if (gradient != nullptr) {
             clear_by_block(gradient, rows.num_classes);
         }
         if (rows.grad_rows != nullptr && threadIdx.x == 0) name_row(rows, slot);
     });
-    if (rows.loss != nullptr) reduce_losses(rows, loss, memory.losses, memory.is_last);
+    if (rows.loss == nullptr) return;
+    reduce_losses(rows, threadIdx.x == 0 ? *total : LossSums{}, memory.losses, memory.is_last);
 }
 
 // logits = weight[idx], (N, C), of at most kItems * kWarp classes. For a block. A warp loads a whole row
