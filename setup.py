@@ -28,7 +28,7 @@ CUDA_SOURCES = files("cuda/**/*.cpp", "cuda/**/*.cu")
 SOURCES = sorted(set(files("**/*.cpp")) - set(CUDA_SOURCES))
 HEADERS = files("**/*.h", "**/*.cuh")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
-# With a header of torch for each op: the one for all takes the compiler eight seconds a file.
+# With a header of torch for each op: the one for all takes the compiler seconds more a file.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-DAT_PER_OPERATOR_HEADERS", *WARNINGS]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
 NVCC_FLAGS += ["--fatbin-options", "-compress-all"]  # a quarter of the size
