@@ -133,8 +133,9 @@ $(STAMPS)/installed: pyproject.toml | tools
 	@echo "installing $(TORCH) and the tools"
 	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" ninja pybind11
 	@echo "building the extension (a minute or two)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
-	@mkdir -p $(STAMPS) && touch $@
+	@mkdir -p $(STAMPS)
+	@$(BIN)/pip install --verbose --disable-pip-version-check --no-build-isolation --editable ".[dev]" >build/install.log 2>&1 || { cat build/install.log; exit 1; }
+	@touch $@
 
 $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
 	@$(BIN)/python setup.py --quiet build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }

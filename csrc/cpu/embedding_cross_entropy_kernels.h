@@ -458,11 +458,11 @@ class RowKernel {
     static constexpr int64_t kTogether = 4;  // vectors that are exponentiated together
 
     const EmbeddingCrossEntropyKernelParams& params_;
+    Gradient& gradient_;
     const acc_t* class_weight_;
     const acc_t* grad_losses_;
     acc_t* exponentials_;     // (rows_of_scratch, padded C)
     int32_t* target_counts_;  // (C), all zero between rows
-    Gradient& gradient_;
     const bool is_plain_;  // cross entropy alone, with equal weights for all pairs
     const int64_t rows_of_scratch_;
     int64_t next_scratch_ = 0;
