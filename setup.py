@@ -32,6 +32,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-DAT_PER_OPERATOR_HEADERS", *WARNINGS]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
 NVCC_FLAGS += ["--fatbin-options", "-compress-all"]  # a quarter of the size
+UNITS = 2
 # at::parallel_for is a header: compiled without OpenMP it runs everything in one thread.
 ON_LINUX = sys.platform.startswith("linux")
 OPENMP = ["-fopenmp"] if ON_LINUX else []
@@ -60,6 +61,23 @@ class MissingTorch(build_ext):
     def run(self) -> None:
         """Says what to type."""
         sys.exit(NO_TORCH)
+
+
+def in_units(sources: list[str]) -> list[str]:
+    """What the compiler is given: the short files, those of csrc itself and of csrc/base, several at once.
+
+    It takes longer to read torch's headers, now once for all files of a unit, than for what those files say.
+    """
+    short = [source for source in sources if Path(source).parent in {Path("csrc"), Path("csrc/base")}]
+    units = []
+    for k, files_of_unit in enumerate(filter(None, (short[k::UNITS] for k in range(UNITS)))):
+        unit = Path("build/units", f"ops_{k}.cpp")
+        text = "".join(f'#include "{Path(path).relative_to("csrc").as_posix()}"\n' for path in files_of_unit)
+        if not (unit.exists() and unit.read_text() == text):  # a new file would be compiled again
+            unit.parent.mkdir(parents=True, exist_ok=True)
+            unit.write_text(text)
+        units.append(str(unit))
+    return units + [source for source in sources if source not in short]
 
 
 def output_of(*command: str) -> str:
@@ -181,6 +199,12 @@ def extension_and_builder() -> tuple[Extension, type[build_ext]]:
                 self.force = True
             super().run()
             used.write_text(torch.__version__)
+
+        def build_extensions(self) -> None:
+            """Compiles."""
+            for extension in self.extensions:
+                extension.sources = in_units(extension.sources)
+            super().build_extensions()
 
     return extension, KeepObjects
 

@@ -32,6 +32,7 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("few", settings.get_profile("bigramx"), max_examples=5)
 # Where tests are to fail, the first example that does is as good as the smallest.
 settings.register_profile("first-failure", settings.get_profile("bigramx"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("bigramx")

@@ -98,10 +98,9 @@ def test_handlers_run_during_a_call() -> None:
 
 
 def test_large_vocabulary() -> None:
-    tokens = torch.randint(60_000, (1000,))
-    tokens[1] = 5
-    counts = functional.count_bigrams(tokens % 3001, 3001)
-    assert torch.equal(counts, reference.count_bigrams(tokens % 3001, 3001))
+    tokens = torch.randint(2003, (1000,))
+    counts = functional.count_bigrams(tokens, 2003)
+    assert torch.equal(counts, reference.count_bigrams(tokens, 2003))
 
 
 def test_a_row_with_most_of_the_pairs() -> None:
@@ -199,7 +198,7 @@ def assert_same_csr(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.cpu_only
-@settings(max_examples=30)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     seed=st.integers(0, 2**32),
     vocab_size=st.sampled_from([1, 2, 65, 127, 1000]),

@@ -1,6 +1,6 @@
 """The CUDA kernels pass their tests in the GPU emulator (tests/simt), which detects faults injected into kernels.
 
-This is the short form: a third of the cases of each test and a quarter of the mutations; make emulator has all.
+This is the short form: a sixth of the cases of each test and an eighth of the mutations; make emulator has all.
 """
 
 from __future__ import annotations
@@ -299,8 +299,8 @@ def run_tests(module: Path, *arguments: str) -> CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", tree.cuda_tests())
 def test_kernels_pass(name: str, pytestconfig: pytest.Config) -> None:
-    every = "1" if pytestconfig.getoption("--long") else "3"
-    result = run_tests(make(ROOT, "_C.so"), "--every", every, f"tests/{name}")
+    short_form = [] if pytestconfig.getoption("--long") else ["--every=6", "--hypothesis-profile=few"]
+    result = run_tests(make(ROOT, "_C.so"), *short_form, f"tests/{name}")
     assert result.returncode == 0, result.stdout[-3000:]
 
 
@@ -317,7 +317,7 @@ def test_the_first_run_on_a_gpu_comes_to_its_end(tmp_path: Path) -> None:
     assert " passed, 0 failed" in (tmp_path / "suite.log").read_text()
 
 
-@pytest.mark.short_form(4)
+@pytest.mark.short_form(8)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_finds_mutation(mutation: Mutation, tmp_path: Path) -> None:
     on_injected_faults = not mutation.tests.startswith("tests/")
