@@ -59,6 +59,10 @@ class Environment:
         compilers = dict(zip(("CC", "CXX"), COMPILERS[self.compiler], strict=True))
         if missing := [compiler for compiler in compilers.values() if shutil.which(compiler) is None]:
             raise UnavailableError(f"no {', '.join(missing)}")
+        if processes.run(
+            [compilers["CXX"], "-fopenmp", "-fsyntax-only", "-x", "c++", "-include", "omp.h", os.devnull]
+        ).returncode:
+            raise UnavailableError(f"{compilers['CXX']} has no omp.h (Debian: libomp-dev)")
         sources, log = environments.prepare(self.name)
         python = make_packages(self, log)
         variables = {**os.environ, **compilers, "BIGRAMX_CUDA": "0", "PYTHONPATH": str(sources)}
