@@ -162,7 +162,7 @@ $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 	@touch $@
 
 $(STAMPS)/cuda-checked: $(STAMPS)/installed $(CSRC) tests/cuda_check.py
-	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda_check.py && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
+	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda_check.py --architectures 90 && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
 
 $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/distcheck.py tests/readme_examples.py
 	@$(MAKE) --no-print-directory distcheck

@@ -1,18 +1,19 @@
 """Compiles the CUDA kernels for several architectures and prints the resources that each uses.
 
-    python tests/cuda_check.py [the folder of the .cu files]
+    python tests/cuda_check.py [--architectures 80 90 100] [the folder of the .cu files]
 
 Fails if nvcc warns or a kernel spills registers. Needs neither a GPU nor torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ FLAGS = [
     *("-O3", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"),
     # As torch compiles extensions.
     *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"),
-    *(f"-gencode=arch=compute_{architecture},code=sm_{architecture}" for architecture in ARCHITECTURES),
 ]
 JOBS = 2
 
@@ -57,12 +57,13 @@ def is_fresh(log: Path, dependencies: Path) -> bool:
     return all(Path(path).exists() and Path(path).stat().st_mtime < log.stat().st_mtime for path in [*inputs, __file__])
 
 
-def compile_file(nvcc: str, source: Path, build: Path) -> str:
+def compile_file(nvcc: str, source: Path, build: Path, architectures: Sequence[int]) -> str:
     """What ptxas prints about the functions of a file, which is compiled only if something has changed."""
     log, dependencies, output = (build / f"{source.stem}.{kind}" for kind in ("log", "d", "o"))
     if is_fresh(log, dependencies):
         return log.read_text()
-    command = [nvcc, *FLAGS, "-c", str(source), "-o", str(output), "-MD", "-MF", str(dependencies)]
+    targets = [f"-gencode=arch=compute_{architecture},code=sm_{architecture}" for architecture in architectures]
+    command = [nvcc, *FLAGS, *targets, "-c", str(source), "-o", str(output), "-MD", "-MF", str(dependencies)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if result.returncode != 0:
         raise CompileError(result.stdout)
@@ -96,24 +97,24 @@ def short_names(mangled: Iterable[str]) -> list[str]:
     return [re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", name) for name in result.stdout.splitlines()]
 
 
-def report(source: Path, table: Table) -> list[str]:
+def report(source: Path, table: Table, architectures: Sequence[int]) -> list[str]:
     """Prints what the kernels of a file use, and returns the functions that spill."""
     spilling = []
     for name, usages in sorted(zip(short_names(table), table.values(), strict=True), key=lambda row: row[0]):
-        if usages[ARCHITECTURES[0]].registers > 0:
-            print("".join(f"{usages[architecture]} |" for architecture in ARCHITECTURES), source.stem, name)
+        if usages[architectures[0]].registers > 0:
+            print("".join(f"{usages[architecture]} |" for architecture in architectures), source.stem, name)
         spilling += [f"{source.name}: {name}, sm_{where}" for where, usage in usages.items() if usage.spilled > 0]
     return spilling
 
 
-def check(sources: list[Path], build: Path) -> list[str]:
+def check(sources: list[Path], build: Path, architectures: Sequence[int] = ARCHITECTURES) -> list[str]:
     """Compiles the files, prints the table, and returns the problems."""
     nvcc = shutil.which("nvcc") or sys.exit("cuda-check: nvcc is not found")
     build.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(JOBS) as pool:
-        jobs = [pool.submit(compile_file, nvcc, source, build) for source in sources]
+        jobs = [pool.submit(compile_file, nvcc, source, build, architectures) for source in sources]
     print("Registers; in bytes: static shared memory (the dynamic is chosen at launch), stack frame, spills")
-    print("".join(f"{f'sm_{architecture}':>20} |" for architecture in ARCHITECTURES))
+    print("".join(f"{f'sm_{architecture}':>20} |" for architecture in architectures))
     problems = []
     for source, job in zip(sources, jobs, strict=True):
         try:
@@ -121,7 +122,7 @@ def check(sources: list[Path], build: Path) -> list[str]:
         except CompileError as error:
             problems.append(f"{source.name} does not compile without warnings\n{error}")
             continue
-        problems += [f"{spilling} spills registers" for spilling in report(source, table)]
+        problems += [f"{spilling} spills registers" for spilling in report(source, table, architectures)]
         if not table:
             problems.append(f"{source.name}: ptxas names no kernel")
     return problems
@@ -129,9 +130,13 @@ def check(sources: list[Path], build: Path) -> list[str]:
 
 def main() -> None:
     """The command."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "csrc" / "cuda"
-    sources = sorted(folder.glob("*.cu"))
-    problems = check(sources, ROOT / "build" / "cuda-check")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "csrc" / "cuda")
+    parser.add_argument("--architectures", nargs="+", type=int, default=ARCHITECTURES)
+    options = parser.parse_args()
+    sources = sorted(options.folder.glob("*.cu"))
+    build = ROOT / "build" / "cuda-check" / "-".join(map(str, options.architectures))
+    problems = check(sources, build, options.architectures)
     if problems:
         sys.exit("\n".join(f"cuda-check: {problem}" for problem in problems))
     print(f"cuda-check: {len(sources)} files compile without warnings, and no kernel spills")

@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(idx, weight.to(dtype), targets, options)
 
 
-@settings(max_examples=5 * settings.default.max_examples)
+@settings(max_examples=fewer(300))
 @given(case=cases(), grad_loss=st.sampled_from([1.0, -2.5]))
 def test_equals_reference_for_any_options(case: Case, grad_loss: float) -> None:
     case.check(grad_loss)

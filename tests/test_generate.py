@@ -132,7 +132,7 @@ def test_equals_the_loop_in_16_bits(temperature: float, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("filters", [*FILTERS, {"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.99}], ids=str)
 def test_filters_of_16_bit_tables(filters: dict[str, Any], dtype: torch.dtype, sampler: Any) -> None:
     """Kept in float32, in which the probabilities are drawn from."""
-    for vocab_size, num_tokens in ((65, 200), (1000, fewer(50))):
+    for vocab_size, num_tokens in ((65, 60), (1000, 15)):
         weight = (torch.randn(vocab_size, vocab_size) * 2).to(dtype)
         idx = torch.zeros((3, 1), dtype=torch.long)
         ours, references = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)

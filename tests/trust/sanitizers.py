@@ -124,7 +124,8 @@ def compile_extension(sanitizer: Sanitizer) -> None:
     rest = [source for source in extension.sources if not is_instrumented(sanitizer, source)]
     extension.sources = [source for source in extension.sources if source not in rest]
     extension.sources += [f"tests/trust/{source}" for source in sanitizer.sources]
-    extension.extra_objects = [f"build/objects/{Path(source).with_suffix('.o')}" for source in setup.in_units(rest)]
+    compiled = setup.in_units(list(map(str, rest)))
+    extension.extra_objects = [f"build/objects/{Path(source).with_suffix('.o')}" for source in compiled]
     extension.extra_compile_args = [*extension.extra_compile_args, *sanitizer.flags]
     extension.extra_link_args = [*extension.extra_link_args, *sanitizer.flags, *sanitizer.link_flags]
     command = builder(Distribution({"name": "bigramx", "ext_modules": [extension]}))

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 def test_nothing_is_left_behind() -> None:
-    sections = {"ops": 900, "errors": 300, "files": 30, "interrupts": 24, "threads": 100, "forks": 12}
+    sections = {"ops": 900, "errors": 300, "files": 20, "interrupts": 12, "threads": 60, "forks": 6}
     assert soak.in_a_process({**sections, "workers fork": 3, "daemons": 1}, seed=1) == []
 
 
