@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 FRAMEWORKS := build/frameworks
 STAMPS := build/stamps
+# Python compiles what it imports, pip would compile all: of torch three quarters of a minute.
+PIP_OPTIONS := --disable-pip-version-check --no-compile
 
 CSRC := $(shell find csrc -type f)
 SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
@@ -58,7 +60,7 @@ cuda-check: $(STAMPS)/installed
 	@$(BIN)/python tests/cuda_check.py
 
 cuda-instructions: $(STAMPS)/installed
-	@command -v nvdisasm >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check nvidia-cuda-nvdisasm
+	@command -v nvdisasm >/dev/null || $(BIN)/pip install --quiet $(PIP_OPTIONS) nvidia-cuda-nvdisasm
 	@$(BIN)/python tests/cuda_instructions.py
 
 # Without torch's pool each tensor is an allocation, whose ends memcheck knows. racecheck is for shared memory.
@@ -105,10 +107,10 @@ bench-cuda: $(STAMPS)/built peers-cuda
 
 # Others that the benchmarks compare with; one that cannot be installed is named there as skipped.
 peers: $(STAMPS)/built
-	@$(BIN)/python -c 'import jax, numpy, matplotlib, polars, scipy, tokenizers' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench]" || echo "make bench: goes on without the peers that are missing"
+	@$(BIN)/python -c 'import jax, numpy, matplotlib, polars, scipy, tokenizers' 2>/dev/null || $(BIN)/pip install --quiet $(PIP_OPTIONS) --no-build-isolation --editable ".[bench]" || echo "make bench: goes on without the peers that are missing"
 
 peers-cuda: $(STAMPS)/built
-	@$(BIN)/python -c 'import liger_kernel, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[bench-cuda]" || echo "make bench-cuda: goes on without the peers that are missing"
+	@$(BIN)/python -c 'import liger_kernel, numpy, matplotlib' 2>/dev/null || $(BIN)/pip install --quiet $(PIP_OPTIONS) --no-build-isolation --editable ".[bench-cuda]" || echo "make bench-cuda: goes on without the peers that are missing"
 
 # The wheel, too, is built here, where the object files are.
 wheel: $(STAMPS)/built
@@ -131,10 +133,10 @@ tools:
 $(STAMPS)/installed: pyproject.toml | tools
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing $(TORCH) and the tools"
-	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" ninja pybind11
+	@$(BIN)/pip install --quiet $(PIP_OPTIONS) $(TORCH) "setuptools>=77" ninja pybind11
 	@echo "building the extension (a minute or two)"
 	@mkdir -p $(STAMPS)
-	@$(BIN)/pip install --verbose --disable-pip-version-check --no-build-isolation --editable ".[dev]" >build/install.log 2>&1 || { cat build/install.log; exit 1; }
+	@$(BIN)/pip install --verbose $(PIP_OPTIONS) --no-build-isolation --editable ".[dev]" >build/install.log 2>&1 || { cat build/install.log; exit 1; }
 	@touch $@
 
 $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
@@ -146,7 +148,7 @@ $(STAMPS)/frameworks: pyproject.toml setup.py | $(STAMPS)/built
 	@echo "installing the frameworks into $(FRAMEWORKS)"
 	@rm -rf $(FRAMEWORKS) build/wheels && $(PYTHON) -m venv $(FRAMEWORKS)
 	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheels .
-	@$(FRAMEWORKS)/bin/pip install --quiet --disable-pip-version-check $(TORCH) "$$(echo build/wheels/*.whl)[integration]"
+	@$(FRAMEWORKS)/bin/pip install --quiet $(PIP_OPTIONS) $(TORCH) "$$(echo build/wheels/*.whl)[integration]"
 	@touch $@
 
 # A framework that is missing there is a failure, not a skipped test.

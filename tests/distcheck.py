@@ -113,7 +113,7 @@ def main(torch_requirement: str) -> None:
     check_torch(wheel, f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*")
 
     def install(*requirements: str) -> None:
-        run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
+        run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", *requirements)
 
     run(sys.executable, "-m", "venv", PYTHON.parents[1])
     install(torch_requirement, str(wheel))
