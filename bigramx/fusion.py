@@ -70,7 +70,7 @@ def is_observed() -> bool:
     if F.embedding is not _EMBEDDING or F.cross_entropy is not _CROSS_ENTROPY:
         return True
     if torch.compiler.is_dynamo_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # is_exporting() is always true here in torch 2.11
     if _is_tracing() or _num_dispatch_modes() > 0:
         return True
     if _num_function_modes() == 0:

@@ -126,8 +126,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("empty_gradient_pool", &cpu::empty_gradient_pool);
     m.def("gradient_pool_info", &cpu::gradient_pool_info);
     m.def("set_gradient_pool_limit", &cpu::set_gradient_pool_limit);
-    DirectOp<decltype(adamw_fits)>::define(m, "adamw_fits", adamw_fits);
-    DirectOp<decltype(adamw_step)>::define(m, "adamw_step", adamw_step);
+    DirectOp<decltype(adamw_fits)>::define(m, "adamw_fits", &adamw_fits);
+    DirectOp<decltype(adamw_step)>::define(m, "adamw_step", &adamw_step);
     DirectOp<decltype(adamw)>::define(m, "bigramx", kAdamW);
     DirectOp<decltype(count_bigrams)>::define(m, "bigramx", kCountBigrams);
     DirectOp<decltype(deferred_adamw)>::define(m, "bigramx", kDeferredAdamW);

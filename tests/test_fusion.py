@@ -80,6 +80,20 @@ def test_a_touched_model_is_not_fused(name: str) -> None:
     assert not model.is_fused
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about itself, when it is asked to compile
+def test_a_compiled_model_is_fused() -> None:
+    programs = []
+
+    def compiler(program: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        programs.append(program.code)
+        return program
+
+    idx = torch.zeros((2, 3), dtype=torch.long)
+    torch.compile(BigramLanguageModel(5), backend=compiler)(idx, idx)
+    assert sum("bigramx.embedding_cross_entropy" in program for program in programs) == 1
+    assert not any("nn.functional" in program for program in programs)
+
+
 def test_hooks_that_are_removed_leave_no_trace() -> None:
     model = BigramLanguageModel(5)
     model.token_embedding_table.register_forward_hook(lambda *_: None).remove()

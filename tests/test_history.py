@@ -120,7 +120,6 @@ def test_any_optimizer_continues_from_its_file(tmp_path: Path, name: str, dtype:
 
 
 @pytest.mark.parametrize("name", ["default", "SGD", "momentum", "Adagrad"])
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # Adagrad's own
 def test_any_optimizer_of_a_sparse_table(tmp_path: Path, name: str) -> None:
     momentum = partial(torch.optim.SGD, lr=1.0, momentum=0.9)  # Nesterov's takes dense gradients alone
     options: dict[str, Any] = {"optimizer": momentum if name == "momentum" else OPTIMIZERS[name]}
