@@ -197,8 +197,9 @@ def extension_and_builder() -> tuple[Extension, type[build_ext]]:
             if not used.exists() or used.read_text() != torch.__version__:
                 shutil.rmtree(self.build_temp, ignore_errors=True)
                 self.force = True
+                used.parent.mkdir(parents=True)
+                used.write_text(torch.__version__)
             super().run()
-            used.write_text(torch.__version__)
 
         def build_extensions(self) -> None:
             """Compiles."""
