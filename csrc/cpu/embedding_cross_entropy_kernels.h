@@ -463,7 +463,7 @@ class RowKernel {
     const acc_t* grad_losses_;
     acc_t* exponentials_;     // (rows_of_scratch, padded C)
     int32_t* target_counts_;  // (C), all zero between rows
-    const bool is_plain_;  // cross entropy alone, with equal weights for all pairs
+    const bool is_plain_;     // cross entropy alone, with equal weights for all pairs
     const int64_t rows_of_scratch_;
     int64_t next_scratch_ = 0;
     Row rows_[kMaxRowsAtOnce];
