@@ -577,7 +577,7 @@ large, larger = torch.zeros(3500, 3500, requires_grad=True), torch.zeros(4500, 4
 gradient(large)
 print(memory.gradient_pool_info().held == large.nbytes)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + larger.nbytes - large.nbytes // 2, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + larger.nbytes - large.nbytes // 4, resource.RLIM_INFINITY))
 print(gradient(larger).shape, memory.gradient_pool_info().held)
 largest = torch.zeros(1, 1).expand(1, 1)
 weight = torch.empty_strided((10**5, 10**5), (10, 1), requires_grad=True)
