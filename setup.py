@@ -32,7 +32,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-DAT_PER_OPERATOR_HEADERS", *WARNINGS]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
 NVCC_FLAGS += ["--fatbin-options", "-compress-all"]  # a quarter of the size
-UNITS = 2
+UNITS = 2  # of the short files, see in_units
 # at::parallel_for is a header: compiled without OpenMP it runs everything in one thread.
 ON_LINUX = sys.platform.startswith("linux")
 OPENMP = ["-fopenmp"] if ON_LINUX else []
@@ -197,13 +197,14 @@ def extension_and_builder() -> tuple[Extension, type[build_ext]]:
             if not used.exists() or used.read_text() != torch.__version__:
                 shutil.rmtree(self.build_temp, ignore_errors=True)
                 self.force = True
-                used.parent.mkdir(parents=True)
+                used.parent.mkdir(parents=True, exist_ok=True)
                 used.write_text(torch.__version__)
             super().run()
 
         def build_extensions(self) -> None:
-            """Compiles."""
+            """Compiles units, which depend on the files that they include."""
             for extension in self.extensions:
+                extension.depends = [*extension.depends, *extension.sources]
                 extension.sources = in_units(extension.sources)
             super().build_extensions()
 

@@ -107,7 +107,7 @@ def report(source: Path, table: Table, architectures: Sequence[int]) -> list[str
     return spilling
 
 
-def check(sources: list[Path], build: Path, architectures: Sequence[int] = ARCHITECTURES) -> list[str]:
+def check(sources: list[Path], build: Path, architectures: Sequence[int]) -> list[str]:
     """Compiles the files, prints the table, and returns the problems."""
     nvcc = shutil.which("nvcc") or sys.exit("cuda-check: nvcc is not found")
     build.mkdir(parents=True, exist_ok=True)

@@ -59,9 +59,8 @@ class Environment:
         compilers = dict(zip(("CC", "CXX"), COMPILERS[self.compiler], strict=True))
         if missing := [compiler for compiler in compilers.values() if shutil.which(compiler) is None]:
             raise UnavailableError(f"no {', '.join(missing)}")
-        if processes.run(
-            [compilers["CXX"], "-fopenmp", "-fsyntax-only", "-x", "c++", "-include", "omp.h", os.devnull]
-        ).returncode:
+        openmp = [compilers["CXX"], "-fopenmp", "-fsyntax-only", "-x", "c++", "-include", "omp.h", os.devnull]
+        if processes.run(openmp).returncode != 0:
             raise UnavailableError(f"{compilers['CXX']} has no omp.h (Debian: libomp-dev)")
         sources, log = environments.prepare(self.name)
         python = make_packages(self, log)
