@@ -10,9 +10,9 @@ import importlib.util
 import os
 import sys
 
-import torch  # noqa: F401  (loads the libraries that the extension needs)
-
 if extension := os.environ.get("BIGRAMX_EXTENSION"):
+    import torch  # noqa: F401  (loads the libraries that the extension needs)
+
     spec = importlib.util.spec_from_file_location("bigramx._C", extension)
     assert spec is not None
     assert spec.loader is not None

@@ -51,14 +51,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def thinned_out(cases: list[pytest.Item], config: pytest.Config) -> list[pytest.Item]:
-    """Those cases of a test that the options and its mark leave."""
+    """Those cases of a test that the options and its marks leave."""
+    every = config.getoption("--every", 1)
+    if every > 1 and cases[0].get_closest_marker("once"):
+        return []
     mark = None if config.getoption("--long", False) else cases[0].get_closest_marker("short_form")
-    return cases[:: max(config.getoption("--every", 1), mark.args[0] if mark else 1)]
+    return cases[:: max(every, mark.args[0] if mark else 1)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marks."""
     config.addinivalue_line("markers", "short_form(k): of the cases of this test one of k runs, without --long")
+    config.addinivalue_line("markers", "once: shows the same whatever kernels run, and is left out with --every")
     for mark in devices.MARKS:
         config.addinivalue_line("markers", f"{mark}: see tests/devices.py")
 

@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import sys
 import traceback
 import warnings
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bigramx
 from bigramx import BigramLanguageModel, distributed, functional, optim, reference
+from tests import forked_ranks
 
 CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
 
@@ -681,7 +681,7 @@ def distributed_checkpoints(folder: Path) -> None:
         assert_equals_one_process(model, folder)
 
 
-def main(folder: Path) -> None:
+def run_rank(folder: Path) -> None:
     """Runs the checks, and writes what each rank raised."""
     warnings.simplefilter("ignore")  # PyTorch's, about itself
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -699,8 +699,8 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 0:
             (folder / "problems.json").write_text(json.dumps(problems))
     dist.barrier()
-    os._exit(0)  # while Python ends, a thread of Gloo may abort the process (pytorch/pytorch#179291)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    ids = forked_ranks.start(4, lambda _rank: run_rank(Path(sys.argv[1])))
+    sys.exit(any(forked_ranks.wait(ids)))

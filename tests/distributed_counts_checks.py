@@ -1,8 +1,4 @@
-"""Checks of counting by several ranks. tests/test_distributed_counts.py starts them, and names each as a test.
-
-The ranks are forks of this process, before it has threads: they need not import PyTorch again. What torchrun sets in
-the environment, this does.
-"""
+"""Checks of counting by several ranks. tests/test_distributed_counts.py starts them, and names each as a test."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -27,6 +22,7 @@ import torch.distributed as dist
 from bigramx import BigramCounts, distributed_counts, parts, storage
 from bigramx.distributed_counts import CountProgress, CountResult, count_shards
 from bigramx.ranks import Ranks, join
+from tests import forked_ranks
 
 V, EOT = 300, 7
 CHECKS: dict[str, Callable[[Path], None]] = {}  # each is given a folder of its own
@@ -54,23 +50,10 @@ def run_ranks(folder: Path, size: int, output: str = "out", **options: Any) -> l
     ``before_update`` is called by each rank with its number, and how often it has been; ``beside`` by this process.
     """
     before_update, beside = options.pop("before_update", None), options.pop("beside", lambda: None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    pids = []
-    for rank in range(size):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            run_rank(rank, folder, output, before_update, options)
-        pids.append(pid)
+    ids = forked_ranks.start(size, lambda rank: run_rank(rank, folder, output, before_update, options))
     begin = time.monotonic()
     beside()
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    statuses = forked_ranks.wait(ids)
     assert time.monotonic() - begin < 30, "the ranks took long to end"
     outcomes = []
     for rank, status in enumerate(statuses):
@@ -97,16 +80,15 @@ def run_rank(
 
     BigramCounts.update = update_after  # type: ignore[method-assign]
     count = options.pop("count", count_shards)
-    status = 0
     try:
         paths = [folder / "shards"]
         result = count(paths, folder / output, report=outcome["told"].append, progress=see, **options)
         outcome["returned"] = repr(result)
     except BaseException as error:
         outcome["raised"] = f"{type(error).__name__}: {error}"
-        status = 1
-    (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
-    os._exit(status)
+        raise
+    finally:
+        (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
 
 
 def write_shards(folder: Path, sizes: Sequence[int] = (400, 1, 1500, 0, 700, 2, 900)) -> BigramCounts:

@@ -709,6 +709,7 @@ def test_fake_tensors() -> None:
     assert isinstance(optimizer.state[param]["exp_avg"], FakeTensor)
 
 
+@pytest.mark.once
 @pytest.mark.cpu_only
 @pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
 def test_a_compiled_step_is_torchs(kernel_steps: list[Tensor]) -> None:

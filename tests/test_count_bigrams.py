@@ -90,6 +90,7 @@ def test_chunks(extra: int, num_threads: int) -> None:
         functional.count_bigrams(tokens, 65)
 
 
+@pytest.mark.once
 @pytest.mark.cpu_only
 def test_handlers_run_during_a_call() -> None:
     """In a table that is too large for each thread to have its own."""
@@ -227,6 +228,7 @@ def test_large_sparse(vocab_size: int, num_threads: int) -> None:
         functional.count_bigrams(tokens, vocab_size, layout=torch.sparse_csr)
 
 
+@pytest.mark.once
 @pytest.mark.cpu_only
 def test_the_first_sparse_counts_warn_of_nothing() -> None:
     """PyTorch says once in each process that CSR tensors are in beta state."""

@@ -388,6 +388,7 @@ class WithBias(BigramLanguageModel):
         )
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's
 def test_compiled() -> None:
     def run(compile_model: bool) -> list[Tensor]:

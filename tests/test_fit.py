@@ -92,6 +92,7 @@ def test_more_steps_than_rows_may_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[0][1].losses == results[1][1].losses
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("rows")
 def test_callbacks_and_handlers_see_whole_tables() -> None:
     """Of all steps that the optimizer has counted: equal to the table of a run of so many steps."""

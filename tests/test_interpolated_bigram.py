@@ -311,6 +311,7 @@ def test_prompts() -> None:
     assert none.shape == (0, 8)
 
 
+@pytest.mark.once
 def test_a_handler_runs_and_may_raise() -> None:
     parts = some_model(500)
     idx = torch.tensor([[1]])
@@ -332,6 +333,7 @@ def test_a_handler_runs_and_may_raise() -> None:
 # ----------------------------------------------------------------------------------------------------- as PyTorch's ops
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
 def test_opcheck() -> None:
     parts, idx = some_model(), torch.tensor([[0, 3], [59, 2]])

@@ -248,6 +248,7 @@ def test_replacement_where_the_sum_overflows() -> None:
     assert_equals_torch(torch.full((70,), 3e38), 100, replacement=True)
 
 
+@pytest.mark.once
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("shape", "num_samples", "replacement"),
@@ -281,6 +282,7 @@ def test_the_generator_is_free_between_large_rows() -> None:
     assert_equals_torch(torch.rand(3, 70_000), 5, replacement=True)
 
 
+@pytest.mark.once
 @pytest.mark.cpu_only
 def test_other_threads_draw_during_a_call() -> None:
     probs, generator = torch.rand(65), torch.Generator()
@@ -391,6 +393,7 @@ def test_philox_tiny_probs_without_replacement(dtype: torch.dtype) -> None:
     assert_equals_reference(magnitudes[torch.randperm(120)].expand(3, -1), 120)
 
 
+@pytest.mark.once
 @pytest.mark.cpu_only
 def test_handlers_run_during_calls_by_philox() -> None:
     probs, large = torch.rand(65), torch.rand(20, 300_000)

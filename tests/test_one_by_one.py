@@ -29,7 +29,7 @@ def test_setup(broken): pass
 def test_outcomes(tmp_path: Path) -> None:
     path, out = tmp_path / "test_these.py", tmp_path / "tests.jsonl"
     path.write_text(TESTS)
-    tests = one_by_one.run([str(path)], out, seconds=3, limit=100)
+    tests = one_by_one.run([str(path)], out, seconds=2, limit=100)
     outcomes = {test["test"].partition("::test_")[2]: test["outcome"] for test in tests}
     assert outcomes == {
         "passes": "passed",
@@ -50,7 +50,7 @@ def test_outcomes(tmp_path: Path) -> None:
             "def test_passes(): pass", "def test_passes(): 1 / 0"
         )
     )
-    again = {test["test"]: test["outcome"] for test in one_by_one.run([str(path)], out, seconds=3, limit=100)}
+    again = {test["test"]: test["outcome"] for test in one_by_one.run([str(path)], out, seconds=2, limit=100)}
     assert again[f"{tests[1]['test']}"] == "passed", "what failed is run again"
     assert again[f"{tests[0]['test']}"] == "passed", "what passed is not"
 
@@ -58,12 +58,12 @@ def test_outcomes(tmp_path: Path) -> None:
 def test_the_end_of_the_time_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "test_these.py"
     path.write_text("import time\ndef test_first(): pass\ndef test_second(): time.sleep(100)\n")
-    tests = one_by_one.run([str(path)], tmp_path / "tests.jsonl", seconds=90, limit=12)
+    tests = one_by_one.run([str(path)], tmp_path / "tests.jsonl", seconds=90, limit=6)
     assert [test["outcome"] for test in tests] == ["passed", "started"]
 
 
 def test_nothing_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "test_these.py"
     path.write_text("import nowhere\n")
-    assert one_by_one.run([str(path)], tmp_path / "tests.jsonl", seconds=3, limit=100) == []
+    assert one_by_one.run([str(path)], tmp_path / "tests.jsonl", seconds=2, limit=100) == []
     assert "nowhere" in capsys.readouterr().out

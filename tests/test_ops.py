@@ -346,6 +346,7 @@ def test_an_error_within_a_call_does_not_repeat_it() -> None:
     assert num_steps > 0
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore")  # torch's compiler's, about itself
 @pytest.mark.parametrize("return_logits", [True, False])
 def test_compile_fullgraph(return_logits: bool) -> None:

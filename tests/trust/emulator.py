@@ -20,14 +20,15 @@ def trial() -> tuple[dict[str, int], list[str]]:
         sys.exit("make emulator: the GPU emulator needs Linux")
     command = [sys.executable, "-m", "pytest", "--long", "-rA", "-p", "no:cacheprovider", "tests/test_simt.py"]
     result = processes.run(command, cwd=tree.ROOT, seconds=SECONDS)
-    passed = re.findall(r"^PASSED tests/test_simt\.py::(\w+)", result.stdout, re.MULTILINE)
+    passed = re.findall(r"^PASSED tests/test_simt\.py::(\w+)(.*)", result.stdout, re.MULTILINE)
+    names = [name for name, _case in passed]
     findings = re.findall(r"^(?:FAILED|ERROR) .*$", result.stdout, re.MULTILINE)
     if result.returncode != 0 and not findings:
         findings = [f"pytest ends with {result.returncode}: {result.stderr[-500:]}"]
     tried = {
-        "test files": passed.count("test_kernels_pass"),
-        "faulty kernels": passed.count("test_finds_fault"),
-        "mutations of kernels": passed.count("test_finds_mutation"),
+        "test files": sum(len(case.split()) for name, case in passed if name == "test_kernels_pass"),
+        "faulty kernels": names.count("test_finds_fault"),
+        "mutations of kernels": names.count("test_finds_mutation"),
     }
     return tried, findings
 

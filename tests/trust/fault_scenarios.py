@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -213,6 +214,14 @@ def _train(folder: Path, *options: str) -> Callable[[], None]:
     return train
 
 
+def _import_all(folder: Path) -> None:
+    """What the command imports while it runs: children do not import it anew, and end within their work."""
+    folder.mkdir()
+    ignored = io.StringIO()
+    with contextlib.redirect_stdout(ignored), contextlib.redirect_stderr(ignored), contextlib.suppress(SystemExit):
+        _train(folder, "--steps", "1")()
+
+
 def _run_to_its_end(train: Callable[[], None], output: Path) -> str | None:
     """None, or what the command printed where it failed."""
     with _forked(train, output) as pid:
@@ -228,6 +237,7 @@ def _ends_of_training(
     run: Run, what: str, end: Callable[[int], None], statuses: Callable[[int], bool], saves: bool
 ) -> None:
     """Ends training runs at random moments, goes on, and compares with the run that nobody ended."""
+    _import_all(run.folder / "first")
     (run.folder / "whole").mkdir()
     output = run.folder / "output.txt"
     begin = time.monotonic()

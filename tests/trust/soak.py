@@ -468,6 +468,8 @@ def interrupted_runs(seed: int, count: int) -> list[str]:
     """Interrupts runs at random bytecodes and moments by two SIGINTs, at most 0.2 ms apart; returns what is wrong."""
     chance, found = random.Random(seed), []
     interrupting: AtBytecodes | AtMoments
+    for kind in range(len(_RUNS)):
+        InterruptedRun(kind).check(AtMoments(), 5)  # imports what is imported once: most bytecodes would be of that
     for number in range(count):
         run = InterruptedRun(chance.randrange(24))
         if number % 2:

@@ -24,7 +24,7 @@ from tests.trust.fuzz_cases import Case, Draw, of_op, of_target, targets
 
 pytestmark = pytest.mark.cpu_only
 
-CALLS = 1500
+CALLS = 1000
 PLANTED_CALLS = 40
 
 

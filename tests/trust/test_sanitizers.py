@@ -53,6 +53,10 @@ OVERFLOWS = """
 planted.overflow(ctypes.c_int64(2**63 - 1))
 planted.to_integer(ctypes.c_double(1e30))
 """
+NO_RACES = """
+for _ in range(1000):
+    planted.sum_in_parallel()
+"""
 
 
 @functools.cache
@@ -71,32 +75,26 @@ def findings(sanitizer: Sanitizer, capability: str, script: str) -> list[str]:
 
 
 @pytest.mark.parametrize("capability", [*filter(can_run, CAPABILITIES)])
-def test_finds_a_read_out_of_bounds_in_a_kernel(capability: str) -> None:
-    (found,) = findings(ASAN_QUICK, capability, READ_OUT_OF_BOUNDS)
-    target = {"default": "portable"}.get(capability, capability)
-    assert "AddressSanitizer: heap-buffer-overflow " in found
-    assert f" bigramx::cpu::{target}::" in found
-
-
-def test_finds_undefined_behaviour() -> None:
-    found = [line.partition(": runtime error: ")[2] for line in findings(ASAN_QUICK, HERE, OVERFLOWS)]
-    assert {text.partition(":")[0] for text in found} == {
+def test_finds_undefined_behaviour_and_a_read_out_of_bounds_in_a_kernel(capability: str) -> None:
+    found = findings(ASAN_QUICK, capability, OVERFLOWS + READ_OUT_OF_BOUNDS)  # the last ends the process
+    undefined = [message for line in found if (message := line.partition(": runtime error: ")[2])]
+    assert {message.partition(":")[0] for message in undefined} == {
         "signed integer overflow",
         "1e+30 is outside the range of representable values of type 'long int'",
     }
+    (read,) = (line for line in found if "runtime error" not in line)
+    target = {"default": "portable"}.get(capability, capability)
+    assert "AddressSanitizer: heap-buffer-overflow " in read
+    assert f" bigramx::cpu::{target}::" in read
 
 
-def test_finds_races() -> None:
-    found = findings(TSAN_QUICK, HERE, RACES)
+def test_finds_races_and_none_around_parallel_regions() -> None:
+    found = findings(TSAN_QUICK, HERE, NO_RACES + RACES)
     planted = [line for line in found if "ThreadSanitizer: data race tests/trust/planted_faults.cpp" in line]
     in_kernels = [line for line in found if "ThreadSanitizer: data race" in line and " bigramx::cpu::" in line]
     assert planted
     assert in_kernels
     assert len(planted) + len(in_kernels) == len(found)
-
-
-def test_knows_what_happens_before_and_after_a_parallel_region() -> None:
-    assert findings(TSAN_QUICK, HERE, "for _ in range(1000): planted.sum_in_parallel()") == []
 
 
 @pytest.mark.parametrize(
