@@ -56,8 +56,9 @@ integration: $(STAMPS)/integrated
 simt: $(STAMPS)/built
 	@$(MAKE) --no-print-directory -C tests/simt PYTHON=$(abspath $(BIN)/python)
 
-cuda-check: $(STAMPS)/installed
-	@$(BIN)/python tests/cuda_check.py
+# It needs neither torch nor the environment.
+cuda-check: | tools
+	@$(PYTHON) tests/cuda_check.py
 
 cuda-instructions: $(STAMPS)/installed
 	@command -v nvdisasm >/dev/null || $(BIN)/pip install --quiet $(PIP_OPTIONS) nvidia-cuda-nvdisasm
@@ -163,8 +164,9 @@ $(STAMPS)/linted: $(STAMPS)/installed $(CHECKED) .clang-format
 	$(BIN)/mypy
 	@touch $@
 
-$(STAMPS)/cuda-checked: $(STAMPS)/installed $(CSRC) tests/cuda_check.py
-	@if command -v nvcc >/dev/null; then $(BIN)/python tests/cuda_check.py --architectures 90 && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
+$(STAMPS)/cuda-checked: $(CSRC) tests/cuda_check.py | tools
+	@mkdir -p $(STAMPS)
+	@if command -v nvcc >/dev/null; then $(PYTHON) tests/cuda_check.py --architectures 90 && touch $@; else echo "make cuda-check: skipped, nvcc is not found"; fi
 
 $(STAMPS)/dist-checked: $(STAMPS)/built $(PACKAGE) README.md MANIFEST.in tests/distcheck.py tests/readme_examples.py
 	@$(MAKE) --no-print-directory distcheck

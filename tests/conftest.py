@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Thins out the cases of each test; the first stays."""
+    """Thins out the cases of each test; one at least stays."""
     tests = itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0])
     items[:] = [item for _name, cases in tests for item in thinned_out(list(cases), config)]
 
@@ -56,7 +56,8 @@ def thinned_out(cases: list[pytest.Item], config: pytest.Config) -> list[pytest.
     if every > 1 and cases[0].get_closest_marker("once"):
         return []
     mark = None if config.getoption("--long", False) else cases[0].get_closest_marker("short_form")
-    return cases[:: max(every, mark.args[0] if mark else 1)]
+    every = max(every, mark.args[0] if mark else 1)
+    return cases[min(every, len(cases)) // 2 :: every]  # the first are often the smallest sizes, which show least
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -354,6 +354,8 @@ def test_philox_raises_only_for_the_rows_of_the_chain() -> None:
     num_tokens, num_raised, num_seeds = 31_000, 0, 8 if IN_SIMT else 20
     message = "generate: " if IN_SIMT else "row 3 of weight"
     for seed in range(num_seeds):
+        if IN_SIMT and 0 < num_raised < seed:
+            break  # one of each: a chain takes seconds there
         try:
             expected: Any = philox_chains(weight, num_tokens, seed=seed)
         except RuntimeError as error:

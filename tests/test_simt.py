@@ -1,6 +1,6 @@
 """The CUDA kernels pass their tests in the GPU emulator (tests/simt), which detects faults injected into kernels.
 
-This is the short form: a sixteenth of the cases of each test and of the mutations; make emulator has all.
+This is the short form: of each test and of the mutations one case of 32; make emulator has all.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def run_tests(module: Path, *arguments: str) -> CompletedProcess[str]:
 
 @pytest.mark.parametrize("names", [tree.cuda_tests()[k::3] for k in range(3)], ids=" ".join)
 def test_kernels_pass(names: list[str], pytestconfig: pytest.Config) -> None:
-    short_form = [] if pytestconfig.getoption("--long") else ["--every=16", "--hypothesis-profile=few"]
+    short_form = [] if pytestconfig.getoption("--long") else ["--every=32", "--hypothesis-profile=few"]
     result = run_tests(make(ROOT, "_C.so"), *short_form, *(f"tests/{name}" for name in names))
     assert result.returncode == 0, result.stdout[-3000:]
 
@@ -317,7 +317,7 @@ def test_the_first_run_on_a_gpu_comes_to_its_end(tmp_path: Path) -> None:
     assert " passed, 0 failed" in (tmp_path / "suite.log").read_text()
 
 
-@pytest.mark.short_form(16)
+@pytest.mark.short_form(32)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_finds_mutation(mutation: Mutation, tmp_path: Path) -> None:
     on_injected_faults = not mutation.tests.startswith("tests/")
