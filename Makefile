@@ -9,8 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 FRAMEWORKS := build/frameworks
 STAMPS := build/stamps
-# Python compiles what it imports, pip would compile all: of torch three quarters of a minute.
+# Python compiles what it imports, pip would compile all: of torch three quarters of a minute. It must keep what it has
+# compiled: each process of the tests would compile torch and pytest anew.
 PIP_OPTIONS := --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 CSRC := $(shell find csrc -type f)
 SIMT := $(shell find tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
