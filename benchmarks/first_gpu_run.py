@@ -98,7 +98,8 @@ def ops(place: Place) -> list[Step]:
 
 def gpu_tests(place: Place) -> list[Step]:
     """What only a GPU can show, but for what takes long."""
-    return [one_by_one(place, "tests", 420, "tests/test_cuda.py", "-k", "not sanitize and not beyond and not large")]
+    chosen = ["tests/test_cuda.py", "-k", "not sanitize and not beyond and not large"]
+    return [one_by_one(place, "tests", 420, *(["tests/test_get_batch.py"] if place.emulated else chosen))]
 
 
 def table(_place: Place) -> list[Step]:
@@ -123,8 +124,8 @@ def bench(place: Place) -> list[Step]:
 
 def suite(place: Place) -> list[Step]:
     """All tests of the kernels."""
-    files = ["tests/test_get_batch.py"] if place.emulated else [f"tests/{name}" for name in tree.cuda_tests()]
-    return [one_by_one(place, "suite", 1200, *files, *([] if place.emulated else ["tests/test_cuda.py"]))]
+    files = [*(f"tests/{name}" for name in tree.cuda_tests()), "tests/test_cuda.py"]
+    return [one_by_one(place, "suite", 1200, *files)] if not place.emulated else []
 
 
 def sanitize(place: Place) -> list[Step]:
