@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,40 @@ class UnavailableError(Exception):
 
 class BrokenError(Exception):
     """Says what broke."""
+
+
+def digest() -> str:
+    """Of all that is compiled and tested."""
+    listed = ["git", "ls-files", "-z", "csrc", "bigramx", "tests", "setup.py", "pyproject.toml"]
+    digest = hashlib.sha256()
+    for file in sorted(filter(None, processes.run(listed, cwd=tree.ROOT, check=True).stdout.split("\0"))):
+        path = tree.ROOT / file
+        if path.is_file() and "results" not in path.parts:
+            digest.update(f"{file} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Passed:
+    """How many tests have passed in which environment, in a run of the same sources that was cut off: this one goes on.
+
+    Args:
+        path: The file that keeps it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._sources = path, digest()
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.tests: dict[str, int] = kept["tests"] if kept.get("sources") == self._sources else {}
+
+    def add(self, name: str, count: int) -> None:
+        """Keeps one more."""
+        self.tests[name] = count
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"sources": self._sources, "tests": self.tests}), encoding="utf-8")
+
+    def forget(self) -> None:
+        """At the end of a run: the next one begins anew."""
+        self._path.unlink(missing_ok=True)
 
 
 def prepare(name: str) -> tuple[Path, Path]:

@@ -2,8 +2,9 @@
 
 python -m tests.trust.portability [SECONDS] [--only NAME]
 
-Every environment has a folder, and a log, in build/portability. Of a CUDA build of torch it takes the wheel alone, with
-stubs in place of CUDA's libraries. What cannot be had is named, with the reason.
+Every environment has a folder, and a log, in build/portability; a run that is cut off goes on where it was. Of a CUDA
+build of torch it takes the wheel alone, with stubs in place of CUDA's libraries. What cannot be had is named, with the
+reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from tests import processes, tree
 from tests.trust import aarch64, environments, report
-from tests.trust.environments import FOLDER, BrokenError, UnavailableError
+from tests.trust.environments import FOLDER, BrokenError, Passed, UnavailableError
 
 COMPILERS = {"gcc": ("gcc", "g++"), "clang": ("clang", "clang++")}
 VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -110,17 +111,18 @@ def make_packages(environment: Environment, log: Path) -> Path:
     return python
 
 
-def trial(checks: Mapping[str, Callable[[], int]], seconds: float) -> tuple[dict[str, int], list[str]]:
-    """Runs all checks; after so many seconds no other is begun."""
+def trial(checks: Mapping[str, Callable[[], int]], seconds: float, passed: Passed) -> tuple[dict[str, int], list[str]]:
+    """Runs all checks but those that have passed; after so many seconds no other is begun."""
     end = time.monotonic() + seconds
     tried = {"environments": 0, "tests": 0, "environments not to be had": 0}
     findings = []
 
     def one(name: str) -> str:
         try:
-            if time.monotonic() > end:
-                raise UnavailableError(f"{seconds:.0f} seconds are over")
-            passed = checks[name]()
+            if name not in passed.tests:
+                if time.monotonic() > end:
+                    raise UnavailableError(f"{seconds:.0f} seconds are over")
+                passed.add(name, checks[name]())
         except UnavailableError as reason:
             tried["environments not to be had"] += 1
             return f"not to be had: {reason}"
@@ -129,11 +131,12 @@ def trial(checks: Mapping[str, Callable[[], int]], seconds: float) -> tuple[dict
             findings.append(f"{name}: {reason}")
             return "failed"
         tried["environments"] += 1
-        tried["tests"] += passed
-        return f"{passed} tests passed"
+        tried["tests"] += passed.tests[name]
+        return f"{passed.tests[name]} tests passed"
 
     for name in checks:
         print(f"{name}: {one(name)}", flush=True)
+    passed.forget()
     return tried, findings
 
 
@@ -144,7 +147,8 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", default="", help="those whose name contains this")
     options = parser.parse_args()
     chosen = {name: check for name, check in CHECKS.items() if options.only in name}
-    report.run("make portability", lambda: trial(chosen, options.seconds))
+    passed = Passed(FOLDER / "passed.json")
+    report.run("make portability", lambda: trial(chosen, options.seconds, passed))
 
 
 if __name__ == "__main__":

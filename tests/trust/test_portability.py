@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 from tests import processes, tree
 from tests.test_capability import CAPABILITIES, can_run
 from tests.trust import cuda_stubs, environments, portability
-from tests.trust.environments import BrokenError, UnavailableError
+from tests.trust.environments import BrokenError, Passed, UnavailableError
 
 CROSS = "aarch64-linux-gnu-g++"
 EMULATOR = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
@@ -163,18 +163,38 @@ def test_what_breaks_is_a_finding(tmp_path: Path) -> None:
             environments.run_tests(pythons[name], tmp_path, log, os.environ)
 
 
-def test_trial(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    passed = Passed(tmp_path / "passed.json")
+
     def unavailable() -> int:
         raise UnavailableError("no wheel")
 
     def broken() -> int:
         raise BrokenError("2 failed")
 
-    tried, findings = portability.trial({"a": lambda: 41, "b": unavailable, "c": broken}, 60)
+    tried, findings = portability.trial({"a": lambda: 41, "b": unavailable, "c": broken}, 60, passed)
     assert tried == {"environments": 2, "tests": 41, "environments not to be had": 1}
     assert findings == ["c: 2 failed"]
     assert capsys.readouterr().out == "a: 41 tests passed\nb: not to be had: no wheel\nc: failed\n"
-    assert portability.trial({"a": lambda: 41}, -1)[0]["environments not to be had"] == 1
+    assert portability.trial({"d": lambda: 41}, -1, passed)[0]["environments not to be had"] == 1
+
+
+def test_a_trial_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off() -> int:
+        raise KeyboardInterrupt
+
+    def unexpected() -> int:
+        raise AssertionError("it has passed")
+
+    path = tmp_path / "folder" / "passed.json"
+    with pytest.raises(KeyboardInterrupt):
+        portability.trial({"a": lambda: 41, "b": cut_off}, 60, Passed(path))
+    tried, findings = portability.trial({"a": unexpected, "b": lambda: 1}, 60, Passed(path))
+    assert (tried["tests"], findings) == (42, [])
+    assert not path.exists(), "the next run begins anew"
+    Passed(path).add("a", 41)
+    monkeypatch.setattr(environments, "digest", lambda: "of other sources")
+    assert Passed(path).tests == {}
 
 
 def test_every_version_and_compiler_has_an_environment() -> None:
