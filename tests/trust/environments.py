@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from tests import processes, tree
@@ -61,12 +61,16 @@ class Passed:
     def add(self, name: str, count: int) -> None:
         """Keeps one more."""
         self.tests[name] = count
+        self._write()
+
+    def forget(self, names: Collection[str]) -> None:
+        """At the end of a run of these: the next one begins anew."""
+        self.tests = {name: count for name, count in self.tests.items() if name not in names}
+        self._write()
+
+    def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps({"sources": self._sources, "tests": self.tests}), encoding="utf-8")
-
-    def forget(self) -> None:
-        """At the end of a run: the next one begins anew."""
-        self._path.unlink(missing_ok=True)
 
 
 def prepare(name: str) -> tuple[Path, Path]:

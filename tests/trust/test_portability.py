@@ -191,8 +191,13 @@ def test_a_trial_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         portability.trial({"a": lambda: 41, "b": cut_off}, 60, Passed(path))
     tried, findings = portability.trial({"a": unexpected, "b": lambda: 1}, 60, Passed(path))
     assert (tried["tests"], findings) == (42, [])
-    assert not path.exists(), "the next run begins anew"
-    Passed(path).add("a", 41)
+    assert Passed(path).tests == {}, "the next run begins anew"
+    for name in "ab":
+        Passed(path).add(name, 41)
+    portability.trial({"b": unexpected}, 60, Passed(path))
+    assert Passed(path).tests == {"a": 41}, "the others go on where they were"
+    portability.trial({"a": unexpected, "b": lambda: 1}, -1, Passed(path))
+    assert Passed(path).tests == {"a": 41}, "no time was left for b"
     monkeypatch.setattr(environments, "digest", lambda: "of other sources")
     assert Passed(path).tests == {}
 
