@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import time
 from collections.abc import Callable
@@ -83,9 +84,9 @@ class Device:
     def peak_resident_bytes(self, function: Function) -> int:
         """The most memory that the process takes during a call, whichever allocator; of a function called before.
 
-        Large blocks alone: small ones come from memory that the process keeps. On Linux; elsewhere an OSError.
+        On Linux; elsewhere an OSError.
         """
-        bigramx.memory.empty_gradient_pool()  # else the gradient of the call before would not count
+        _give_back_freed_memory()  # else what the call takes of it would not count
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
         before = _resident_bytes("VmRSS")
         function()
@@ -190,6 +191,14 @@ def _proc(file: str, field: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def _give_back_freed_memory() -> None:
+    """What the gradient pool and, if it is glibc, the C library keep goes back to the system."""
+    bigramx.memory.empty_gradient_pool()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident_bytes(field: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import sys
@@ -149,6 +150,19 @@ class TestDevice:
         # The system may take other memory of this process meanwhile.
         peaks = (CPU.peak_resident_bytes(lambda: torch.ones(size, dtype=torch.uint8)) for _ in range(10))
         assert any(size * 0.9 < peak < size * 1.1 for peak in peaks)
+
+    @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+    def test_freed_memory_counts(self) -> None:
+        """That glibc keeps, below a block of the heap that is in use."""
+        malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+        malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        free(malloc(31 << 20))  # from now on blocks up to this size lie on the heap
+        *blocks, used = [malloc(16 << 20) for _ in range(7)]
+        for block in blocks:
+            ctypes.memset(block, 1, 16 << 20)
+            free(block)
+        assert CPU.peak_resident_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8)) > 32 << 20
+        free(used)
 
     @pytest.mark.parametrize(
         ("set_bytes", "free_bytes", "num_sets"),
