@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any, overload
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ _DTYPES = (torch.float32, torch.float64)
 _NUMBER = (float, int)
 _LARGEST_LR = torch.finfo(torch.float32).max  # torch's step does not convert larger ones
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 _Options = tuple[float, float, float, float, float, bool]
 
@@ -59,11 +63,23 @@ class AdamW(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or with ``set_to_none=False`` sets them to zero."""
         if not set_to_none or _is_observed(self):
-            super().zero_grad(set_to_none)
+            _without_compiler(super().zero_grad)(set_to_none)
             return
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, with options of their own."""
+        _without_compiler(super().add_param_group)(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, the steps and the options."""
+        return _without_compiler(super().state_dict)()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state of this optimizer, or of torch.optim.AdamW."""
+        _without_compiler(super().load_state_dict)(state_dict)
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it: the wrapper is slower than the step
 
@@ -309,6 +325,19 @@ def most_counted(step: Tensor) -> int:
 
 def _is_observed(optimizer: torch.optim.Optimizer) -> bool:
     return has_hooks(optimizer) or profiler._is_profiler_enabled
+
+
+def _without_compiler(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A method of torch's optimizer, itself where torch wraps it only to keep its compiler out.
+
+    The wrapper imports the compiler for that: seconds of each script, while there is none yet to be kept out.
+    """
+    bound: Any = method
+    function: Any = getattr(bound, "__func__", None)
+    is_wrapped = getattr(function, "__globals__", {}).get("__name__") == "torch._compile"
+    if "torch._dynamo" in sys.modules or not is_wrapped:
+        return method
+    return MethodType(function.__wrapped__, bound.__self__)
 
 
 def _step(optimizer: torch.optim.AdamW, closure: Callable[[], float] | None = None) -> float | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy
@@ -797,6 +800,31 @@ def test_schedulers_and_hooks_of_subclasses() -> None:
         scheduler.step()
         torch.testing.assert_close(param.detach(), torch.full((3,), 1 - lr))
         assert calls == [1]
+
+
+METHODS = ("add_param_group", "state_dict", "load_state_dict", "zero_grad")
+
+
+@mock.patch.dict(sys.modules)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("owner", [torch.optim.Optimizer, torch.optim.AdamW])
+def test_methods_of_torch_that_others_replace(
+    method: str, owner: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run, also where torch's own are called without what keeps its compiler out."""
+    sys.modules.pop("torch._dynamo", None)
+    original, calls = getattr(owner, method), []
+
+    @functools.wraps(original)
+    def replaced(*args: Any) -> Any:
+        calls.append(method)
+        return original.__wrapped__(*args)
+
+    monkeypatch.setattr(owner, method, replaced)
+    optimizer = optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad(set_to_none=False)
+    assert calls
 
 
 def test_freed_memory_does_not_fit() -> None:

@@ -647,12 +647,25 @@ def test_a_progress_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cpu_only
-def test_tqdm_is_imported_for_a_bar_alone() -> None:
+def test_what_training_imports() -> None:
+    """Not torch's compiler, which takes as long as torch; tqdm for a bar alone."""
     script = """
-import sys, torch
-from bigramx import BigramLanguageModel, fit
+import io, sys, torch
+from bigramx import BigramLanguageModel, History, fit
+from bigramx.optim import AdamW, DeferredAdamW
+model, tokens = BigramLanguageModel(20), torch.randint(20, (500,))
 for progress, is_imported in ((None, False), (False, False), (True, True)):
-    fit(BigramLanguageModel(20), torch.randint(20, (500,)), max_steps=3, progress=progress)
+    history, file = fit(model, tokens, max_steps=3, progress=progress), io.BytesIO()
     assert ("tqdm.auto" in sys.modules) == is_imported, progress
+history.save(file)
+fit(model, tokens, max_steps=6, resume=History.load(io.BytesIO(file.getvalue())))
+for optimizer in (AdamW(model.parameters()), DeferredAdamW(model)):
+    model(tokens[:4], tokens[:4])[1].backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+torch.optim.AdamW(model.parameters())
+print("torch._dynamo" in sys.modules)  # else there is nothing to be gained
 """
-    processes.run([sys.executable, "-c", script], check=True)
+    assert processes.run([sys.executable, "-c", script], check=True).stdout.splitlines()[-1] == "True"
