@@ -150,6 +150,7 @@ $(STAMPS)/built: $(STAMPS)/installed $(CSRC) setup.py
 $(STAMPS)/frameworks: pyproject.toml setup.py | $(STAMPS)/built
 	@echo "installing the frameworks into $(FRAMEWORKS)"
 	@rm -rf $(FRAMEWORKS) build/wheels && $(PYTHON) -m venv $(FRAMEWORKS)
+	@$(BIN)/python -m tests.linked_torch $(FRAMEWORKS)
 	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheels .
 	@$(FRAMEWORKS)/bin/pip install --quiet $(PIP_OPTIONS) $(TORCH) "$$(echo build/wheels/*.whl)[integration]"
 	@touch $@
