@@ -297,7 +297,7 @@ def run_tests(module: Path, *arguments: str) -> CompletedProcess[str]:
     return processes.run(command, cwd=ROOT, env=environment, seconds=3600)
 
 
-@pytest.mark.parametrize("names", [tree.cuda_tests()[k::3] for k in range(3)], ids=" ".join)
+@pytest.mark.parametrize("names", [tree.cuda_tests()[k::2] for k in range(2)], ids=" ".join)
 def test_kernels_pass(names: list[str], pytestconfig: pytest.Config) -> None:
     short_form = [] if pytestconfig.getoption("--long") else ["--every=32", "--hypothesis-profile=few"]
     result = run_tests(make(ROOT, "_C.so"), *short_form, *(f"tests/{name}" for name in names))
