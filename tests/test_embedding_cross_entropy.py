@@ -925,12 +925,11 @@ def test_threads_with_tables_of_several_widths() -> None:
         torch.testing.assert_close(loss, expected[k % 3])
 
 
-MANY_PAIRS = pytest.mark.parametrize("num_pairs", [65_536, 100_001])  # grouped in several chunks
-COUNTED_OR_LISTED = pytest.mark.parametrize("vocab_size", [65, 1000])
+# Grouped in several chunks, and of a row counted or listed.
+MANY_PAIRS = pytest.mark.parametrize(("vocab_size", "num_pairs"), [(65, 65_536), (65, 100_001), (1000, 100_001)])
 
 
 @MANY_PAIRS
-@COUNTED_OR_LISTED
 def test_many_pairs(vocab_size: int, num_pairs: int, two_threads: None) -> None:
     skip_if_long(num_pairs + vocab_size**2)
     make_case(vocab_size, num_pairs, reduction="mean", ignore_index=3).check(1.0)
@@ -938,7 +937,6 @@ def test_many_pairs(vocab_size: int, num_pairs: int, two_threads: None) -> None:
 
 @pytest.mark.device_assertion
 @MANY_PAIRS
-@COUNTED_OR_LISTED
 def test_one_of_many_pairs_out_of_range(vocab_size: int, num_pairs: int, two_threads: None) -> None:
     skip_if_long(6 * (num_pairs + vocab_size**2))
     case = make_case(vocab_size, num_pairs)

@@ -265,7 +265,7 @@ def test_ambient_default_device() -> None:
         assert results() == expected
 
 
-# Each case may take 64 MB beyond the tables and the counts that its name has.
+# Each case may take 32 MB beyond the tables and the counts that its name has.
 MEMORY_CASES = """
 import resource, sys
 import torch
@@ -304,7 +304,7 @@ model.evaluate(tokens[:10**6])  # allocates what is allocated once
 for name in sys.argv[3:] or cases:
     counts_mb, call = cases[name]
     print(name, flush=True)
-    resource.setrlimit(resource.RLIMIT_DATA, (data_in_memory() + (counts_mb + 64) * 2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_DATA, (data_in_memory() + (counts_mb + 32) * 2**20, resource.RLIM_INFINITY))
     call()
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print("all")
@@ -314,12 +314,12 @@ print("all")
 @pytest.mark.cpu_only
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
 def test_memory_whatever_the_number_of_tokens(tmp_path: Path) -> None:
-    """A corpus of 64 MB, where a copy in int64 takes 256 MB."""
+    """A corpus of 32 MB, where a copy in int64 takes 128 MB."""
     paths = [tmp_path / "zeros.bin", tmp_path / "wide.bin"]
     paths[0].touch()
-    os.truncate(paths[0], 2**26)
+    os.truncate(paths[0], 2**25)
     pattern = torch.randint(2**16, (2**19,), dtype=torch.int32).to(torch.uint16).numpy().tobytes()
-    paths[1].write_bytes(pattern * 64)
+    paths[1].write_bytes(pattern * 32)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # with more they spin where the machine is busy
     assert processes.run([sys.executable, "-c", MEMORY_CASES, *paths], env=environment, check=True).stdout.endswith(
         "all\n"

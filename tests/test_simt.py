@@ -1,6 +1,6 @@
 """The CUDA kernels pass their tests in the GPU emulator (tests/simt), which detects faults injected into kernels.
 
-This is the short form: of each test one case of 32, of the mutations one; make emulator has all.
+This is the short form: of each test of an op one case of 32, of the mutations one; make emulator has all.
 """
 
 from __future__ import annotations
@@ -297,7 +297,12 @@ def run_tests(module: Path, *arguments: str) -> CompletedProcess[str]:
     return processes.run(command, cwd=ROOT, env=environment, seconds=3600)
 
 
-@pytest.mark.parametrize("names", [tree.cuda_tests()[k::2] for k in range(2)], ids=" ".join)
+OF_KERNELS = {f"test_{op}.py" for op in tree.OPS} | {"test_graph_steps.py"}
+SHORT = [name for name in tree.cuda_tests() if name in OF_KERNELS]
+OTHERS = [name for name in tree.cuda_tests() if name not in OF_KERNELS]
+
+
+@pytest.mark.parametrize("names", [SHORT[::2], SHORT[1::2], pytest.param(OTHERS, marks=pytest.mark.long)], ids=" ".join)
 def test_kernels_pass(names: list[str], pytestconfig: pytest.Config) -> None:
     short_form = [] if pytestconfig.getoption("--long") else ["--every=32", "--hypothesis-profile=few"]
     result = run_tests(make(ROOT, "_C.so"), *short_form, *(f"tests/{name}" for name in names))

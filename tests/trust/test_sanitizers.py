@@ -70,6 +70,7 @@ def findings(sanitizer: Sanitizer, capability: str, script: str) -> list[str]:
     return sanitizers.run(sanitizer, capability, ["-c", PLANTED + script])[1]
 
 
+@pytest.mark.short_form(3)
 @pytest.mark.parametrize("capability", [*filter(can_run, CAPABILITIES)])
 def test_finds_undefined_behaviour_and_a_read_out_of_bounds_in_a_kernel(capability: str) -> None:
     found = findings(ASAN_QUICK, capability, OVERFLOWS + READ_OUT_OF_BOUNDS)  # the last ends the process
