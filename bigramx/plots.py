@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ft2font import FT2Font
@@ -76,13 +77,12 @@ def plot_table(model: BigramLanguageModel, path: FileLike | None = None) -> Figu
     axes = figure.add_subplot()
     # The square root makes rare pairs visible next to common ones.
     image = axes.imshow(probs.sqrt().numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    labels = []
     if model.tokenizer is not None and model.vocab_size <= 200:
         font = get_font(findfont(_LABEL_FONT))
         tokenizer = adapt(model.tokenizer)
         texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
         labels = ["".join(_label(character, font) for character in text) for text in texts]
-        axes.set_xticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
-        axes.set_yticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
     axes.tick_params(length=0)
     axes.set_xlabel("next token")
     axes.set_ylabel("last token")
@@ -90,7 +90,17 @@ def plot_table(model: BigramLanguageModel, path: FileLike | None = None) -> Figu
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     ticks = [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
     bar.set_ticks([tick**0.5 for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
+    if labels:  # the place of all is that of the longest: to measure each, several times, takes a second
+        _set_labels(axes, [max(labels, key=len)])
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        _set_labels(axes, labels)
     return _saved(figure, path)
+
+
+def _set_labels(axes: Axes, labels: list[str]) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(len(labels)), labels, fontsize=6, family=_LABEL_FONT)
 
 
 def _pooled_probs(model: BigramLanguageModel) -> Tensor:
