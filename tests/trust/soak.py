@@ -440,10 +440,13 @@ class AtMoments:
     """Sends SIGINTs these seconds after its begin, from another thread; native calls run in the meantime."""
 
     def __init__(self, *seconds: float) -> None:
-        self._thread = threading.Thread(target=self._send, args=[seconds])
+        self._not_begun = threading.Lock()
+        self._not_begun.acquire()
+        self._thread = threading.Thread(target=self._send, args=[seconds], daemon=True)
+        self._thread.start()  # not where the first may come: an interrupt within breaks Python's own locks
 
     def __enter__(self) -> None:
-        self._thread.start()
+        self._not_begun.release()
 
     def __exit__(self, *_error: object) -> None:
         self.end()
@@ -457,6 +460,7 @@ class AtMoments:
             time.sleep(1e-3)  # handlers run
 
     def _send(self, seconds: tuple[float, ...]) -> None:
+        self._not_begun.acquire()
         begin = time.monotonic()
         for moment in seconds:
             while (rest := begin + moment - time.monotonic()) > 0:
@@ -517,7 +521,7 @@ SECTIONS = {  # how often, in `make soak`
 }
 
 
-def in_a_process(sections: dict[str, int], seed: int, *, first: str = "", seconds: float = 3600) -> list[str]:
+def in_a_process(sections: dict[str, int], seed: int, *, first: str = "", seconds: float = 4 * 3600) -> list[str]:
     """What sections find in a process of their own, which may hang or crash; ``first`` is what it does before."""
     script = f"""{first}
 import json
