@@ -22,6 +22,8 @@ from benchmarks import bench_embedding_cross_entropy, comparison, peers, report,
 from benchmarks.comparison import OURS, Case, Comparison, Outcome, Result, RunConfig, faster_than
 from benchmarks.device import CPU, CUDA, Device
 from benchmarks.timing import Function, Times
+from tests import processes
+from tests.tree import ROOT
 
 OPS = ("adamw", "count_bigrams", "embedding_cross_entropy", "fit", "generate", "get_batch", "multinomial")
 ONCE = RunConfig(seconds=0, min_rounds=3, quick=True)
@@ -154,15 +156,20 @@ class TestDevice:
     @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
     def test_freed_memory_counts(self) -> None:
         """That glibc keeps, below a block of the heap that is in use."""
-        malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
-        malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-        free(malloc(31 << 20))  # from now on blocks up to this size lie on the heap
-        *blocks, used = [malloc(16 << 20) for _ in range(7)]
-        for block in blocks:
-            ctypes.memset(block, 1, 16 << 20)
-            free(block)
-        assert CPU.peak_resident_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8)) > 32 << 20
-        free(used)
+        script = """
+import ctypes, torch
+from benchmarks.device import CPU
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+free(malloc(31 << 20))  # from now on blocks up to this size lie on the heap
+*blocks, used = [malloc(16 << 20) for _ in range(7)]
+for block in blocks:
+    ctypes.memset(block, 1, 16 << 20)
+    free(block)
+print(CPU.peak_resident_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8)))
+"""
+        printed = processes.run([sys.executable, "-c", script], cwd=ROOT, check=True).stdout
+        assert int(printed) > 32 << 20
 
     @pytest.mark.parametrize(
         ("set_bytes", "free_bytes", "num_sets"),

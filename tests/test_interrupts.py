@@ -22,6 +22,10 @@ def test_a_handler_that_takes_long_is_not_interrupted_by_the_next() -> None:
         time.sleep(0.01)
         depth -= 1
 
-    _result, count = call_with_handlers(lambda: [time.sleep(0.02) for _ in range(10)], handle)
+    def call() -> None:
+        for _ in range(10):
+            time.sleep(0.02)
+
+    _result, count = call_with_handlers(call, handle)
     assert count >= SOME
     assert set(depths) == {1}
