@@ -586,15 +586,13 @@ print(memory.gradient_pool_info().held == large.nbytes)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + larger.nbytes - large.nbytes // 4, resource.RLIM_INFINITY))
 print(gradient(larger).shape, memory.gradient_pool_info().held)
-largest = torch.zeros(1, 1).expand(1, 1)
+print(torch.equal(gradient(large), gradient(large)), memory.gradient_pool_info().held)
 weight = torch.empty_strided((10**5, 10**5), (10, 1), requires_grad=True)
 for call in (lambda: gradient(weight), lambda: torch.empty(10**5, 10**5)):
     try: call()
     except RuntimeError as error: print(str(error).partition("alloc_cpu.cpp")[2])
-print(torch.equal(gradient(large), gradient(large)), memory.gradient_pool_info().held)
 """
     lines = processes.run([sys.executable, "-c", script], check=True).stdout.splitlines()
-    assert lines[:2] == ["True", "torch.Size([4500, 4500]) 0"]
-    assert lines[2] == lines[3]
-    assert "can't allocate memory: you tried to allocate 40000000000 bytes" in lines[2]
-    assert lines[4:] == ["True 0"]
+    assert lines[:3] == ["True", "torch.Size([4500, 4500]) 0", "True 0"]
+    assert lines[3] == lines[4]
+    assert "can't allocate memory: you tried to allocate 40000000000 bytes" in lines[3]

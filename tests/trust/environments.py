@@ -47,7 +47,7 @@ def digest() -> str:
 
 
 class Passed:
-    """How many tests have passed in which environment, in a run of the same sources that was cut off: this one goes on.
+    """How many tests have passed in which environment, in an earlier run of the same sources: this one goes on.
 
     Args:
         path: The file that keeps it.

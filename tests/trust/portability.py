@@ -2,9 +2,9 @@
 
 python -m tests.trust.portability [SECONDS] [--only NAME]
 
-Every environment has a folder, and a log, in build/portability; a run that is cut off goes on where it was. Of a CUDA
-build of torch it takes the wheel alone, with stubs in place of CUDA's libraries. What cannot be had is named, with the
-reason.
+Every environment has a folder, and a log, in build/portability. After a run that was cut off, or found something, the
+next one of the same sources tries only what has not passed. Of a CUDA build of torch it takes the wheel alone, with
+stubs in place of CUDA's libraries. What cannot be had is named, with the reason.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def trial(checks: Mapping[str, Callable[[], int]], seconds: float, passed: Passe
 
     for name in checks:
         print(f"{name}: {one(name)}", flush=True)
-    if time.monotonic() <= end:  # else some may be left
+    if not findings and time.monotonic() <= end:  # else the next run tries what has failed, or is left, alone
         passed.forget(checks)
     return tried, findings
 

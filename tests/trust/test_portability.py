@@ -179,9 +179,12 @@ def test_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert portability.trial({"d": lambda: 41}, -1, passed)[0]["environments not to be had"] == 1
 
 
-def test_a_trial_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_goes_on_where_another_was_cut_off_or_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off() -> int:
         raise KeyboardInterrupt
+
+    def broken() -> int:
+        raise BrokenError("a test has failed")
 
     def unexpected() -> int:
         raise AssertionError("it has passed")
@@ -189,6 +192,8 @@ def test_a_trial_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "folder" / "passed.json"
     with pytest.raises(KeyboardInterrupt):
         portability.trial({"a": lambda: 41, "b": cut_off}, 60, Passed(path))
+    _tried, findings = portability.trial({"a": unexpected, "b": broken}, 60, Passed(path))
+    assert findings == ["b: a test has failed"]
     tried, findings = portability.trial({"a": unexpected, "b": lambda: 1}, 60, Passed(path))
     assert (tried["tests"], findings) == (42, [])
     assert Passed(path).tests == {}, "the next run begins anew"
