@@ -56,16 +56,16 @@ def thinned_out(cases: list[pytest.Item], config: pytest.Config) -> list[pytest.
     if every > 1 and cases[0].get_closest_marker("once"):
         return []
     if not config.getoption("--long", False):
-        cases = [case for case in cases if not case.get_closest_marker("long")]
         mark = cases[0].get_closest_marker("short_form")
         every = max(every, mark.args[0] if mark else 1)
+        cases = [case for case in cases if not case.get_closest_marker("long")]
     return cases[min(every, len(cases)) // 2 :: every]  # the first are often the smallest sizes, which show least
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marks."""
     config.addinivalue_line("markers", "short_form(k): of the cases of this test one of k runs, without --long")
-    config.addinivalue_line("markers", "long: this case runs with --long alone, not all cases of its test may be")
+    config.addinivalue_line("markers", "long: this case runs with --long alone")
     config.addinivalue_line("markers", "once: shows the same whatever kernels run, and is left out with --every")
     for mark in devices.MARKS:
         config.addinivalue_line("markers", f"{mark}: see tests/devices.py")

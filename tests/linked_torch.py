@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import sysconfig
 from importlib.metadata import distribution
 from importlib.util import cache_from_source
 from pathlib import Path
@@ -18,10 +17,11 @@ from pathlib import Path
 
 def link_torch(environment: Path) -> None:
     """Into an environment that has no torch yet."""
-    here = Path(sysconfig.get_path("purelib"))
+    torch = distribution("torch")
+    here = Path(str(torch.locate_file("")))
     there = environment / here.relative_to(sys.prefix)
-    files = {str(path) for path in distribution("torch").files or [] if ".." not in path.parts}  # else a script, in bin
-    caches = {cache_from_source(path) for path in files if path.endswith(".py")}
+    files = {str(path) for path in torch.files or [] if ".." not in path.parts}  # else a script, in bin
+    caches = {cache_from_source(path) for path in files if path.endswith(".py") and sys.pycache_prefix is None}
     for path in files | {cache for cache in caches if (here / cache).exists()}:
         (there / path).parent.mkdir(parents=True, exist_ok=True)
         try:
