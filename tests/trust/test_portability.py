@@ -173,7 +173,7 @@ def test_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         raise BrokenError("2 failed")
 
     tried, findings = portability.trial({"a": lambda: 41, "b": unavailable, "c": broken}, 60, passed)
-    assert tried == {"environments": 2, "tests": 41, "environments not to be had": 1}
+    assert tried == {"environments": 2, "of them in an earlier run": 0, "tests": 41, "environments not to be had": 1}
     assert findings == ["c: 2 failed"]
     assert capsys.readouterr().out == "a: 41 tests passed\nb: not to be had: no wheel\nc: failed\n"
     assert portability.trial({"d": lambda: 41}, -1, passed)[0]["environments not to be had"] == 1
@@ -195,7 +195,7 @@ def test_a_trial_goes_on_where_another_was_cut_off_or_failed(tmp_path: Path, mon
     _tried, findings = portability.trial({"a": unexpected, "b": broken}, 60, Passed(path))
     assert findings == ["b: a test has failed"]
     tried, findings = portability.trial({"a": unexpected, "b": lambda: 1}, 60, Passed(path))
-    assert (tried["tests"], findings) == (42, [])
+    assert (tried["tests"], tried["of them in an earlier run"], findings) == (42, 1, [])
     assert Passed(path).tests == {}, "the next run begins anew"
     for name in "ab":
         Passed(path).add(name, 41)
