@@ -70,15 +70,23 @@ class AdamW(torch.optim.AdamW):
                 param.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, with options of their own."""
+        """Adds parameters, with options of their own, as torch.optim.AdamW does.
+
+        Args:
+            param_group: ``params``, and the options that differ from those of the optimizer.
+        """
         _without_compiler(super().add_param_group)(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments, the steps and the options."""
+        """The moments, the steps and the options, in torch.optim.AdamW's form."""
         return _without_compiler(super().state_dict)()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state of this optimizer, or of torch.optim.AdamW."""
+        """Goes on from a state of this optimizer, or of torch.optim.AdamW.
+
+        Raises:
+            ValueError: Its groups have other numbers of parameters.
+        """
         _without_compiler(super().load_state_dict)(state_dict)
 
     step.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it: the wrapper is slower than the step

@@ -444,11 +444,12 @@ for name, sizes in work.items():
 
 
 FRESH_PAGES = """
-import resource
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: 512 pages would be one fault
 weight = torch.zeros(3000, 3000, requires_grad=True)
 def faults(limit):
     memory.set_gradient_pool_limit(limit)
-    step(weight, 3000)
+    for _ in range(2): step(weight, 3000)  # the second takes a block too: the first one's gradient is still there
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5): step(weight, 3000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -475,7 +476,7 @@ def test_the_peak_grows_by_one_gradient_at_most() -> None:
 @pytest.mark.skipif(not ON_LINUX, reason="page faults are counted by Linux")
 def test_a_step_takes_no_fresh_pages() -> None:
     kept, none_kept = map(int, printed_by(FRESH_PAGES).split())
-    assert kept < none_kept / 5
+    assert kept < none_kept / 100
 
 
 @pytest.mark.skipif(
@@ -571,7 +572,10 @@ def test_the_limit_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(not ON_LINUX, reason="the address space cannot be limited")
 def test_a_limited_address_space() -> None:
-    """What is kept makes room; then nothing is kept. Too large a gradient raises torch's own error."""
+    """What is kept makes room, before a failing malloc takes it for an arena; then nothing is kept.
+
+    Too large a gradient raises torch's own error.
+    """
     script = """
 import resource, torch
 from pathlib import Path
@@ -580,11 +584,12 @@ torch.set_num_threads(1)
 memory.set_gradient_pool_limit(2**40)
 def gradient(weight, idx=torch.arange(8)):
     return torch.autograd.grad(functional.embedding_cross_entropy(idx, weight, idx), weight)[0]
-large, larger = torch.zeros(3500, 3500, requires_grad=True), torch.zeros(4500, 4500, requires_grad=True)
+large, larger = torch.zeros(5000, 5000, requires_grad=True), torch.zeros(8000, 8000, requires_grad=True)
 gradient(large)
 print(memory.gradient_pool_info().held == large.nbytes)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + larger.nbytes - large.nbytes // 4, resource.RLIM_INFINITY))
+# Room for what is kept and the 128 MB that glibc asks for; not for the larger one and the 64 that an arena keeps.
+resource.setrlimit(resource.RLIMIT_AS, (used + larger.nbytes - 80 * 10**6, resource.RLIM_INFINITY))
 print(gradient(larger).shape, memory.gradient_pool_info().held)
 print(torch.equal(gradient(large), gradient(large)), memory.gradient_pool_info().held)
 weight = torch.empty_strided((10**5, 10**5), (10, 1), requires_grad=True)
@@ -593,6 +598,6 @@ for call in (lambda: gradient(weight), lambda: torch.empty(10**5, 10**5)):
     except RuntimeError as error: print(str(error).partition("alloc_cpu.cpp")[2])
 """
     lines = processes.run([sys.executable, "-c", script], check=True).stdout.splitlines()
-    assert lines[:3] == ["True", "torch.Size([4500, 4500]) 0", "True 0"]
+    assert lines[:3] == ["True", "torch.Size([8000, 8000]) 0", "True 0"]
     assert lines[3] == lines[4]
     assert "can't allocate memory: you tried to allocate 40000000000 bytes" in lines[3]

@@ -35,14 +35,19 @@ class BrokenError(Exception):
     """Says what broke."""
 
 
+def tracked_files(*places: str) -> list[str]:
+    """What git has of this checkout, or of places in it, and is still there."""
+    listed = processes.run(["git", "ls-files", "-z", *places], cwd=tree.ROOT, check=True).stdout
+    return [file for file in listed.split("\0") if file and (tree.ROOT / file).is_file()]
+
+
 def digest() -> str:
     """Of all that is compiled and tested."""
-    listed = ["git", "ls-files", "-z", "csrc", "bigramx", "tests", "setup.py", "pyproject.toml"]
     digest = hashlib.sha256()
-    for file in sorted(filter(None, processes.run(listed, cwd=tree.ROOT, check=True).stdout.split("\0"))):
-        path = tree.ROOT / file
-        if path.is_file() and "results" not in path.parts:
-            digest.update(f"{file} {path.stat().st_size} ".encode() + path.read_bytes())
+    for file in tracked_files("csrc", "bigramx", "tests", "setup.py", "pyproject.toml"):
+        if not file.startswith("tests/trust/results/"):
+            content = (tree.ROOT / file).read_bytes()
+            digest.update(f"{file} {len(content)} ".encode() + content)
     return digest.hexdigest()
 
 
@@ -76,9 +81,9 @@ class Passed:
 def prepare(name: str) -> tuple[Path, Path]:
     """A copy of what git has of this checkout, where files that have not changed keep their time; an empty log."""
     folder, log = FOLDER / name, FOLDER / f"{name}.log"
-    for file in filter(None, processes.run(["git", "ls-files", "-z"], cwd=tree.ROOT, check=True).stdout.split("\0")):
+    for file in tracked_files():
         source, copy = tree.ROOT / file, folder / file
-        if source.is_file() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
+        if not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
     log.write_text("", encoding="utf-8")

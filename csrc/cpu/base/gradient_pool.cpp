@@ -127,9 +127,11 @@ class GradientAllocator final : public c10::Allocator {
         if (bytes < kLeastBytes || plain != c10::GetDefaultCPUAllocator()) return plain->allocate(bytes);
         void* memory = take(bytes);
         (memory != nullptr ? hits : misses).fetch_add(1, std::memory_order_relaxed);
-        // Before malloc fails: glibc then reserves addresses for another arena, which the next call lacks.
-        if (memory == nullptr && is_address_space_limited()) empty_gradient_pool();
-        if (memory == nullptr) memory = allocate_block(bytes);
+        if (memory == nullptr) {
+            // Before malloc fails: glibc then reserves another arena, whose addresses the next call lacks.
+            if (is_address_space_limited()) empty_gradient_pool();
+            memory = allocate_block(bytes);
+        }
         if (memory == nullptr) {
             empty_gradient_pool();
             return plain->allocate(bytes);  // or its error
