@@ -49,14 +49,21 @@ def call_with_handlers(call: Callable[[], _Result], handle: Callable[[], object]
         signal.signal(signal.SIGALRM, handler)
 
 
-def call_until_handled(call: Callable[[], _Result]) -> tuple[_Result, int]:
-    """As ``call_with_handlers``, for a call to repeat if a fast machine ends it before handlers are due."""
-    result, count = call_with_handlers(call)
-    for _ in range(20):
+def call_until_handled(
+    prepare: Callable[[int], Callable[[], _Result]], handle: Callable[[], object] = bool
+) -> tuple[_Result, int]:
+    """The result of the first of ``prepare(1)()``, ``prepare(2)()``, ``prepare(4)()``... with handlers, and its size.
+
+    How much a machine gets done before handlers are due is not known; in two seconds they are on any.
+    """
+    size = 1
+    while True:
+        call, begin = prepare(size), time.monotonic()
+        result, count = call_with_handlers(call, handle)
         if count >= SOME:
-            break
-        result, count = call_with_handlers(call)
-    return result, count
+            return result, size
+        assert time.monotonic() - begin < 2, "no handlers run during the call"
+        size *= 2
 
 
 def call_beside(call: Callable[[], object], work: Callable[[], object]) -> int:

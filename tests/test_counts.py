@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from bigramx import BigramCounts, functional, storage
 from bigramx.shards import TokenShards
 from tests import processes
-from tests.interrupts import SOME, call_until_handled
+from tests.interrupts import call_until_handled
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -384,19 +385,16 @@ def test_progress_that_raises(num_tokens: int) -> None:
 
 def test_handlers_run_during_an_update() -> None:
     """And may use the counts that are being updated."""
-    tokens = zipf(2**22, 50257).to(torch.uint16).repeat(16)
-    counts = counted(torch.tensor([0, 1]), vocab_size=50257)
-    others = counted(tokens, vocab_size=50257)
+    tokens = zipf(2**22, 50257).to(torch.uint16)
+    counts, seen = [], []
 
-    def update() -> BigramCounts:
-        counts = BigramCounts(50257)
-        counts.update(tokens)
-        return counts
+    def prepare(size: int) -> Callable[[], None]:
+        counts.append(BigramCounts(50257))
+        return partial(counts[-1].update, tokens.repeat(16 * size))
 
-    result, count = call_until_handled(update)
-    assert count >= SOME
-    assert result == others
-    assert counts.num_pairs == 1
+    _, size = call_until_handled(prepare, lambda: seen.append(counts[-1].num_pairs))
+    assert counts[-1] == counted(tokens.repeat(16 * size), vocab_size=50257)
+    assert set(seen) - {kept.num_pairs for kept in counts} == {0}
 
 
 def raising_handler(*_: object) -> None:

@@ -6,8 +6,9 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -29,7 +30,7 @@ from tests.devices import (
     runs_on_gpu,
     skip_if_long,
 )
-from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
+from tests.interrupts import call_beside, call_until_handled, draws_are_replayed
 from tests.names import name_of
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -446,10 +447,11 @@ def test_handlers_run_during_a_call(num_chains: int) -> None:
         loss = weight.square().sum() + torch.rand((), generator=generator)
         losses.append(torch.autograd.grad(loss, weight)[0])
 
-    call_with_handlers(
-        lambda: functional.generate(idx, weight, long_chain() // num_chains, generator=generator), handle
-    )
-    assert len(losses) >= SOME
+    def prepare(size: int) -> Callable[[], torch.Tensor]:
+        num_tokens = size * long_chain() // num_chains
+        return partial(functional.generate, idx, weight, num_tokens, generator=generator)
+
+    call_until_handled(prepare, handle)
     assert all(torch.equal(grad, 2 * weight) for grad in losses)
 
 
@@ -468,15 +470,18 @@ def test_other_threads_draw_during_a_call() -> None:
 def test_a_call_in_chunks_equals_the_loop() -> None:
     """Handlers see the generator on its way: it is released while rows are filtered."""
     weight, idx = torch.randn(1, 5000).expand(5000, 5000), torch.zeros((3, 1), dtype=torch.long)
-    ours, loops = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    states = {bytes(ours.get_state().numpy())}
+    ours, loops = torch.Generator(), torch.Generator().manual_seed(1)
+    states: set[bytes] = set()
+
+    def prepare(size: int) -> Callable[[], torch.Tensor]:
+        ours.manual_seed(1)
+        states.clear()
+        return partial(functional.generate, idx, weight, 100 * size, top_p=0.9, generator=ours)
+
     with limited_to(1):
-        actual, _count = call_with_handlers(
-            lambda: functional.generate(idx, weight, 100, top_p=0.9, generator=ours),
-            lambda: states.add(bytes(ours.get_state().numpy())),
-        )
-        assert len(states - {bytes(ours.get_state().numpy())}) > 1
-        assert torch.equal(actual, reference.generate(idx, weight, 100, top_p=0.9, generator=loops))
+        actual, size = call_until_handled(prepare, lambda: states.add(bytes(ours.get_state().numpy())))
+        assert states - {bytes(generator.get_state().numpy()) for generator in (ours, loops)}
+        assert torch.equal(actual, reference.generate(idx, weight, 100 * size, top_p=0.9, generator=loops))
     assert torch.equal(ours.get_state(), loops.get_state())
 
 
@@ -485,15 +490,18 @@ def test_a_call_in_chunks_equals_the_loop() -> None:
 def test_a_call_in_chunks_equals_short_calls() -> None:
     """Short calls equal the loop, which would take minutes for all; it ends them here."""
     weight, start = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
-    num_short, short, num_looped = 50, long_chain() // 50, 500
-    ours, others = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    states = {bytes(ours.get_state().numpy())}
-    actual, _count = call_with_handlers(
-        lambda: functional.generate(start, weight, num_short * short + num_looped, generator=ours),
-        lambda: states.add(bytes(ours.get_state().numpy())),
-    )
-    assert len(states - {bytes(ours.get_state().numpy())}) >= SOME
-    for begin in range(0, num_short * short, short):
+    short, num_looped = long_chain() // 50, 500
+    ours, others = torch.Generator(), torch.Generator().manual_seed(1)
+    states: set[bytes] = set()
+
+    def prepare(size: int) -> Callable[[], torch.Tensor]:
+        ours.manual_seed(1)
+        states.clear()
+        return partial(functional.generate, start, weight, 50 * size * short + num_looped, generator=ours)
+
+    actual, size = call_until_handled(prepare, lambda: states.add(bytes(ours.get_state().numpy())))
+    assert states - {bytes(generator.get_state().numpy()) for generator in (ours, others)}
+    for begin in range(0, 50 * size * short, short):
         expected = functional.generate(actual[:, begin : begin + 1], weight, short, generator=others)
         assert torch.equal(actual[:, begin : begin + short + 1], expected)
     expected = reference.generate(expected[:, -1:], weight, num_looped, generator=others)
@@ -505,10 +513,11 @@ def test_a_call_in_chunks_equals_short_calls() -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("threads", [1, 2])
 def test_philox_rows_prepared_in_many_slices_of_time(threads: int) -> None:
-    weight, idx = torch.randn(1, 20_000).expand(20_000, 20_000), torch.zeros((8, 1), dtype=torch.long)
-    actual, count = call_with_handlers(lambda: philox_chains(weight, 50, len(idx), threads=threads, top_p=0.9))
-    assert count >= SOME
-    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(1, 20_000).expand(20_000, 20_000)
+    actual, size = call_until_handled(
+        lambda size: partial(philox_chains, weight, 50, 16 * size, threads=threads, top_p=0.9)
+    )
+    idx, generator = torch.zeros((16 * size, 1), dtype=torch.long), torch.Generator().manual_seed(1)
     with limited_to(1):
         expected = reference.generate(idx, weight, 50, sampler="philox", top_p=0.9, generator=generator)
     assert torch.equal(actual, expected[:, 1:])
@@ -520,10 +529,10 @@ def test_philox_rows_prepared_in_many_slices_of_time(threads: int) -> None:
 def test_philox_repairs_in_many_slices_of_time(threads: int) -> None:
     """The chain of a cycle never coalesces: where the segments have guessed wrong, it is followed to its end."""
     order = torch.randperm(1000)
-    actual, count = call_with_handlers(lambda: philox_chains(cycle_of(order, 1000), 20_000_000, threads=threads))
-    assert count >= SOME
+    weight, num_tokens = cycle_of(order, 1000), 20_000_000
+    actual, size = call_until_handled(lambda size: partial(philox_chains, weight, size * num_tokens, threads=threads))
     first = int((order == 0).nonzero()) + 1
-    assert torch.equal(actual[0], order.roll(-first).repeat(20_000))
+    assert torch.equal(actual[0], order.roll(-first).repeat(size * num_tokens // 1000))
 
 
 @pytest.mark.cpu_only

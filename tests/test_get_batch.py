@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,7 +14,7 @@ from hypothesis import given
 
 from bigramx import data, reference
 from tests.devices import capturing, draws_frozen_by_a_graph, on_device
-from tests.interrupts import SOME, call_beside, call_with_handlers
+from tests.interrupts import call_beside, call_until_handled
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -74,11 +76,11 @@ def test_batches_in_chunks(batch_size: int, block_size: int) -> None:
 def test_handlers_and_other_threads_run_during_a_call() -> None:
     tokens, generator = torch.randint(200, (10**6,), dtype=torch.uint8), torch.Generator()
 
-    def call() -> object:
-        return data.get_batch(tokens, 2 * 10**7, 1, generator=generator)
+    def prepare(size: int) -> Callable[[], object]:
+        return partial(data.get_batch, tokens, size * 2 * 10**7, 1, generator=generator)
 
-    assert call_with_handlers(call)[1] >= SOME
-    assert call_beside(call, lambda: torch.rand((), generator=generator)) > 0
+    _, size = call_until_handled(prepare)
+    assert call_beside(prepare(size), lambda: torch.rand((), generator=generator)) > 0
 
 
 def test_a_generator_leaves_the_default_one_unchanged() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
-from tests.interrupts import SOME, call_with_handlers
+from tests.interrupts import SOME, call_until_handled, call_with_handlers
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.once]
 
@@ -29,3 +31,25 @@ def test_a_handler_that_takes_long_is_not_interrupted_by_the_next() -> None:
     _result, count = call_with_handlers(call, handle)
     assert count >= SOME
     assert set(depths) == {1}
+
+
+def sleep_without_handlers(seconds: float) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    time.sleep(seconds)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_a_call_grows_until_handlers_run() -> None:
+    """Or until it is clear that they do not."""
+
+    def prepare(size: int) -> Callable[[], int]:
+        def call() -> int:
+            for _ in range(size):
+                sleep_without_handlers(0.02)
+            return size
+
+        return call
+
+    assert call_until_handled(prepare) == (4, 4)
+    with pytest.raises(AssertionError, match="no handlers run"):
+        call_until_handled(lambda _size: lambda: sleep_without_handlers(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -20,7 +22,7 @@ from tests.devices import (
     raises_in_kernel,
     skip_if_long,
 )
-from tests.interrupts import SOME, call_beside, call_with_handlers, draws_are_replayed
+from tests.interrupts import call_beside, call_until_handled, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -252,19 +254,29 @@ def test_replacement_where_the_sum_overflows() -> None:
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("shape", "num_samples", "replacement"),
-    [((65,), 40_000_000, True), ((2_000, 10_000), 7, False)],
+    [((1, 65), 40_000_000, True), ((2_000, 10_000), 7, False)],
 )
 def test_a_long_call_equals_torchs(shape: tuple[int, ...], num_samples: int, replacement: bool) -> None:
     """Handlers run meanwhile, and see the generator on its way."""
-    probs, generator = torch.rand(shape), torch.Generator().manual_seed(1)
-    states = {bytes(generator.get_state().numpy())}
-    actual, _count = call_with_handlers(
-        lambda: functional.multinomial(probs, num_samples, replacement, generator=generator),
-        lambda: states.add(bytes(generator.get_state().numpy())),
-    )
-    assert len(states - {bytes(generator.get_state().numpy())}) > 1 or not (replacement or draws_are_replayed())
+    probs, generator = torch.rand(shape), torch.Generator()
+    is_handled = replacement or draws_are_replayed()
+    states: set[bytes] = set()
+
+    def see() -> None:
+        states.add(bytes(generator.get_state().numpy()))
+
+    def prepare(size: int) -> Callable[[], torch.Tensor]:
+        generator.manual_seed(1)
+        states.clear()
+        see()
+        repeated = probs.repeat(size, 1)
+        return partial(functional.multinomial, repeated, num_samples, replacement, generator=generator)
+
+    actual, size = call_until_handled(prepare, see) if is_handled else (prepare(1)(), 1)
+    assert len(states - {bytes(generator.get_state().numpy())}) > 1 or not is_handled
     torchs = torch.Generator().manual_seed(1)
-    assert torch.equal(actual, torch.multinomial(probs, num_samples, replacement, generator=torchs))
+    expected = torch.multinomial(probs.repeat(size, 1), num_samples, replacement, generator=torchs)
+    assert torch.equal(actual, expected)
     assert torch.equal(generator.get_state(), torchs.get_state())
 
 
@@ -397,8 +409,8 @@ def test_philox_tiny_probs_without_replacement(dtype: torch.dtype) -> None:
 @pytest.mark.cpu_only
 def test_handlers_run_during_calls_by_philox() -> None:
     probs, large = torch.rand(65), torch.rand(20, 300_000)
-    for call in (lambda: philox_samples(probs, 50_000_000, replacement=True), lambda: philox_samples(large, 300_000)):
-        assert call_with_handlers(call)[1] >= SOME
+    call_until_handled(lambda size: partial(philox_samples, probs, size * 50_000_000, replacement=True))
+    call_until_handled(lambda size: partial(philox_samples, large.repeat(size, 1), 300_000))
 
 
 def assert_follow(tokens: torch.Tensor, probs: torch.Tensor) -> None:

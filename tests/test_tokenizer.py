@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hypothesis import given
 from torch import Tensor
 
 from bigramx import BigramLanguageModel, CharTokenizer, storage, tokenizer
-from tests.interrupts import SOME, call_beside, call_until_handled, call_with_handlers
+from tests.interrupts import call_beside, call_until_handled, call_with_handlers
 from tests.tokenizer_checks import TEXTS, check_stream, check_tokenizer
 
 # All characters that a str can hold, including lone surrogates and NUL.
@@ -74,12 +75,10 @@ def test_long_texts_in_chunks(all_characters: tuple[CharTokenizer, Tensor, str])
     """Handlers and other threads run meanwhile."""
     tokenizer, tokens, text = all_characters
     long, many_tokens = 60 * text, tokens.int().repeat(60)
-    encoded, count = call_until_handled(lambda: tokenizer.encode(long))
-    assert torch.equal(encoded, tokens.repeat(60))
-    assert count >= SOME
-    decoded, count = call_until_handled(lambda: tokenizer.decode(many_tokens))
-    assert decoded == long
-    assert count >= SOME
+    encoded, size = call_until_handled(lambda size: partial(tokenizer.encode, size * long))
+    assert torch.equal(encoded, tokens.repeat(60 * size))
+    decoded, size = call_until_handled(lambda size: partial(tokenizer.decode, many_tokens.repeat(size)))
+    assert decoded == size * long
     for call in (lambda: tokenizer.encode(long), lambda: tokenizer.decode(many_tokens)):
         assert call_beside(call, bool) > 0
 
@@ -101,9 +100,9 @@ def test_a_long_list_in_chunks(all_characters: tuple[CharTokenizer, Tensor, str]
     tokenizer, tokens, text = all_characters
     every = [*range(len(tokens))]
     listed = 15 * [every[token] for token in tokens.tolist()]  # far apart in memory
-    decoded, count = call_with_handlers(lambda: tokenizer.decode(listed))
-    assert decoded == 15 * text
-    assert count >= SOME
+    decoded, size = call_until_handled(lambda size: partial(tokenizer.decode, size * listed))
+    assert decoded == 15 * size * text
+    listed *= size
     with pytest.raises(RuntimeError, match="tokens to keep its size"):
         call_with_handlers(lambda: tokenizer.decode(listed), listed.clear)
 
