@@ -5,16 +5,22 @@
 
 namespace bigramx::cpu::BIGRAMX_TARGET {
 
-// Whether a moment of some elements has a bit: of -0 the next step makes 0.
+// Whether a moment of some elements has a bit: of -0 the next step makes 0. The first vector tells nearly
+// always.
 template <typename scalar_t>
 bool have_moments(const AdamWElements<scalar_t>& elements, int64_t size) {
-    Vector<scalar_t> bits{};
-    for_each_vector<scalar_t>(size, [&](Lanes<scalar_t> lanes) {
-        for (const scalar_t* moment : {elements.exp_avg, elements.exp_avg_sq}) {
-            bits = bits_of_either<scalar_t>(bits, lanes.load(moment, scalar_t(0)));
-        }
-    });
-    return has_bits<scalar_t>(bits);
+    const int64_t first = std::min(size, kLanes<scalar_t>);
+    for (const auto& [begin, end] : {std::pair(int64_t(0), first), std::pair(first, size)}) {
+        Vector<scalar_t> bits{};
+        const AdamWElements<scalar_t> part = elements.from(begin);
+        for_each_vector<scalar_t>(end - begin, [&](Lanes<scalar_t> lanes) {
+            for (const scalar_t* moment : {part.exp_avg, part.exp_avg_sq}) {
+                bits = bits_of_either<scalar_t>(bits, lanes.load(moment, scalar_t(0)));
+            }
+        });
+        if (has_bits<scalar_t>(bits)) return true;
+    }
+    return false;
 }
 
 template <typename scalar_t>
