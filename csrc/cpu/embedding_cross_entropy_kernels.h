@@ -455,7 +455,9 @@ class RowKernel {
     // Any value close to the maximum can shift the exponents of a long row: the maximum of this many logits
     // saves a pass.
     static constexpr int64_t kFirstPart = 1 << 11;
-    static constexpr int64_t kTogether = 4;  // vectors that are exponentiated together
+    // Vectors that are exponentiated together. Of more than two cache lines, prefetches and non-temporal
+    // stores come in bursts, which take a sixth longer at V=8192.
+    static constexpr int64_t kTogether = BIGRAMX_VECTOR_BYTES == 64 ? 2 : 4;
 
     const EmbeddingCrossEntropyKernelParams& params_;
     Gradient& gradient_;
