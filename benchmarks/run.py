@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints what they measure, and keeps it with a description of the machine.
 
-    python benchmarks/run.py                 # all, some fifteen minutes, into benchmarks/results/cpu.json
+    python benchmarks/run.py                 # all, some twenty minutes, into benchmarks/results/cpu.json
     python benchmarks/run.py --device cuda   # on a GPU, under eight minutes, into benchmarks/results/cuda.json
     python benchmarks/run.py --quick         # few rounds, under three minutes; nothing is kept
     python benchmarks/run.py --only adamw    # bench_adamw.py alone; the results of the others stay
