@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
+import itertools
 import time
-from collections.abc import Callable
 
 import pytest
 
-from tests.interrupts import SOME, call_until_handled, call_with_handlers
+from tests import interrupts
+from tests.interrupts import SOME, call_with_handlers
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.once]
 
@@ -33,25 +33,14 @@ def test_a_handler_that_takes_long_is_not_interrupted_by_the_next() -> None:
     assert set(depths) == {1}
 
 
-def work_without_handlers(seconds: float) -> None:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-    begin = time.process_time()
-    while time.process_time() - begin < seconds:
-        pass
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+def test_a_call_grows_until_handlers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([0, SOME - 1, SOME])
+    monkeypatch.setattr(interrupts, "call_with_handlers", lambda call, _handle: (call(), next(counts)))
+    assert interrupts.call_until_handled(lambda size: lambda: 2 * size) == (8, 4)
 
 
-def test_a_call_grows_until_handlers_run() -> None:
-    """Or until it is clear that they do not."""
-
-    def prepare(size: int) -> Callable[[], int]:
-        def call() -> int:
-            for _ in range(size):
-                work_without_handlers(0.02)
-            return size
-
-        return call
-
-    assert call_until_handled(prepare) == (4, 4)
+def test_a_long_call_without_handlers_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "call_with_handlers", lambda call, _handle: (call(), SOME - 1))
+    monkeypatch.setattr("time.process_time", itertools.count(step=2).__next__)
     with pytest.raises(AssertionError, match="no handlers run"):
-        call_until_handled(lambda _size: lambda: work_without_handlers(2))
+        interrupts.call_until_handled(lambda size: lambda: size)
