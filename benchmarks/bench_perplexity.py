@@ -43,4 +43,7 @@ def perplexity(config: RunConfig, vocab_size: int, most: float) -> Result:
     return result
 
 
-CASES = [Case(perplexity, vocab_size=8000, most=279), Case(perplexity, vocab_size=32000, most=470)]
+CASES = [
+    Case(perplexity, headline="V=8000", vocab_size=8000, most=279),
+    Case(perplexity, headline="V=32000", vocab_size=32000, most=470),
+]

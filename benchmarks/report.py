@@ -20,7 +20,6 @@ from benchmarks.comparison import OURS, Outcome, Result  # noqa: E402
 from benchmarks.timing import Times  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 METHODS = {
     "cpu": "Medians of alternating rounds, each line from one run",
     "cuda": "Medians of CUDA-event times in alternating rounds, inputs rotated past the L2, each line from one run",
@@ -68,16 +67,38 @@ def read(file: Path) -> tuple[Machine, list[Result]]:
 
 
 def pages() -> dict[Path, str]:
-    """The text of README.md, with its block replaced, and of the page of all results."""
+    """The text of README.md, with its blocks replaced, and of the page of all results."""
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"expected the markers {BEGIN} and {END} in README.md")
     measured = [(device, *read(RESULTS / f"{device}.json")) for device in METHODS]
-    block = "\n\n".join([*(headlines(*file) for file in measured if file[2]), LINK])
+    blocks = {
+        "perplexities": perplexities([result for file in measured for result in file[2]]),
+        "measured": "\n\n".join([*(headlines(*file) for file in measured if file[2]), LINK]),
+    }
+    text = readme.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        text = with_block(text, name, block)
     page = "\n\n".join([LEGEND, *(section(*file) for file in measured if file[2])])
-    return {readme: f"{before}{BEGIN}\n{block}\n{END}{after}", RESULTS / "README.md": f"{page}\n"}
+    return {readme: text, RESULTS / "README.md": f"{page}\n"}
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """The text with another block between its markers."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected the markers {begin} and {end} in README.md")
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def perplexities(results: Sequence[Result]) -> str:
+    """The table of README.md: a row for each vocabulary, a column for each method."""
+    rows = []
+    for result in results:
+        if result.bench == "perplexity" and result.targets:
+            figures = {target.unit.rpartition(", ")[2]: f"{target.figure:.1f}" for target in result.targets}
+            rows.append({"vocabulary": [result.headline], **{method: [figure] for method, figure in figures.items()}})
+    return table(rows)
 
 
 def headlines(device: str, machine: Machine, results: Sequence[Result]) -> str:

@@ -40,6 +40,19 @@ RESULT = Result(
     peak_bytes={OURS: 1500, "JAX": 2_000_000},
 )
 
+PERPLEXITIES = [
+    Result(
+        "of a text",
+        headline="V=3",
+        bench="perplexity",
+        targets=[
+            Outcome(1.23, " perplexity, one", "<=", 2),
+            Outcome(2.0, " perplexity, another", ">=", 1.23),
+        ],
+    ),
+    Result("of another", headline="V=4", bench="perplexity", skipped={OURS: "is not installed"}),
+]
+
 
 class Clock:
     """A fake time.perf_counter, which only the timed functions advance."""
@@ -261,17 +274,23 @@ class TestReport:
         monkeypatch.setattr(report, "ROOT", tmp_path)
         monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(sys, "argv", ["report.py"])
-        (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-        run.write(tmp_path / "results" / "cpu.json", {"processor": "P"}, {"adamw": [RESULT], "cost_curves": [curve]})
+        blocks = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("perplexities", "measured"))
+        (tmp_path / "README.md").write_text(f"before\n{blocks}after\n")
+        results = {"adamw": [RESULT], "cost_curves": [curve], "perplexity": PERPLEXITIES}
+        run.write(tmp_path / "results" / "cpu.json", {"processor": "P"}, results)
         report.main()
         text = (tmp_path / "README.md").read_text()
         assert (text[:7], text.count("a headline"), text.count("old"), text[-6:]) == ("before\n", 1, 0, "after\n")
+        assert "| vocabulary | one | another |\n| --- | --- | --- |\n| V=3 | 1.2 | 2.0 |\n<!--" in text
         assert "![a curve](cpu_cost_curves_over_n.png)" in (tmp_path / "results" / "README.md").read_text()
         assert (tmp_path / "results" / "cpu_cost_curves_over_n.png").stat().st_size > 0
         monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
         report.main()
         run.write(tmp_path / "results" / "cpu.json", {"processor": "another"}, {"adamw": [RESULT]})
         with pytest.raises(SystemExit, match="out of date"):
+            report.main()
+        (tmp_path / "README.md").write_text("<!-- perplexities -->")
+        with pytest.raises(ValueError, match="expected the markers <!-- perplexities --> and <!-- /perplexities -->"):
             report.main()
 
     def test_units(self) -> None:
@@ -288,7 +307,7 @@ class TestRun:
     @pytest.mark.parametrize("place", [CPU, CUDA], ids=["cpu", "cuda"])
     def test_few_cases_are_headlines(self, place: Device) -> None:
         headlines = [case.headline for bench in run.BENCHES for case in run.cases_of(bench, place) if case.headline]
-        assert len(set(headlines)) == len(headlines) <= 12
+        assert len(set(headlines)) == len(headlines) <= 14
         _machine, results = report.read(report.RESULTS / f"{place.name}.json")
         assert {result.headline for result in results} <= {"", *headlines}
 
