@@ -66,6 +66,24 @@ def call_until_handled(
         size *= 2
 
 
+def call_that_draws(prepare: Callable[[int], Callable[[], _Result]], generator: torch.Generator) -> tuple[_Result, int]:
+    """As ``call_until_handled``, for calls that draw from a generator of seed 1: handlers must see it on its way."""
+    states: set[bytes] = set()
+
+    def state() -> bytes:
+        return bytes(generator.get_state().numpy())
+
+    def prepare_generator(size: int) -> Callable[[], _Result]:
+        generator.manual_seed(1)
+        states.clear()
+        return prepare(size)
+
+    result, size = call_until_handled(prepare_generator, lambda: states.add(state()))
+    end, begin = state(), bytes(torch.Generator().manual_seed(1).get_state().numpy())
+    assert states - {begin, end}
+    return result, size
+
+
 def call_beside(call: Callable[[], object], work: Callable[[], object]) -> int:
     """How often another thread gets through some work in the middle half of a call."""
     times: list[float] = []

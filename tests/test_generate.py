@@ -30,7 +30,7 @@ from tests.devices import (
     runs_on_gpu,
     skip_if_long,
 )
-from tests.interrupts import call_beside, call_until_handled, draws_are_replayed
+from tests.interrupts import call_beside, call_that_draws, call_until_handled, draws_are_replayed
 from tests.names import name_of
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -471,16 +471,12 @@ def test_a_call_in_chunks_equals_the_loop() -> None:
     """Handlers see the generator on its way: it is released while rows are filtered."""
     weight, idx = torch.randn(1, 5000).expand(5000, 5000), torch.zeros((3, 1), dtype=torch.long)
     ours, loops = torch.Generator(), torch.Generator().manual_seed(1)
-    states: set[bytes] = set()
 
     def prepare(size: int) -> Callable[[], torch.Tensor]:
-        ours.manual_seed(1)
-        states.clear()
         return partial(functional.generate, idx, weight, 100 * size, top_p=0.9, generator=ours)
 
     with limited_to(1):
-        actual, size = call_until_handled(prepare, lambda: states.add(bytes(ours.get_state().numpy())))
-        assert states - {bytes(generator.get_state().numpy()) for generator in (ours, loops)}
+        actual, size = call_that_draws(prepare, ours)
         assert torch.equal(actual, reference.generate(idx, weight, 100 * size, top_p=0.9, generator=loops))
     assert torch.equal(ours.get_state(), loops.get_state())
 
@@ -492,15 +488,11 @@ def test_a_call_in_chunks_equals_short_calls() -> None:
     weight, start = torch.randn(65, 65), torch.zeros((1, 1), dtype=torch.long)
     short, num_looped = long_chain() // 50, 500
     ours, others = torch.Generator(), torch.Generator().manual_seed(1)
-    states: set[bytes] = set()
 
     def prepare(size: int) -> Callable[[], torch.Tensor]:
-        ours.manual_seed(1)
-        states.clear()
         return partial(functional.generate, start, weight, 50 * size * short + num_looped, generator=ours)
 
-    actual, size = call_until_handled(prepare, lambda: states.add(bytes(ours.get_state().numpy())))
-    assert states - {bytes(generator.get_state().numpy()) for generator in (ours, others)}
+    actual, size = call_that_draws(prepare, ours)
     for begin in range(0, 50 * size * short, short):
         expected = functional.generate(actual[:, begin : begin + 1], weight, short, generator=others)
         assert torch.equal(actual[:, begin : begin + short + 1], expected)

@@ -22,7 +22,7 @@ from tests.devices import (
     raises_in_kernel,
     skip_if_long,
 )
-from tests.interrupts import call_beside, call_until_handled, draws_are_replayed
+from tests.interrupts import call_beside, call_that_draws, call_until_handled, draws_are_replayed
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -258,23 +258,14 @@ def test_replacement_where_the_sum_overflows() -> None:
 )
 def test_a_long_call_equals_torchs(shape: tuple[int, ...], num_samples: int, replacement: bool) -> None:
     """Handlers run meanwhile, and see the generator on its way."""
-    probs, generator = torch.rand(shape), torch.Generator()
-    is_handled = replacement or draws_are_replayed()
-    states: set[bytes] = set()
-
-    def see() -> None:
-        states.add(bytes(generator.get_state().numpy()))
+    probs, generator, torchs = torch.rand(shape), torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
 
     def prepare(size: int) -> Callable[[], torch.Tensor]:
-        generator.manual_seed(1)
-        states.clear()
-        see()
         repeated = probs.repeat(size, 1)
         return partial(functional.multinomial, repeated, num_samples, replacement, generator=generator)
 
-    actual, size = call_until_handled(prepare, see) if is_handled else (prepare(1)(), 1)
-    assert len(states - {bytes(generator.get_state().numpy())}) > 1 or not is_handled
-    torchs = torch.Generator().manual_seed(1)
+    is_handled = replacement or draws_are_replayed()
+    actual, size = call_that_draws(prepare, generator) if is_handled else (prepare(1)(), 1)
     expected = torch.multinomial(probs.repeat(size, 1), num_samples, replacement, generator=torchs)
     assert torch.equal(actual, expected)
     assert torch.equal(generator.get_state(), torchs.get_state())
