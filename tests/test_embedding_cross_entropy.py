@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigramx import functional, reference
 from bigramx.functional import Reduction
-from tests.devices import fewer, on_device, raises_in_kernel, runs_on_gpu, skip_if_long
+from tests.devices import IN_SIMT, fewer, graph_nodes, on_device, raises_in_kernel, runs_on_gpu, skip_if_long
 from tests.names import name_of
 from tests.tolerances import assert_as_close_as_eager
 
@@ -882,14 +882,27 @@ def test_logits_are_rows(num_rows: int, num_classes: int, num_pairs: int, dtype:
     assert loss.isfinite() or num_pairs == 0
 
 
+# A GPU groups up to 2^14 pairs in one block. More are grouped by several, which count in shared memory, or, where there
+# are about as many rows as a block has pairs, in global memory.
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("num_rows", [700, 1200])
-def test_about_as_many_rows_as_pairs(num_rows: int, reduction: str) -> None:
-    """A GPU counts the pairs of a row in global memory, by several blocks: two of 550 pairs each."""
-    idx = torch.randint(num_rows, (1100,))
+@pytest.mark.parametrize(
+    ("num_rows", "num_pairs"), [(700, 1), (700, 1100), (9000, 2**14), (2000, 2**14 + 1), (9000, 2**14 + 1)]
+)
+def test_groups_of_pairs(num_rows: int, num_pairs: int, reduction: str) -> None:
+    idx = torch.randint(num_rows, (num_pairs,))
     idx[::3] = 5
-    targets = torch.randint(60, (1100,))
-    Case(idx, torch.randn(num_rows, 60), targets, {"reduction": reduction}).check()
+    targets = torch.randint(40, (num_pairs,))
+    targets[::7] = -100
+    Case(idx, torch.randn(num_rows, 40), targets, {"reduction": reduction}).check()
+
+
+@pytest.mark.skipif(not IN_SIMT, reason="needs the emulator, which counts")
+@pytest.mark.parametrize(("num_pairs", "nodes"), [(2**14, 2), (2**14 + 1, 4)])
+def test_nodes_of_a_graph(num_pairs: int, nodes: int) -> None:
+    """The pairs are grouped, in one launch or in a memset and two; then come the rows."""
+    idx, targets = torch.randint(300, (num_pairs,)), torch.randint(300, (num_pairs,))
+    weight = torch.randn(300, 300, requires_grad=True)
+    assert graph_nodes(lambda: functional.embedding_cross_entropy(idx, weight, targets))[0] == nodes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -46,6 +46,9 @@ FAULTS = {
     "missing_barrier_before_ticket": "data race",
     "missing_barrier_after_ticket": "data race|uninitialised",
     "cleared_by_any": "data race",
+    "read_before_waiting": "data race: .* a kernel before has written them",
+    "written_before_waiting": "data race: .* a kernel before has read them",
+    "returns_without_waiting": "thread 3 of block 1 returns without having waited",
     "reads_past_end": "out of bounds: .* reads 4 bytes at byte 516 of a device allocation, which has 516 bytes",
     "writes_past_end": "out of bounds: .* writes 4 bytes at byte 516 of a device allocation, which has 516 bytes",
     "unwritten_element": "wrong result",
@@ -74,7 +77,7 @@ FAULTS = {
     "too_much_shared_memory": "invalid argument",
     "shared_memory_not_asked_for": "invalid argument",
 }
-CORRECT = ["correct_functions", "block_functions", "last_block", "vectors_of_rows"]
+CORRECT = ["correct_functions", "block_functions", "last_block", "kernels_that_need_not_wait", "vectors_of_rows"]
 
 
 @dataclass
@@ -124,9 +127,21 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda/base/pairs.cuh",
-        "const uint32_t place = atomicAdd(counters + pair.row, 1u);",
-        "const uint32_t place = counters[pair.row]++;",
-        "tests/test_embedding_cross_entropy.py -k about_as_many_rows",
+        "const uint32_t place = atomicAdd(cursors + pair.row, 1u);",
+        "const uint32_t place = cursors[pair.row]++;",
+        "tests/test_embedding_cross_entropy.py -k groups_of_pairs",
+    ),
+    Mutation(
+        "cuda/base/pairs.cuh",
+        "    wait_for_kernel_before();\n    if constexpr (kAreShared) {",
+        "    if constexpr (kAreShared) {",
+        "tests/test_embedding_cross_entropy.py -k groups_of_pairs",
+    ),
+    Mutation(
+        "cuda/base/pairs.cuh",
+        f"{BARRIER}    const int64_t num_pairs = scan_rows",
+        "    const int64_t num_pairs = scan_rows",
+        "tests/test_embedding_cross_entropy.py -k groups_of_pairs",
     ),
     Mutation(
         "cuda/count_bigrams_kernels.cu",
@@ -161,6 +176,18 @@ MUTATIONS = [
     Mutation(
         "cuda/embedding_cross_entropy_kernels.cu",
         "        if (has_unvisited_rows()) clear_gradient();\n",
+        "",
+        "tests/test_embedding_cross_entropy.py -k few_rows_occur",
+    ),
+    Mutation(
+        "cuda/embedding_cross_entropy_kernels.cu",
+        "!is_done && !rows.has_slot_rows() && blockIdx.x",
+        "!is_done && blockIdx.x",
+        "tests/test_embedding_cross_entropy.py -k few_rows_occur",
+    ),
+    Mutation(
+        "cuda/embedding_cross_entropy_kernels.cu",
+        "    if (!is_ahead) wait_for_kernel_before();\n",
         "",
         "tests/test_embedding_cross_entropy.py -k few_rows_occur",
     ),

@@ -17,20 +17,23 @@ using KernelParams = EmbeddingCrossEntropyKernelParams;
 
 // ------------------------------------------------------------------------------------------------ kernels
 
-// The scales of the reduction, from counts, (num_rows, C). For a block.
+// What the kernel of the rows needs: the scales of the reduction, from counts, (num_rows, C), and its ticket,
+// set to 0. For a block.
 template <typename T>
-struct SumScales {
+struct PrepareRows {
     const uint32_t* counts;
     int64_t num_rows, num_classes;
     const T* class_weight;  // (C), or null: all ones
     bool is_mean;
     LossScales* scales;
+    unsigned* ticket;
 
     __device__ void operator()(int64_t num_targets) const {
         const auto count = static_cast<double>(num_targets);
         double weighted = count, all = static_cast<double>(num_classes);
         if (class_weight != nullptr) sum_class_weights(&weighted, &all);
         if (threadIdx.x > 0) return;
+        *ticket = 0;
         *scales = is_mean ? LossScales{1 / weighted, 1 / count, all} : LossScales{1, 1, all};
     }
 
@@ -118,6 +121,7 @@ __device__ LossSums process_counted_row(const Params& rows, int64_t row, const u
 // Counted pairs, one warp per row, at most kItems * kWarp classes.
 template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(RowsParams<scalar_t> rows) {
+    wait_for_kernel_before();
     if (rows.is_done()) return;
     SharedMemory shared;
     auto* const scratch = shared.take<LossSums>(kMaxWarps);
@@ -154,6 +158,7 @@ __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_
 // has a gradient of its own.
 template <int kItems, typename sum_t, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(RowsParams<scalar_t> rows) {
+    wait_for_kernel_before();
     if (rows.is_done()) return;
     SharedMemory shared;
     auto* const scratch = shared.take<LossSums>(kMaxWarps);
@@ -174,36 +179,44 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(R
 template <typename Params>
 constexpr int kRowThreads = Params::kIsPlain && sizeof(typename Params::acc_t) == sizeof(float) ? 768 : 576;
 
-// For a block of a grid that stays: visit(slot, row) for every gridDim.x-th slot. A next row that shared
-// memory will keep comes into the L2 cache meanwhile; a longer one would drive the present one out.
-template <typename Params, typename Visit>
-__device__ void for_each_slot_of_block(const Params& rows, const BlockPlan& plan, const Visit& visit) {
-    for (int64_t slot = blockIdx.x; slot < rows.max_slots; slot += gridDim.x) {
-        if (plan.caches_row) {
-            const int64_t next = rows.row_of_slot(slot + gridDim.x);
-            if (rows.has_pairs(next)) prefetch_row(rows.weight_row(next), rows.num_classes);
-        }
-        visit(slot, rows.row_of_slot(slot));
-    }
+// The row that a block of a grid that stays takes next comes into the L2 cache, if shared memory will keep
+// it: a longer one would drive the present one out.
+template <typename Params>
+__device__ void prefetch_next_row(const Params& rows, const BlockPlan& plan, int64_t slot) {
+    const int64_t next = plan.caches_row ? rows.row_of_slot(slot + gridDim.x) : -1;
+    if (rows.has_pairs(next)) prefetch_row(rows.weight_row(next), rows.num_classes);
 }
 
-// Grouped pairs, a slot at a time.
+// Grouped pairs; a block stays, and takes every gridDim.x-th slot. If the slots are the rows of the table, it
+// measures its first row before the pairs are grouped.
 template <typename sum_t, typename Params>
 __global__ void __launch_bounds__(kRowThreads<Params>, 1) block_rows_kernel(Params rows, BlockPlan plan) {
-    if (rows.is_done()) return;
+    const bool is_done = rows.is_done();
+    bool is_ahead = !is_done && !rows.has_slot_rows() && blockIdx.x < rows.max_slots;
+    if (!is_ahead) wait_for_kernel_before();
+    if (is_done) return;
     const BlockMemory<Params, sum_t> memory(plan, rows.num_classes);
     LossSums* const total = memory.losses;  // the first thread's: registers are scarce
     if (threadIdx.x == 0) *total = {};
-    for_each_slot_of_block(rows, plan, [&](int64_t slot, int64_t row) {
+    for (int64_t slot = blockIdx.x; slot < rows.max_slots; slot += gridDim.x) {
+        const int64_t row = rows.row_of_slot(slot);
         auto* const gradient = rows.gradient_row(slot, row);
+        BlockRow<Params, sum_t> block_row(rows, plan, memory, row);
+        if (!is_ahead) prefetch_next_row(rows, plan, slot);
+        if (is_ahead || rows.has_pairs(row)) block_row.measure();
+        if (is_ahead) {
+            wait_for_kernel_before();
+            prefetch_next_row(rows, plan, slot);
+            is_ahead = false;
+        }
         if (rows.has_pairs(row)) {
-            const LossSums loss = BlockRow<Params, sum_t>(rows, plan, memory, row).process(gradient);
+            const LossSums loss = block_row.process(gradient);
             if (threadIdx.x == 0) *total = *total + loss;
         } else if (gradient != nullptr) {
             clear_by_block(gradient, rows.num_classes);
         }
         if (rows.grad_rows != nullptr && threadIdx.x == 0) name_row(rows, slot);
-    });
+    }
     if (rows.loss == nullptr) return;
     reduce_losses(rows, threadIdx.x == 0 ? *total : LossSums{}, memory.losses, memory.is_last);
 }
@@ -247,9 +260,9 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     count_in_table(pairs, BlockRange(pairs.num_pairs()), rows.num_classes, counts);
     __syncthreads();
     const int64_t num_targets = sum_counts(counts, num_entries, reinterpret_cast<double*>(scratch));
-    const SumScales<typename Params::acc_t> sum_scales{
-        counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales};
-    sum_scales(num_targets);
+    const PrepareRows<typename Params::acc_t> prepare{
+        counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales, rows.ticket};
+    prepare(num_targets);
     if (logits != nullptr) copy_logits<kItems, typename Params::scalar_t>(rows, pairs, logits);
     __syncthreads();
     rows.scales = scales;
@@ -265,23 +278,26 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
 // The row statistics that the unreduced losses need, one warp per slot.
 template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(RowsParams<scalar_t> rows) {
+    wait_for_kernel_before();
     const int64_t slot = slot_of_warp(), row = slot < rows.max_slots ? rows.row_of_slot(slot) : -1;
     if (row < 0) return;
     const RowStats<opmath_t<scalar_t>> stats = WarpRow<kItems, RowsParams<scalar_t>>(rows, row).stats();
     if (lane_of_thread() == 0) rows.stats[row] = stats;
 }
 
-// The same, a slot at a time.
+// The same, a slot of a block at a time.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kRowThreads<RowsParams<scalar_t>>, 1)
     block_stats_kernel(RowsParams<scalar_t> rows, BlockPlan plan) {
+    wait_for_kernel_before();
     const BlockMemory<RowsParams<scalar_t>, uint32_t> memory(plan, rows.num_classes);
-    for_each_slot_of_block(rows, plan, [&](int64_t, int64_t row) {
-        if (row < 0) return;
-        const RowStats<opmath_t<scalar_t>> stats =
-            BlockRow<RowsParams<scalar_t>, uint32_t>(rows, plan, memory, row).stats();
+    for (int64_t slot = blockIdx.x; slot < rows.num_slots(); slot += gridDim.x) {
+        const int64_t row = rows.row_of_slot(slot);
+        BlockRow<RowsParams<scalar_t>, uint32_t> block_row(rows, plan, memory, row);
+        block_row.measure();
+        const RowStats<opmath_t<scalar_t>> stats = block_row.stats();
         if (threadIdx.x == 0) rows.stats[row] = stats;
-    });
+    }
 }
 
 // losses: (N).
@@ -375,25 +391,28 @@ int64_t max_slots(const KernelParams& params, Strategy strategy) {
 }
 
 struct Scratch {
+    void* zeros;  // to be cleared
+    size_t zero_bytes;
+    bool groups_in_one_block;
     PairGroups groups{};
     uint32_t* counts = nullptr;
     unsigned* ticket;
     LossScales* scales;
     LossSums* losses_of_blocks;
     void* stats = nullptr;
-    uintptr_t zero_bytes;  // at the beginning, to be cleared
     uintptr_t end;
 
-    Scratch(const KernelParams& params, void* memory) {
+    Scratch(const KernelParams& params, void* memory)
+        : zeros(memory),
+          groups_in_one_block(
+              can_group_in_one_block(kEmbeddingCrossEntropy, params.num_pairs, params.num_rows)) {
         const Strategy strategy = strategy_of(params);
         ScratchMemory scratch(memory);
-        ticket = scratch.take<unsigned>(2);
-        groups.ticket = ticket + 1;
-        if (strategy == Strategy::counted)
-            counts = scratch.take<uint32_t>(params.num_rows * params.num_classes);
+        if (strategy == Strategy::counted) take_table(params, scratch);
         if (strategy == Strategy::grouped) take_zero_groups(params, scratch);
         zero_bytes = scratch.end() - reinterpret_cast<uintptr_t>(memory);
         if (strategy == Strategy::grouped) take_groups(params, scratch);
+        ticket = scratch.take<unsigned>(1);
         scales = scratch.take<LossScales>(1);
         losses_of_blocks = scratch.take<LossSums>(std::max<int64_t>(max_slots(params, strategy), 1));
         if (!params.is_reduced) stats = scratch.take<RowStats<double>>(params.num_rows);
@@ -401,14 +420,21 @@ struct Scratch {
     }
 
   private:
+    void take_table(const KernelParams& params, ScratchMemory& scratch) {
+        groups.ticket = scratch.take<unsigned>(1);
+        counts = scratch.take<uint32_t>(params.num_rows * params.num_classes);
+    }
+
     void take_zero_groups(const KernelParams& params, ScratchMemory& scratch) {
+        if (params.class_weight != nullptr) groups.class_counts = scratch.take<uint32_t>(params.num_classes);
+        if (groups_in_one_block) return;
+        groups.ticket = scratch.take<unsigned>(1);
         groups.row_counts = scratch.take<uint32_t>(params.num_rows);
         if (has_slot_rows(params)) groups.row_occurs = scratch.take<uint32_t>(params.num_rows);
-        if (params.class_weight != nullptr) groups.class_counts = scratch.take<uint32_t>(params.num_classes);
     }
 
     void take_groups(const KernelParams& params, ScratchMemory& scratch) {
-        groups.cursors = scratch.take<uint32_t>(params.num_rows);
+        if (!groups_in_one_block) groups.cursors = scratch.take<uint32_t>(params.num_rows);
         groups.row_begin = scratch.take<int64_t>(params.num_rows + 1);
         groups.targets = scratch.take<int32_t>(params.num_pairs);
         if (has_grad_losses(params)) groups.pair_indices = scratch.take<int64_t>(params.num_pairs);
@@ -434,9 +460,9 @@ class Launcher {
 
     void run() const {
         if (strategy_ == Strategy::one_block) return run_in_one_block();
-        clear(kEmbeddingCrossEntropy, stream_, scratch_.ticket, scratch_.zero_bytes);
-        strategy_ == Strategy::counted ? count() : group();
+        clear(kEmbeddingCrossEntropy, stream_, scratch_.zeros, scratch_.zero_bytes);
         if (has_unvisited_rows()) clear_gradient();
+        strategy_ == Strategy::counted ? count() : group();
         if (!params_.is_reduced && params_.loss != nullptr) launch_pair_losses();
         if (has_grad_losses(params_)) {
             launch_grouped_rows<acc_t>();
@@ -504,20 +530,21 @@ class Launcher {
     }
 
     void count() const {
-        const SumScales<acc_t> finish{scratch_.counts,    params_.num_rows, params_.num_classes,
-                                      rows_.class_weight, params_.is_mean,  scratch_.scales};
         count_table(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, params_.num_classes,
-                    scratch_.counts, scratch_.groups.ticket, finish);
+                    scratch_.counts, scratch_.groups.ticket, prepare(scratch_.counts, params_.num_rows));
     }
 
     void group() const {
-        const SumScales<acc_t> finish{scratch_.groups.class_counts,
-                                      /*num_rows=*/1,
-                                      params_.num_classes,
-                                      rows_.class_weight,
-                                      params_.is_mean,
-                                      scratch_.scales};
-        group_pairs(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, scratch_.groups, finish);
+        const auto group = scratch_.groups_in_one_block
+                               ? group_pairs_in_one_block<IndexedPairs, PrepareRows<acc_t>>
+                               : group_pairs<IndexedPairs, PrepareRows<acc_t>>;
+        group(kEmbeddingCrossEntropy, stream_, pairs_, params_.num_rows, scratch_.groups,
+              prepare(scratch_.groups.class_counts, /*num_rows=*/1));
+    }
+
+    PrepareRows<acc_t> prepare(const uint32_t* counts, int64_t num_rows) const {
+        return {counts,          num_rows,        params_.num_classes, rows_.class_weight,
+                params_.is_mean, scratch_.scales, scratch_.ticket};
     }
 
     bool is_for_warps() const { return params_.num_classes <= kMaxWarpRow<acc_t>; }
@@ -526,8 +553,12 @@ class Launcher {
     LaunchShape shape_of_warps(int64_t shared_bytes) const {
         const int64_t blocks = (rows_.max_slots + kWarpsOfBlock - 1) / kWarpsOfBlock;
         // At least one, to write the loss of an empty batch.
-        return {kEmbeddingCrossEntropy, stream_, std::max<int64_t>(blocks, 1), kWarpsOfBlock * kWarp,
-                static_cast<size_t>(shared_bytes)};
+        return {kEmbeddingCrossEntropy,
+                stream_,
+                std::max<int64_t>(blocks, 1),
+                kWarpsOfBlock * kWarp,
+                static_cast<size_t>(shared_bytes),
+                /*overlaps=*/true};
     }
 
     static constexpr int64_t kReduceBytes =
@@ -592,8 +623,12 @@ class Launcher {
         const int64_t shared_bytes =
             BlockMemory<RowsParams<scalar_t>, sum_t>::bytes(plan, params_.num_classes);
         const int64_t resident = plan.blocks * num_multiprocessors(kEmbeddingCrossEntropy);
-        return {kEmbeddingCrossEntropy, stream_, std::clamp<int64_t>(rows_.max_slots, 1, resident),
-                plan.threads, static_cast<size_t>(shared_bytes)};
+        return {kEmbeddingCrossEntropy,
+                stream_,
+                std::clamp<int64_t>(rows_.max_slots, 1, resident),
+                plan.threads,
+                static_cast<size_t>(shared_bytes),
+                /*overlaps=*/true};
     }
 
     // Up to kMaxBlocks blocks per multiprocessor, as long as each has shared memory for its row and a tile of

@@ -407,22 +407,53 @@ class BlockRow {
         : params_(params),
           plan_(plan),
           memory_(memory),
-          is_padding_(row == params.padding_idx),
+          row_(row),
           source_(params.weight_row(row)),
-          tile_(memory.tile + elements_into_vector(source_)),
-          first_pair_(params.groups.row_begin[row]),
-          num_pairs_(static_cast<uint32_t>(params.groups.row_begin[row + 1] - first_pair_)) {}
+          tile_(memory.tile + elements_into_vector(source_)) {}
+
+    // Comes first. Reads the row, and keeps it in shared memory where that is planned; its pairs need not be
+    // known yet.
+    __device__ void measure() {
+        constexpr int kBatch = kVectorsAtOnce;
+        const scalar_t* const weight = source_;
+        scalar_t* const kept = kept_row();
+        const auto keep = [kept](int first, const AlignedVector<scalar_t>& vector) {
+            if (kept != nullptr) store_vector(kept + first, vector);
+        };
+        OnlineSum<acc_t> own;
+        for_each_batch_of_vectors<kBatch>(
+            weight, params_.num_classes,
+            [&](int first, int stride, const AlignedVector<scalar_t>(&batch)[kBatch]) {
+                own.include(batch);
+                for (int k = 0; k < kBatch; ++k) keep(first + k * stride, batch[k]);
+            },
+            [&](int first, const AlignedVector<scalar_t>& vector) {
+                const AlignedVector<scalar_t> alone[1] = {vector};
+                own.include(alone);
+                keep(first, vector);
+            },
+            [&](int j) {
+                own.template include<scalar_t>(widen(weight[j]));
+                if (kept != nullptr) kept[j] = weight[j];
+            });
+        if (kept != nullptr) source_ = kept;
+        // The maximum first: to merge online sums, warp after warp, takes two exponentials each.
+        max_ = block_reduce(own.max, memory_.sums, [](acc_t a, acc_t b) { return std::fmax(a, b); });
+        sum_ = block_sum(own.sum * exponential<scalar_t>(own.max, shift_of(max_)), memory_.sums);
+    }
 
     // gradient: (C), or null. All threads get the result.
     __device__ LossSums process(scalar_t* gradient) {
-        const MeasuredRow<Params> row = measure();
+        first_pair_ = params_.groups.row_begin[row_];
+        num_pairs_ = static_cast<uint32_t>(params_.groups.row_begin[row_ + 1] - first_pair_);
+        const MeasuredRow<Params> row(params_, max_, sum_);
         const PairSums pairs = sum_pairs();
         const GradientTerms<Params> terms(row, pairs);
         return row.loss(pairs, block_sum(visit_classes(row, terms, gradient), memory_.class_sums));
     }
 
-    __device__ RowStats<acc_t> stats() {
-        const MeasuredRow<Params> row = measure();
+    __device__ RowStats<acc_t> stats() const {
+        const MeasuredRow<Params> row(params_, max_, sum_);
         ClassSums own;
         for (int64_t j = threadIdx.x; params_.smooths() && j < params_.num_classes; j += blockDim.x) {
             row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
@@ -431,6 +462,8 @@ class BlockRow {
     }
 
   private:
+    __device__ bool is_padding() const { return row_ == params_.padding_idx; }
+
     // As many as there are registers for.
     static constexpr int kVectorsAtOnce = std::is_same_v<scalar_t, float> ? 4 : 2;
 
@@ -476,7 +509,7 @@ class BlockRow {
             if (is_first) {
                 const acc_t logit = widen(source_[target]);
                 row.add_losses(of_target, logit, acc_t(1), s);
-                if (gradient != nullptr && !is_padding_)
+                if (gradient != nullptr && !is_padding())
                     gradient[target] = narrow<scalar_t>(terms.element(logit, acc_t(1), s));
             }
             losses[rank] = of_target;
@@ -496,7 +529,7 @@ class BlockRow {
             }
         };
         const scalar_t* const kept = kept_row();
-        if (is_padding_) {
+        if (is_padding()) {
             map_row(source_, gradient, params_.num_classes, [](acc_t) { return acc_t(0); });
         } else if (kept !=
                    nullptr) {  // a branch of its own: the compiler then knows that the memory is shared
@@ -508,7 +541,7 @@ class BlockRow {
 
     __device__ ClassSums sweep_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
                                        scalar_t* gradient) const {
-        const bool is_zero = gradient == nullptr || is_padding_;
+        const bool is_zero = gradient == nullptr || is_padding();
         ClassSums own;
         sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
             const acc_t class_weight = params_.class_weight_of(j);
@@ -543,38 +576,6 @@ class BlockRow {
     // Where the row is kept in shared memory; null where there is no room.
     __device__ scalar_t* kept_row() const {
         return memory_.row != nullptr ? memory_.row + (tile_ - memory_.tile) : nullptr;
-    }
-
-    // Reads the row, and keeps it in shared memory where that is planned.
-    __device__ MeasuredRow<Params> measure() {
-        constexpr int kBatch = kVectorsAtOnce;
-        const scalar_t* const weight = source_;
-        scalar_t* const kept = kept_row();
-        const auto keep = [kept](int first, const AlignedVector<scalar_t>& vector) {
-            if (kept != nullptr) store_vector(kept + first, vector);
-        };
-        OnlineSum<acc_t> own;
-        for_each_batch_of_vectors<kBatch>(
-            weight, params_.num_classes,
-            [&](int first, int stride, const AlignedVector<scalar_t>(&batch)[kBatch]) {
-                own.include(batch);
-                for (int k = 0; k < kBatch; ++k) keep(first + k * stride, batch[k]);
-            },
-            [&](int first, const AlignedVector<scalar_t>& vector) {
-                const AlignedVector<scalar_t> alone[1] = {vector};
-                own.include(alone);
-                keep(first, vector);
-            },
-            [&](int j) {
-                own.template include<scalar_t>(widen(weight[j]));
-                if (kept != nullptr) kept[j] = weight[j];
-            });
-        if (kept != nullptr) source_ = kept;
-        // The maximum first: to merge online sums, warp after warp, takes two exponentials each.
-        const acc_t max =
-            block_reduce(own.max, memory_.sums, [](acc_t a, acc_t b) { return std::fmax(a, b); });
-        const acc_t sum = own.sum * exponential<scalar_t>(own.max, shift_of(max));
-        return {params_, max, block_sum(sum, memory_.sums)};
     }
 
     // Without class weights and gradients of the pairs, the number of pairs suffices.
@@ -656,11 +657,12 @@ class BlockRow {
     const Params& params_;
     const BlockPlan& plan_;
     const BlockMemory<Params, sum_t>& memory_;
-    const bool is_padding_;
+    const int64_t row_;
     const scalar_t* source_;  // (C): the row in the table, or its copy in shared memory
     sum_t* const tile_;       // (tile)
-    const int64_t first_pair_;
-    const uint32_t num_pairs_;
+    acc_t max_, sum_;         // of the logits; of e^(logit - max)
+    int64_t first_pair_;
+    uint32_t num_pairs_;
 };
 
 }  // namespace bigramx::cuda

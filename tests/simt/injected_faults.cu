@@ -283,6 +283,65 @@ void cleared_by_any(bool broken) {
     expect(value[0] == 0 && out[0] == 7, "elements");
 }
 
+// ----------------------------------------------------------------------------------- order between kernels
+
+__global__ void fill_kernel(int* values) {
+    let_next_kernel_begin();
+    values[thread_of_grid()] = thread_of_grid();
+}
+
+// Overlaps fill_kernel.
+__global__ void add_one_to_each_kernel(bool waits, const int* values, int* out) {
+    let_next_kernel_begin();
+    const int one = static_cast<int>(blockDim.x) / kThreads;
+    if (waits) wait_for_kernel_before();
+    out[thread_of_grid()] = values[thread_of_grid()] + one;
+    wait_for_kernel_before();
+}
+
+// Overlaps add_one_to_each_kernel, and through it fill_kernel.
+__global__ void clear_kernel(bool waits, int* values) {
+    if (waits) wait_for_kernel_before();
+    values[thread_of_grid()] = 0;
+    wait_for_kernel_before();
+}
+
+template <typename... Parameters, typename... Arguments>
+void run_overlapping(void (*kernel)(Parameters...), const Arguments&... arguments) {
+    launch({kName, nullptr, 2, kThreads, 0, /*overlaps=*/true}, kernel, arguments...);
+}
+
+void fill_then_add(bool waits_to_read, bool waits_to_clear) {
+    const Array<int> values(2 * kThreads), sums(2 * kThreads);
+    run(fill_kernel, 2, kThreads, 0, values.data());
+    run_overlapping(add_one_to_each_kernel, waits_to_read, values.data(), sums.data());
+    run_overlapping(clear_kernel, waits_to_clear, values.data());
+    for (int i = 0; i < 2 * kThreads; ++i) expect(sums[i] == i + 1 && values[i] == 0, "sums");
+}
+
+void read_before_waiting(bool broken) { fill_then_add(!broken, true); }
+void written_before_waiting(bool broken) { fill_then_add(true, !broken); }
+
+__global__ void wait_but_for_one_thread_kernel(bool broken) {
+    if (!broken || thread_of_grid() != kThreads + 3) wait_for_kernel_before();
+}
+
+void returns_without_waiting(bool broken) {
+    const Array<int> values(2 * kThreads);
+    run(fill_kernel, 2, kThreads, 0, values.data());
+    run_overlapping(wait_but_for_one_thread_kernel, broken);
+}
+
+// A kernel that follows a memset begins after it.
+void kernels_that_need_not_wait(bool) {
+    const Array<int> values(2 * kThreads), sums(2 * kThreads);
+    run(fill_kernel, 2, kThreads, 0, values.data());
+    run(add_one_to_each_kernel, 2, kThreads, 0, false, values.data(), sums.data());
+    clear(kName, nullptr, values.data(), values.size() * sizeof(int));
+    run_overlapping(add_one_to_each_kernel, false, values.data(), sums.data());
+    for (int i = 0; i < 2 * kThreads; ++i) expect(sums[i] == 1, "sums");
+}
+
 // ----------------------------------------------------------------------------------------------- bounds
 
 __global__ void copy_kernel(const float* from, int64_t size, float* to) {
@@ -684,6 +743,9 @@ constexpr Case kCases[] = {
     CASE(missing_barrier_before_ticket),
     CASE(missing_barrier_after_ticket),
     CASE(cleared_by_any),
+    CASE(read_before_waiting),
+    CASE(written_before_waiting),
+    CASE(returns_without_waiting),
     CASE(reads_past_end),
     CASE(writes_past_end),
     CASE(unwritten_element),
@@ -714,6 +776,7 @@ constexpr Case kCases[] = {
     CASE(correct_functions),
     CASE(block_functions),
     CASE(last_block),
+    CASE(kernels_that_need_not_wait),
     CASE(vectors_of_rows),
 };
 #undef CASE

@@ -222,12 +222,13 @@ bool set_memory(void* memory, int value, size_t bytes) {
     return true;
 }
 
-void begin_kernel(size_t bytes_of_block, const void* kernel_arguments, size_t arguments_bytes) {
+void begin_kernel(size_t bytes_of_block, const void* kernel_arguments, size_t arguments_bytes,
+                  bool overlaps) {
     regions_mutex.lock();
     shared_bytes = bytes_of_block;
     arguments = {static_cast<const Byte*>(kernel_arguments), arguments_bytes};
     draw_preemption();
-    order.begin_launch();
+    order.begin_launch(overlaps);
 }
 
 void begin_block(unsigned block, unsigned threads) {
@@ -276,6 +277,10 @@ std::string place_in(const Region& region, const Byte* address) {
 [[noreturn]] void fail_race(const Region& region, const Byte* address, size_t bytes, Access kind,
                             Access earlier, Stamp stamp) {
     const bool several = (stamp & (kSeveralLanes | kSeveralWarps | kOtherBlocks)) != 0;
+    if (stamp < order.launch()) {
+        fail("data race: " + does(kind, bytes) + place_in(region, address) + "; a kernel before has " +
+             kHasDone[static_cast<int>(earlier)] + " them, for which the thread has not waited");
+    }
     fail("data race: " + does(kind, bytes) + place_in(region, address) + "; " +
          name_of(thread_of(stamp), order.block_of(stamp)) + (several ? ", among others," : "") + " has " +
          kHasDone[static_cast<int>(earlier)] + " them, and nothing orders the two");
@@ -386,7 +391,7 @@ void check(const void* pointer, size_t bytes, Access kind) {
     }
     if (Region* const region = find_region(address)) {
         if (!region->contains(address + bytes - 1)) fail_out_of_bounds(address, bytes, kind);
-        return check_in_region({*region, address, bytes, kind, order.launch()});
+        return check_in_region({*region, address, bytes, kind, order.oldest(running->index)});
     }
     if (kind != Access::read || !is_constant(address, bytes)) fail_out_of_bounds(address, bytes, kind);
 }
@@ -435,6 +440,8 @@ template float atomic(AtomicOp, float*, float, float);
 template double atomic(AtomicOp, double*, double, double);
 
 }  // namespace simt
+
+void cudaGridDependencySynchronize() { simt::order.wait_for_kernels_before(simt::running->index); }
 
 void __threadfence() { simt::order.fence(simt::running->index); }
 

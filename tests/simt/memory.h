@@ -10,8 +10,9 @@ namespace simt {
 extern Order order;
 
 // Between this and end_kernel no memory is allocated or released. arguments: those of the kernel, which
-// every thread may read.
-void begin_kernel(size_t shared_bytes, const void* arguments, size_t arguments_bytes);
+// every thread may read. overlaps: the kernels before, back to one that does not, may still run, until a
+// thread waits for them.
+void begin_kernel(size_t shared_bytes, const void* arguments, size_t arguments_bytes, bool overlaps);
 void begin_block(unsigned block, unsigned threads);
 void end_kernel();
 

@@ -1,5 +1,5 @@
-// Which accesses of a kernel are ordered by its barriers and fences, that is, happen in the same order in
-// every run.
+// Which accesses of a kernel are ordered by its barriers and fences, and after those of the kernels that it
+// overlaps, that is, happen in the same order in every run.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +28,10 @@ constexpr unsigned thread_of(Stamp stamp) { return stamp & kThreadMask; }
 
 class Order {
   public:
-    void begin_launch() {
+    // overlaps: the launches before, back to one that does not overlap, may still run.
+    void begin_launch(bool overlaps) {
         launch_ = now_ += kTick;
+        if (!overlaps) first_launch_ = launch_;
         blocks_.clear();
         releases_.clear();
     }
@@ -37,7 +39,7 @@ class Order {
     void begin_block(unsigned block, unsigned threads) {
         block_ = barrier_ = now_ += kTick;
         std::fill_n(warp_barriers_, kMaxWarps, block_);
-        std::fill_n(threads_, threads, Fences{});
+        std::fill_n(threads_, threads, ThreadState{});
         acquires_.clear();
         blocks_.push_back({block_, block});
     }
@@ -65,13 +67,19 @@ class Order {
         releases.push_back({blocks_.size() - 1, thread, fence});
     }
 
-    // The start of the launch and of the block: earlier stamps are past.
+    void wait_for_kernels_before(unsigned thread) { threads_[thread].has_waited = true; }
+    bool has_waited(unsigned thread) const { return first_launch_ == launch_ || threads_[thread].has_waited; }
+
+    // The start of the launch and of the block.
     Stamp launch() const { return launch_; }
     Stamp block() const { return block_; }
+    // For a thread, earlier stamps in device memory are past.
+    Stamp oldest(unsigned thread) const { return has_waited(thread) ? launch_ : first_launch_; }
 
     // Whether the thread runs after all accesses that a stamp stands for. Stamps before `oldest` are past.
     bool is_after(Stamp stamp, unsigned thread, Stamp oldest) const {
         if (stamp < oldest) return true;
+        if (stamp < launch_) return false;
         if (stamp < block_ || (stamp & kOtherBlocks) != 0) {
             if (!is_after_blocks(stamp, thread)) return false;
             if (stamp < block_) return true;
@@ -87,7 +95,7 @@ class Order {
     // The stamp of an access now that also stands for an earlier one.
     Stamp joined(Stamp stamp, unsigned thread, Stamp oldest) const {
         const Stamp fresh = now(thread);
-        if (stamp < oldest) return fresh;
+        if (stamp < oldest || stamp < launch_) return fresh;
         if (stamp < block_) return fresh | kOtherBlocks;
         const Stamp others = fresh | (stamp & kOtherBlocks);
         if (stamp < barrier_ || is_after_in_warp(stamp, thread)) return others;
@@ -110,9 +118,10 @@ class Order {
         Stamp barrier = 0;  // what others of its block did before
     };
 
-    struct Fences {
+    struct ThreadState {
         Fence fence;                   // the last one
         const void* atomic = nullptr;  // the last one that the thread performed
+        bool has_waited = false;       // for the kernels before
     };
 
     struct Release {
@@ -169,9 +178,10 @@ class Order {
     }
 
     Stamp now_ = kTick, launch_ = 0, block_ = 0;
+    Stamp first_launch_ = 0;               // the earliest one that may still run
     Stamp barrier_ = 0;                    // the last one of the block
     Stamp warp_barriers_[kMaxWarps] = {};  // the last one of each warp with all its lanes
-    Fences threads_[kMaxThreads];
+    ThreadState threads_[kMaxThreads];
     std::vector<Block> blocks_;
     std::unordered_map<const void*, std::vector<Release>> releases_;  // by atomic, then by block
     std::vector<Acquire> acquires_;                                   // of this block

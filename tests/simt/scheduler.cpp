@@ -95,6 +95,7 @@ struct Machine {
     void* frames[kMaxFrames];
     int num_frames;
     uint64_t num_launches = 0, num_memsets = 0;
+    bool follows_kernel = false;                             // what the stream did last
     std::unordered_map<const void*, size_t> allowed_shared;  // by kernel
 };
 Machine& machine = *new Machine;
@@ -196,6 +197,8 @@ unsigned first_ended() {
 
 void end_thread() {
     Fiber& self = running_fiber();
+    if (!order.has_waited(self.index))
+        fail(name_of_running() + " returns without having waited for the kernel before");
     self.has_ended = true;
     ++machine.num_ended;
     if (machine.num_at_barrier > 0) fail_abandoned(machine.first_at_barrier, self.index);
@@ -452,8 +455,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
         return remembered(cudaErrorInvalidValue);
 
     prepare_fibers(size.x);
-    begin_kernel(config.dynamicSmemBytes, call.arguments, call.arguments_bytes);
+    const bool overlaps = machine.follows_kernel && config.numAttrs > 0 &&
+                          config.attrs->val.programmaticStreamSerializationAllowed != 0;
+    begin_kernel(config.dynamicSmemBytes, call.arguments, call.arguments_bytes, overlaps);
     ++machine.num_launches;
+    machine.follows_kernel = true;
     machine.call = call;
     machine.grid = grid;
     machine.size = size;
@@ -506,6 +512,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
     ++simt::machine.num_memsets;
+    simt::machine.follows_kernel = false;
     return simt::remembered(simt::set_memory(memory, value, bytes) ? cudaSuccess : cudaErrorInvalidValue);
 }
 

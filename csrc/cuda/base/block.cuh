@@ -1,5 +1,5 @@
-// Collective operations of a warp and of a block: reductions, scans, the last block of a grid. All threads of
-// the block must call a block function, all lanes of the warp a warp function.
+// Collective operations of a warp and of a block: reductions, scans, the last block of a grid; and of kernels
+// that overlap. All threads of the block must call a block function, all lanes of the warp a warp function.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -171,6 +171,25 @@ __device__ inline bool is_last_block(unsigned* ticket, int* scratch) {
     }
     __syncthreads();
     return *scratch != 0;
+}
+
+// -------------------------------------------------------------------------------------- dependent launches
+
+// The kernel that follows in the stream may begin, if its launch overlaps (launch.h) and as soon as all
+// blocks of this one have called this.
+__device__ inline void let_next_kernel_begin() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Returns when the kernel before this one in the stream has ended, at once where the launch does not overlap.
+// A kernel whose launch does reads nothing that the kernel before may write, and writes nothing at all, until
+// it has waited; and each of its threads waits, lest the kernel after it begin before the one before it ends.
+__device__ inline void wait_for_kernel_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
 }
 
 // -------------------------------------------------------------------------------------------------- seeds

@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -39,19 +39,29 @@ inline int64_t max_shared_bytes(const char* op) {
     return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-inline std::mutex kernels_mutex;
-inline std::set<std::pair<const void*, int>> kernels_with_max_shared_bytes;  // kernel, device
+struct PreparedKernel {
+    bool can_wait;  // for the kernel before it: see LaunchShape::overlaps
+};
 
-// Opts a kernel in to max_shared_bytes on the current device, once: the limit is the kernel's, so threads
-// that each set what their own launch takes would take it from one another.
-inline void allow_max_shared_bytes(const char* op, const void* kernel) {
+inline std::mutex kernels_mutex;
+inline std::map<std::pair<const void*, int>, PreparedKernel> prepared_kernels;  // by kernel and device
+
+// Once for each kernel and device. Opts the kernel in to max_shared_bytes: the limit is the kernel's, so
+// threads that each set what their own launch takes would take it from one another.
+inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
+    // Not what a later GPU compiles of the code for an earlier one: that has no instruction to wait.
+    constexpr int kFirstToWait = 90;
     int device = 0;
     check_cuda(op, cudaGetDevice(&device));
     const std::lock_guard<std::mutex> lock(kernels_mutex);
-    if (kernels_with_max_shared_bytes.count({kernel, device}) > 0) return;
+    const auto known = prepared_kernels.find({kernel, device});
+    if (known != prepared_kernels.end()) return known->second;
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(max_shared_bytes(op))));
-    kernels_with_max_shared_bytes.insert({kernel, device});
+    cudaFuncAttributes attributes{};
+    check_cuda(op, cudaFuncGetAttributes(&attributes, kernel));
+    const PreparedKernel prepared{attributes.ptxVersion >= kFirstToWait};
+    return prepared_kernels.emplace(std::pair(kernel, device), prepared).first->second;
 }
 
 struct LaunchShape {
@@ -60,6 +70,9 @@ struct LaunchShape {
     int64_t blocks;
     int threads;              // of a block
     size_t shared_bytes = 0;  // dynamic shared memory of a block
+    // Where the GPU can, the kernel begins before the one before it in the stream has ended, and waits for it
+    // by wait_for_kernel_before(): a programmatic dependent launch.
+    bool overlaps = false;
 };
 
 // Launches nothing for 0 blocks. Throws std::runtime_error where the launch fails.
@@ -73,10 +86,15 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Argum
                                  ": expected work for at most 2147483647 blocks, got " +
                                  std::to_string(shape.blocks));
     }
-    if (shape.shared_bytes > kAlwaysAllowed) {
-        allow_max_shared_bytes(shape.op, reinterpret_cast<const void*>(kernel));
-    }
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
+    if (shape.overlaps || shape.shared_bytes > kAlwaysAllowed) {
+        const PreparedKernel prepared = prepare_kernel(shape.op, reinterpret_cast<const void*>(kernel));
+        config.attrs = &overlap;
+        config.numAttrs = shape.overlaps && prepared.can_wait ? 1 : 0;
+    }
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = shape.shared_bytes;

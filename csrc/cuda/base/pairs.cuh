@@ -72,12 +72,26 @@ struct IndexedPairs {
 
     template <typename Visit>
     __device__ void for_each(int64_t begin, int64_t end, const Visit& visit) const {
-        for (int64_t n = begin + threadIdx.x; n < end; n += blockDim.x) visit(pair(n));
+        constexpr int kInFlight = 4;
+        for (int64_t first = begin + threadIdx.x; first < end; first += int64_t{kInFlight} * blockDim.x) {
+            int64_t rows[kInFlight], classes[kInFlight];
+#pragma unroll
+            for (int k = 0; k < kInFlight; ++k) {
+                const int64_t n = first + k * blockDim.x;
+                if (n >= end) continue;
+                rows[k] = idx[n];
+                classes[k] = targets[n];
+            }
+#pragma unroll
+            for (int k = 0; k < kInFlight; ++k) {
+                const int64_t n = first + k * blockDim.x;
+                if (n < end) visit(pair(n, rows[k], classes[k]));
+            }
+        }
     }
 
   private:
-    __device__ Pair pair(int64_t n) const {
-        const int64_t row = idx[n], target = targets[n];
+    __device__ Pair pair(int64_t n, int64_t row, int64_t target) const {
         const bool is_ignored = target == ignore_index;
         device_assert(row >= 0 && row < num_rows,
                       "embedding_cross_entropy: index out of range: expected 0 <= idx < the rows of weight");
@@ -153,11 +167,12 @@ __device__ int64_t sum_counts(const count_t* counts, int64_t size, double* scrat
 }
 
 // counts: (rows, num_targets), zero before. Each block counts in shared memory first: global atomics are
-// slow.
+// slow. The kernel that follows may overlap.
 template <typename Source, typename count_t, typename Finish>
 __global__ void __launch_bounds__(kPairThreads, 1)
     count_table_kernel(Source source, int64_t num_rows, int64_t num_targets, count_t* counts,
                        unsigned* ticket, Finish finish) {
+    let_next_kernel_begin();
     const int64_t num_entries = num_rows * num_targets;
     SharedMemory shared;
     auto* const scratch = shared.take<double>(kMaxWarps);
@@ -251,7 +266,7 @@ __device__ inline int64_t scan_rows(const PairGroups& groups, int64_t num_rows, 
             groups.row_begin[first + k] = begin;
             groups.cursors[first + k] = static_cast<uint32_t>(begin);
             begin += counts[k];
-            if (occurs[k] != 0) groups.slot_rows[slot++] = first + k;
+            if (occurs[k] != 0 && groups.slot_rows != nullptr) groups.slot_rows[slot++] = first + k;
         }
         pairs_before += static_cast<int64_t>(total >> kSlotBits);
         slots_before += static_cast<int64_t>(total & ((1u << kSlotBits) - 1));
@@ -263,9 +278,9 @@ __device__ inline int64_t scan_rows(const PairGroups& groups, int64_t num_rows, 
     return pairs_before;
 }
 
-template <bool kAreShared, typename Source>
-__device__ void count_rows(const Source& source, const PairGroups& groups, int64_t num_rows) {
-    uint32_t* const counters = row_counters<kAreShared>(groups.row_counts, num_rows);
+// counters: (R), of the pairs that are not ignored.
+template <typename Source>
+__device__ void count_pairs(const Source& source, const PairGroups& groups, uint32_t* counters) {
     const BlockRange range(source.num_pairs());
     source.for_each(range.begin, range.end, [&](const Pair& pair) {
         if (groups.row_occurs != nullptr) atomicOr(groups.row_occurs + pair.row, 1u);
@@ -273,6 +288,12 @@ __device__ void count_rows(const Source& source, const PairGroups& groups, int64
         atomicAdd(counters + pair.row, 1u);
         if (groups.class_counts != nullptr) atomicAdd(groups.class_counts + pair.target, 1u);
     });
+}
+
+template <bool kAreShared, typename Source>
+__device__ void count_rows(const Source& source, const PairGroups& groups, int64_t num_rows) {
+    uint32_t* const counters = row_counters<kAreShared>(groups.row_counts, num_rows);
+    count_pairs(source, groups, counters);
     if constexpr (kAreShared) {
         __syncthreads();
         for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
@@ -284,6 +305,7 @@ __device__ void count_rows(const Source& source, const PairGroups& groups, int64
 template <bool kAreShared, typename Source, typename Finish>
 __global__ void __launch_bounds__(kPairThreads, 1)
     count_rows_kernel(Source source, PairGroups groups, int64_t num_rows, Finish finish) {
+    let_next_kernel_begin();
     count_rows<kAreShared>(source, groups, num_rows);
     __syncthreads();
     SharedMemory shared;  // from its beginning again: the counters are no longer needed
@@ -293,28 +315,39 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     finish(scan_rows(groups, num_rows, scratch));
 }
 
+// Puts each pair into its group. cursors: (R), where the next pair of a row goes.
+template <typename Source>
+__device__ void place_pairs(const Source& source, const PairGroups& groups, uint32_t* cursors) {
+    const BlockRange range(source.num_pairs());
+    source.for_each(range.begin, range.end, [&](const Pair& pair) {
+        if (pair.target == Pair::kIgnored) return;
+        const uint32_t place = atomicAdd(cursors + pair.row, 1u);
+        groups.targets[place] = pair.target;
+        if (groups.pair_indices != nullptr) groups.pair_indices[place] = pair.index;
+    });
+}
+
 template <bool kAreShared, typename Source>
 __global__ void __launch_bounds__(kPairThreads, 1)
     scatter_pairs_kernel(Source source, PairGroups groups, int64_t num_rows) {
+    let_next_kernel_begin();
     uint32_t* const counters = row_counters<kAreShared>(groups.cursors, num_rows);
-    const BlockRange range(source.num_pairs());
     if constexpr (kAreShared) {  // the block reserves its part of each row
+        const BlockRange range(source.num_pairs());
         source.for_each(range.begin, range.end, [&](const Pair& pair) {
             if (pair.target != Pair::kIgnored) atomicAdd(counters + pair.row, 1u);
         });
         __syncthreads();
+    }
+    wait_for_kernel_before();
+    if constexpr (kAreShared) {
         for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) {
             const uint32_t count = counters[row];
             if (count > 0) counters[row] = atomicAdd(groups.cursors + row, count);
         }
         __syncthreads();
     }
-    source.for_each(range.begin, range.end, [&](const Pair& pair) {
-        if (pair.target == Pair::kIgnored) return;
-        const uint32_t place = atomicAdd(counters + pair.row, 1u);
-        groups.targets[place] = pair.target;
-        if (groups.pair_indices != nullptr) groups.pair_indices[place] = pair.index;
-    });
+    place_pairs(source, groups, counters);
 }
 
 template <bool kAreShared, typename Source, typename Finish>
@@ -324,10 +357,12 @@ void launch_group_pairs(LaunchShape shape, const Source& source, int64_t num_row
     shape.shared_bytes = static_cast<size_t>(std::max(counter_bytes, kFinishBytes));
     launch(shape, count_rows_kernel<kAreShared, Source, Finish>, source, groups, num_rows, finish);
     shape.shared_bytes = static_cast<size_t>(counter_bytes);
+    shape.overlaps = true;
     launch(shape, scatter_pairs_kernel<kAreShared, Source>, source, groups, num_rows);
 }
 
-// A counting sort in two kernels: count and scan, then scatter. Fewer than 2^32 pairs.
+// A counting sort in two kernels: count and scan, then scatter. Fewer than 2^32 pairs. The kernel that
+// follows may overlap.
 template <typename Source, typename Finish = NothingToFinish>
 void group_pairs(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
                  const PairGroups& groups, const Finish& finish = {}) {
@@ -340,6 +375,46 @@ void group_pairs(const char* op, cudaStream_t stream, const Source& source, int6
         shape.blocks = blocks_for_pairs(op, source.num_pairs(), kBlocksAMultiprocessor, kPairThreads);
         launch_group_pairs</*kAreShared=*/false>(shape, source, num_rows, groups, finish);
     }
+}
+
+// The same in one kernel and one block, for so few pairs that a second launch and the fences of a grid would
+// take longer. Of the scratch only class_counts, where there are any, must be zero before.
+template <typename Source, typename Finish>
+__global__ void __launch_bounds__(kPairThreads, 1)
+    group_in_one_block_kernel(Source source, PairGroups groups, int64_t num_rows, Finish finish) {
+    let_next_kernel_begin();
+    SharedMemory shared;
+    auto* const scratch = shared.take<unsigned long long>(kMaxWarps);
+    auto* const counters = shared.take<uint32_t>(num_rows);
+    auto* const occurs = shared.take<uint32_t>(num_rows);
+    for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) counters[row] = occurs[row] = 0;
+    __syncthreads();
+    groups.row_counts = groups.cursors = counters;  // a row's count is read before its cursor is written
+    groups.row_occurs = occurs;
+    count_pairs(source, groups, counters);
+    __syncthreads();
+    const int64_t num_pairs = scan_rows(groups, num_rows, scratch);
+    __syncthreads();
+    place_pairs(source, groups, counters);
+    finish(num_pairs);
+}
+
+inline size_t bytes_of_one_block(int64_t num_rows) {
+    return static_cast<size_t>(SharedMemory::bytes<unsigned long long>(kMaxWarps) +
+                               2 * SharedMemory::bytes<uint32_t>(num_rows));
+}
+
+inline bool can_group_in_one_block(const char* op, int64_t num_pairs, int64_t num_rows) {
+    constexpr int64_t kMaxPairs = 1 << 14;
+    return num_pairs <= kMaxPairs &&
+           bytes_of_one_block(num_rows) <= static_cast<size_t>(max_shared_bytes(op));
+}
+
+template <typename Source, typename Finish>
+void group_pairs_in_one_block(const char* op, cudaStream_t stream, const Source& source, int64_t num_rows,
+                              const PairGroups& groups, const Finish& finish) {
+    launch({op, stream, 1, kPairThreads, bytes_of_one_block(num_rows)},
+           group_in_one_block_kernel<Source, Finish>, source, groups, num_rows, finish);
 }
 
 // sums[target - begin] += value(k) for each target = targets[k] from `begin` to `end`. For a block, whose

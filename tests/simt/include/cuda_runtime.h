@@ -31,6 +31,18 @@ extern "C" [[noreturn]] void simt_assert_fail(const char* assertion, const char*
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
 
 typedef struct CUstream_st* cudaStream_t;
 
@@ -59,6 +71,8 @@ __attribute__((const)) dim3 simt_grid_size();
 struct cudaLaunchConfig_t {
     size_t dynamicSmemBytes;
     cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
     dim3 block_size, grid_size;
 
     dim3& simt_block_size() { return block_size; }
@@ -102,6 +116,12 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
     return simt::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
 }
 
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+    attributes->ptxVersion = 90;
+    return cudaSuccess;
+}
+
 template <typename... Parameters, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Given&&... given) {
@@ -110,6 +130,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return simt::launch(
         *config, {reinterpret_cast<const void*>(kernel), &Arguments::run, &arguments, sizeof(arguments)});
 }
+
+// ------------------------------------------------------------------------------------- dependent launches
+
+// Whenever it begins, the next kernel must not rely on what this one does until it has waited.
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+void cudaGridDependencySynchronize();
 
 // ------------------------------------------------------------------------------------- barriers and warps
 
