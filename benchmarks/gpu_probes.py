@@ -66,6 +66,14 @@ def build(out: str) -> None:
 # ------------------------------------------------------------------------------------------------- each op once
 
 
+def load_extension() -> None:
+    """The emulator's, where it is to run the kernels; says which. Comes before the package is imported."""
+    import tests  # noqa: F401
+    from bigramx import _C
+
+    print("kernels of", Path(_C.__file__).relative_to(ROOT))
+
+
 def device() -> Any:
     """Where the kernels run."""
     import torch
@@ -79,10 +87,17 @@ def embedding_cross_entropy() -> None:
 
     from bigramx import functional, reference
 
-    for num_rows, num_classes in ((65, 65), (400, 90), (300, 500), (9, 3000)):
+    # In one block, counted, grouped in one block and by several; a warp or a block for a row.
+    for num_rows, num_classes, num_pairs in (
+        (65, 65, 257),
+        (400, 40, 257),
+        (300, 500, 257),
+        (300, 500, 2**14 + 1),
+        (9, 3000, 257),
+    ):
         weight = torch.randn(num_rows, num_classes, requires_grad=True)
         on_device = weight.detach().to(device()).requires_grad_()
-        idx, targets = torch.randint(num_rows, (257,)), torch.randint(num_classes, (257,))
+        idx, targets = torch.randint(num_rows, (num_pairs,)), torch.randint(num_classes, (num_pairs,))
         expected = reference.embedding_cross_entropy(idx, weight, targets)
         expected.backward()
         for sparse in (False, True):
@@ -182,6 +197,7 @@ def op(name: str) -> None:
     """Runs an op and compares what it returns."""
     import torch
 
+    load_extension()
     torch.manual_seed(1)
     OPS[name]()
     if not EMULATED:
@@ -218,6 +234,12 @@ def jobs() -> dict[str, tuple[Callable[[], object], float]]:
                 moved = (rows + (rows if sparse else vocab_size)) * vocab_size * dtype.itemsize
                 name = f"V={vocab_size} N={len(pairs[0])} {str(dtype)[6:]}{' sparse' if sparse else ''}"
                 result[name] = (call, moved)
+    shape = (300, 100) if EMULATED else (1000, 1000)
+    weight = torch.randn(shape, device=where, requires_grad=True)
+    for num_pairs in (2**14, 2**14 + 1):  # grouped in one block, and by several
+        pairs = [torch.randint(size, (num_pairs,), device=where) for size in shape]
+        call = functools.partial(backward, pairs[0], weight, pairs[1], sparse=False)
+        result[f"V={shape[0]} N={num_pairs} float32"] = (call, 2 * weight.nbytes)
     tokens = torch.randint(65, (10_000 if EMULATED else 10**8,), device=where, dtype=torch.int32).to(torch.uint16)
     result["count_bigrams, V=65, uint16"] = (functools.partial(functional.count_bigrams, tokens, 65), tokens.nbytes)
     small, idx = torch.randn(65, 65, device=where), torch.zeros((8 if EMULATED else 4096, 1), device=where).long()
@@ -252,6 +274,7 @@ def captured_step() -> Callable[[], object]:
 
 def table() -> None:
     """Prints times, rates, and which kernels take them."""
+    load_extension()
     from benchmarks.device import CPU, CUDA
 
     clock = CPU if EMULATED else CUDA
@@ -288,6 +311,7 @@ def kernel_name(name: str) -> str:
 
 def kernels() -> None:
     """Runs each job of the table twice, for a profiler around the process."""
+    load_extension()
     for call, _num_bytes in jobs().values():
         call()
         call()

@@ -346,6 +346,8 @@ def test_the_first_run_on_a_gpu_comes_to_its_end(tmp_path: Path) -> None:
     steps = [line.partition(":")[0] for line in summary.splitlines()]
     assert [step for step in steps if not step.startswith("op-")] == ["versions", "build", "tests", "table"]
     assert {"op-embedding_cross_entropy", "op-multinomial"} <= set(steps)
+    for name in ("op-embedding_cross_entropy", "table"):
+        assert (tmp_path / f"{name}.log").read_text().startswith("kernels of build/simt/_C.so\n")
     assert " passed, 0 failed" in (tmp_path / "tests.log").read_text()
 
 
