@@ -107,29 +107,31 @@ __device__ void clear_by_block(scalar_t* row, int64_t size) {
     for (int64_t j = end + threadIdx.x; j < size; j += blockDim.x) row[j] = none;
 }
 
-// counts: (C), the pairs of the row by class. For a warp.
-template <int kItems, typename Params>
-__device__ LossSums process_counted_row(const Params& rows, int64_t row, const uint32_t* counts) {
-    bool any = false;
-    for (int64_t j = lane_of_thread(); j < rows.num_classes; j += kWarp) any |= counts[j] != 0;
-    auto* const gradient = rows.gradient_row(/*slot=*/row, row);
-    if (__any_sync(kAllLanes, any)) return WarpRow<kItems, Params>(rows, row).process(counts, gradient);
-    if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
-    return {};
+// counts: (R, C), the pairs by row and class.
+template <int kRows, int kItems, typename Params>
+__device__ LossSums process_counted_rows(const Params& rows, const WarpRows<kRows, kItems, Params>& warp_rows,
+                                         const uint32_t* counts) {
+    RowTask<typename Params::scalar_t, uint32_t> tasks[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t row = warp_rows.exists(r) ? warp_rows.row(r) : -1;
+        const uint32_t* const sums = counts + row * rows.num_classes;
+        bool any = false;
+        for (int64_t j = lane_of_thread(); row >= 0 && j < rows.num_classes; j += kWarp) any |= sums[j] != 0;
+        tasks[r] = {__any_sync(kAllLanes, any) != 0, sums, rows.gradient_row(/*slot=*/row, row)};
+    }
+    return warp_rows.process(tasks);
 }
 
 // Counted pairs, one warp per row, at most kItems * kWarp classes.
 template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(RowsParams<scalar_t> rows) {
+    const WarpRows<1, kItems, RowsParams<scalar_t>> warp_rows(rows, slot_of_warp(), /*step=*/0);
     wait_for_kernel_before();
     if (rows.is_done()) return;
     SharedMemory shared;
     auto* const scratch = shared.take<LossSums>(kMaxWarps);
     auto* const is_last = shared.take<int>(1);
-    const int64_t row = slot_of_warp();
-    LossSums loss;
-    if (row < rows.num_rows)
-        loss = process_counted_row<kItems>(rows, row, rows.counts + row * rows.num_classes);
+    const LossSums loss = process_counted_rows(rows, warp_rows, rows.counts);
     if (rows.loss == nullptr) return;
     const LossSums of_block = block_sum(lane_of_thread() == 0 ? loss : LossSums{}, scratch);
     reduce_losses(rows, of_block, scratch, is_last);
@@ -144,6 +146,7 @@ __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_
         if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
         return {};
     }
+    const WarpRows<1, kItems, RowsParams<scalar_t>> warp_rows(rows, row, /*step=*/0);
     for (int64_t j = lane_of_thread(); j < rows.num_classes; j += kWarp) sums[j] = 0;
     __syncwarp();
     const int64_t end = rows.groups.row_begin[row + 1];
@@ -151,7 +154,8 @@ __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_
         atomicAdd(sums + rows.groups.targets[k], rows.template value_of_pair<sum_t>(k));
     }
     __syncwarp();
-    return WarpRow<kItems, RowsParams<scalar_t>>(rows, row).process(sums, gradient);
+    const RowTask<scalar_t, sum_t> tasks[] = {{/*has_pairs=*/true, sums, gradient}};
+    return warp_rows.process(tasks);
 }
 
 // Grouped pairs, one warp per slot, at most kItems * kWarp classes. sum_t: uint32_t, or acc_t where each pair
@@ -240,10 +244,13 @@ __device__ void copy_logits(const RowsParams<scalar_t>& rows, const IndexedPairs
     }
 }
 
-// More would not have enough registers.
+// Where registers allow, a warp works on three rows at once, and 65 rows take one turn.
 template <typename Params>
-constexpr int kOneBlockThreads =
-    Params::kIsPlain && sizeof(typename Params::acc_t) == sizeof(float) ? 1024 : 512;
+constexpr bool kNeedsManyRegisters = !Params::kIsPlain || sizeof(typename Params::acc_t) != sizeof(float);
+template <typename Params>
+constexpr int kOneBlockThreads = kNeedsManyRegisters<Params> ? 512 : 704;
+template <typename Params>
+constexpr int kRowsOfWarp = kNeedsManyRegisters<Params> ? 1 : 3;
 
 // Counting, loss and gradient in one block; at most kItems * kWarp classes.
 template <int kItems, typename Params>
@@ -255,6 +262,9 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     auto* const scales = shared.take<LossScales>(1);
     const int64_t num_entries = rows.num_rows * rows.num_classes;
     auto* const counts = shared.take<uint32_t>(num_entries);
+    constexpr int kRows = kRowsOfWarp<Params>;
+    const int warp = warp_of_thread(), step = warps_of_block();
+    WarpRows<kRows, kItems, Params> warp_rows(rows, warp, step);  // on their way while the pairs are counted
     for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) counts[k] = 0;
     __syncthreads();
     count_in_table(pairs, BlockRange(pairs.num_pairs()), rows.num_classes, counts);
@@ -267,8 +277,9 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     __syncthreads();
     rows.scales = scales;
     LossSums loss;
-    for (int64_t row = warp_of_thread(); row < rows.num_rows; row += warps_of_block()) {
-        loss = loss + process_counted_row<kItems>(rows, row, counts + row * rows.num_classes);
+    for (int64_t first = warp; first < rows.num_rows; first += kRows * step) {
+        if (first > warp) warp_rows.load(first);
+        loss = loss + process_counted_rows(rows, warp_rows, counts);
     }
     if (rows.loss == nullptr) return;
     const LossSums total = block_sum(lane_of_thread() == 0 ? loss : LossSums{}, scratch);
@@ -281,7 +292,8 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(Row
     wait_for_kernel_before();
     const int64_t slot = slot_of_warp(), row = slot < rows.max_slots ? rows.row_of_slot(slot) : -1;
     if (row < 0) return;
-    const RowStats<opmath_t<scalar_t>> stats = WarpRow<kItems, RowsParams<scalar_t>>(rows, row).stats();
+    const RowStats<opmath_t<scalar_t>> stats =
+        WarpRows<1, kItems, RowsParams<scalar_t>>(rows, row, /*step=*/0).stats();
     if (lane_of_thread() == 0) rows.stats[row] = stats;
 }
 
@@ -312,7 +324,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
             const RowStats<acc_t> stats = rows.stats[pair.row];
             const acc_t logit = widen(rows.weight_row(pair.row)[pair.target]) - stats.max;
             const auto class_weight = static_cast<double>(rows.class_weight_of(pair.target));
-            loss = loss_of_pair(rows.options, static_cast<double>(stats.shared), class_weight,
+            loss = loss_of_pair(rows.options(), static_cast<double>(stats.shared), class_weight,
                                 static_cast<double>(stats.log_sum), static_cast<double>(logit));
         }
         losses[pair.index] = static_cast<acc_t>(loss);
@@ -479,8 +491,9 @@ class Launcher {
         rows.num_rows = params_.num_rows;
         rows.num_classes = params_.num_classes;
         rows.class_weight = static_cast<const acc_t*>(params_.class_weight);
-        rows.options = {params_.label_smoothing,
-                        params_.label_smoothing / static_cast<double>(params_.num_classes), params_.z_loss};
+        rows.given_options = {params_.label_smoothing,
+                              params_.label_smoothing / static_cast<double>(params_.num_classes),
+                              params_.z_loss};
         rows.padding_idx = params_.padding_idx;
         rows.scales = scratch_.scales;
         rows.counts = scratch_.counts;

@@ -33,7 +33,7 @@ struct RowsParams {
     const scalar_t* weight;  // (R, C)
     int64_t row_stride, num_rows, num_classes;
     const acc_t* class_weight;  // (C), or null: all ones
-    RowLossOptions options;
+    RowLossOptions given_options;
     int64_t padding_idx;
     const LossScales* scales;
 
@@ -79,7 +79,7 @@ struct RowsParams {
     __device__ acc_t class_weight_of(int64_t j) const {
         return class_weight != nullptr ? class_weight[j] : acc_t(1);
     }
-    __device__ bool smooths() const { return options.label_smoothing > 0; }
+    __device__ RowLossOptions options() const { return given_options; }
     // What grouped pair k adds to s_j of its target j.
     template <typename sum_t>
     __device__ sum_t value_of_pair(int64_t k) const {
@@ -102,7 +102,7 @@ struct PlainRowsParams : RowsParams<scalar> {
     static constexpr bool kIsPlain = true;
 
     __device__ acc_t class_weight_of(int64_t) const { return 1; }
-    __device__ bool smooths() const { return false; }
+    __device__ RowLossOptions options() const { return {0, 0, this->given_options.z_loss}; }
 };
 
 constexpr float kLog2E = 0x1.715476p0f;  // log2(e)
@@ -174,6 +174,19 @@ __device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
     sums.weighted += static_cast<double>(class_weight) * static_cast<double>(s);
 }
 
+// Without class weights and gradients of the pairs, their number suffices.
+template <typename Params, typename sum_t>
+using OwnPairs = std::conditional_t<Params::kIsPlain && std::is_same_v<sum_t, uint32_t>, uint32_t, PairSums>;
+
+template <typename T>
+__device__ void add_pairs(uint32_t& sum, T, uint32_t s) {
+    sum += s;
+}
+__device__ inline PairSums pair_sums(uint32_t num_pairs) {
+    return {static_cast<double>(num_pairs), static_cast<double>(num_pairs)};
+}
+__device__ inline PairSums pair_sums(const PairSums& sums) { return sums; }
+
 // The sums over the classes that the losses need. In double: class weights may be of any size.
 struct ClassSums {
     double target_losses = 0;  // of class_weight_j s_j (lse - W[i, j])
@@ -199,6 +212,7 @@ struct MeasuredRow {
     __device__ MeasuredRow(const Params& params, acc_t max, acc_t sum)
         : params(params), max(max), sum(sum), log_sum(std::log(sum)) {}
 
+    __device__ bool smooths() const { return params.options().label_smoothing > 0; }
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
     // Adds class j, with s = s_j.
@@ -209,21 +223,21 @@ struct MeasuredRow {
             const auto loss = static_cast<double>(log_sum - (logit - max));
             sums.target_losses += wide_weight * static_cast<double>(s) * loss;
         }
-        if (params.smooths()) sums.class_losses += wide_weight * static_cast<double>(max + log_sum - logit);
+        if (smooths()) sums.class_losses += wide_weight * static_cast<double>(max + log_sum - logit);
     }
 
     __device__ double smoothing_loss(const ClassSums& sums) const {
-        return params.smooths() ? smoothing_loss_of_row(params.options, sums.class_losses) : 0.0;
+        return smooths() ? smoothing_loss_of_row(params.options(), sums.class_losses) : 0.0;
     }
 
-    __device__ double z_loss() const { return z_loss_of_row(params.options, lse()); }
+    __device__ double z_loss() const { return z_loss_of_row(params.options(), lse()); }
 
     __device__ RowStats<acc_t> stats(const ClassSums& sums) const {
         return {max, log_sum, static_cast<acc_t>(smoothing_loss(sums) + z_loss())};
     }
 
     __device__ LossSums loss(const PairSums& pairs, const ClassSums& sums) const {
-        return loss_of_row(params.options, pairs, sums.target_losses, smoothing_loss(sums), z_loss());
+        return loss_of_row(params.options(), pairs, sums.target_losses, smoothing_loss(sums), z_loss());
     }
 };
 
@@ -243,9 +257,9 @@ struct GradientTerms {
         const double grad = params.grad_of_all();
         const LossScales scales{params.scales->loss * grad, params.scales->z_loss * grad,
                                 params.scales->class_weight_sum};
-        const RowGradient terms = gradient_of_row(params.options, scales, pairs, row.lse());
+        const RowGradient terms = gradient_of_row(params.options(), scales, pairs, row.lse());
         scale = static_cast<acc_t>(terms.mass) / row.sum;
-        smoothing = static_cast<acc_t>(terms.smoothing);
+        smoothing = Params::kIsPlain ? acc_t(0) : static_cast<acc_t>(terms.smoothing);
         target = static_cast<acc_t>(terms.target);
         if constexpr (kMayBeWide) {
             is_wide = params.class_weight != nullptr;
@@ -283,41 +297,60 @@ struct GradientTerms {
 template <typename T>
 constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
 
-// Lane l takes the columns l, l + 32, ..., kItems of them.
-template <int kItems, typename Params>
-class WarpRow {
+// What a warp does with a row.
+template <typename scalar_t, typename sum_t>
+struct RowTask {
+    bool has_pairs;      // or else a gradient of zeros
+    const sum_t* sums;   // (C), s_j
+    scalar_t* gradient;  // (C), or null
+};
+
+// Some rows at once, as most of the time of each is latency. Lane l takes the columns l, l + 32, ..., kItems
+// of them.
+template <int kRows, int kItems, typename Params>
+class WarpRows {
   public:
     using scalar_t = typename Params::scalar_t;
     using acc_t = typename Params::acc_t;
-
-    __device__ WarpRow(const Params& params, int64_t row) : params_(params), row_(row) {
-        const scalar_t* const weight = params.weight_row(row);
-        for (int k = 0; k < kItems; ++k) logits_[k] = has(k) ? widen(weight[column(k)]) : -kInfinity<acc_t>;
-    }
-
-    // sums: (C), s_j. gradient: (C), or null. All lanes get the result.
     template <typename sum_t>
-    __device__ LossSums process(const sum_t* sums, scalar_t* gradient) const {
-        const MeasuredRow<Params> row = measure();
-        PairSums own_pairs;
-        ClassSums own_losses;
-        for (int k = 0; k < kItems; ++k) {
-            if (!has(k)) continue;
-            const sum_t s = sums[column(k)];
-            const acc_t class_weight = params_.class_weight_of(column(k));
-            if (s != sum_t(0)) add_pairs(own_pairs, class_weight, s);
-            row.add_losses(own_losses, logits_[k], class_weight, s);
-        }
-        const PairSums pairs = warp_sum(own_pairs);
-        if (gradient != nullptr) write_gradient(GradientTerms<Params>(row, pairs), sums, gradient);
-        return row.loss(pairs, warp_sum(own_losses));
+    using Tasks = RowTask<scalar_t, sum_t>[kRows];
+
+    // The rows first, first + step, ..., as far as the table has them.
+    __device__ WarpRows(const Params& params, int64_t first, int64_t step) : params_(params), step_(step) {
+        load(first);
     }
 
+    // What pairs the rows have need not be known yet.
+    __device__ void load(int64_t first) {
+        first_ = first;
+        for (int r = 0; r < kRows; ++r) {
+            const scalar_t* const weight = params_.weight_row(row(r));
+            for (int k = 0; k < kItems; ++k)
+                logits_[r][k] = exists(r) && has(k) ? widen(weight[column(k)]) : -kInfinity<acc_t>;
+        }
+    }
+
+    __device__ int64_t row(int r) const { return first_ + r * step_; }
+    __device__ bool exists(int r) const { return row(r) < params_.num_rows; }
+
+    // All lanes get the sum over the rows.
+    template <typename sum_t>
+    __device__ LossSums process(const Tasks<sum_t>& tasks) const {
+        bool any = false;
+        for (const auto& task : tasks) any |= task.has_pairs;
+        if (any) return process_all(tasks);
+        for (const auto& task : tasks) clear(task.gradient);
+        return {};
+    }
+
+    // Of the first row.
     __device__ RowStats<acc_t> stats() const {
-        const MeasuredRow<Params> row = measure();
+        acc_t max[kRows], sum[kRows];
+        measure(max, sum);
+        const MeasuredRow<Params> row(params_, max[0], sum[0]);
         ClassSums own;
         for (int k = 0; k < kItems; ++k) {
-            if (has(k)) row.add_losses(own, logits_[k], params_.class_weight_of(column(k)), 0);
+            if (has(k)) row.add_losses(own, logits_[0][k], params_.class_weight_of(column(k)), 0);
         }
         return row.stats(warp_sum(own));
     }
@@ -326,29 +359,90 @@ class WarpRow {
     __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
     __device__ bool has(int k) const { return column(k) < params_.num_classes; }
 
-    __device__ MeasuredRow<Params> measure() const {
-        acc_t max = logits_[0], sum = 0;
-        for (int k = 1; k < kItems; ++k) max = std::fmax(max, logits_[k]);
-        max = warp_reduce(max, [](acc_t a, acc_t b) { return std::fmax(a, b); });
-        for (int k = 0; k < kItems; ++k) sum += exponential<scalar_t>(logits_[k], shift_of(max));
-        return {params_, max, warp_sum(sum)};
+    __device__ void measure(acc_t (&max)[kRows], acc_t (&sum)[kRows]) const {
+        for (int r = 0; r < kRows; ++r) {
+            max[r] = logits_[r][0];
+            for (int k = 1; k < kItems; ++k) max[r] = std::fmax(max[r], logits_[r][k]);
+        }
+        warp_reduce_each(max, [](acc_t a, acc_t b) { return std::fmax(a, b); });
+        for (int r = 0; r < kRows; ++r) {
+            sum[r] = 0;
+            for (int k = 0; k < kItems; ++k) sum[r] += exponential<scalar_t>(logits_[r][k], shift_of(max[r]));
+        }
+        warp_sum_each(sum);
     }
 
     template <typename sum_t>
-    __device__ void write_gradient(const GradientTerms<Params>& terms, const sum_t* sums,
-                                   scalar_t* gradient) const {
-        const bool is_padding = row_ == params_.padding_idx;
+    __device__ LossSums process_all(const Tasks<sum_t>& tasks) const {
+        acc_t max[kRows], sum[kRows];
+        measure(max, sum);
+        OwnPairs<Params, sum_t> own_pairs[kRows] = {};
+        ClassSums losses[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            if (tasks[r].has_pairs)
+                add_classes(r, {params_, max[r], sum[r]}, tasks[r].sums, own_pairs[r], losses[r]);
+        }
+        warp_sum_each(own_pairs);
+        sum_over_lanes(losses);
+        LossSums total;
+        for (int r = 0; r < kRows; ++r) {
+            if (!tasks[r].has_pairs) {
+                clear(tasks[r].gradient);
+                continue;
+            }
+            const MeasuredRow<Params> row(params_, max[r], sum[r]);
+            const PairSums pairs = pair_sums(own_pairs[r]);
+            if (tasks[r].gradient != nullptr) write_gradient(r, {row, pairs}, tasks[r]);
+            total = total + row.loss(pairs, losses[r]);
+        }
+        return total;
+    }
+
+    template <typename sum_t>
+    __device__ void add_classes(int r, const MeasuredRow<Params>& row, const sum_t* sums,
+                                OwnPairs<Params, sum_t>& pairs, ClassSums& losses) const {
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
-            const int j = column(k);
-            const acc_t element = terms.element(logits_[k], params_.class_weight_of(j), sums[j]);
-            gradient[j] = narrow<scalar_t>(is_padding ? acc_t(0) : element);
+            const sum_t s = sums[column(k)];
+            const acc_t class_weight = params_.class_weight_of(column(k));
+            if (s != sum_t(0)) add_pairs(pairs, class_weight, s);
+            row.add_losses(losses, logits_[r][k], class_weight, s);
         }
     }
 
+    // Each number is shuffled: one of zeros alone need not be.
+    __device__ static void sum_over_lanes(ClassSums (&losses)[kRows]) {
+        if constexpr (Params::kIsPlain) {
+            double target_losses[kRows];
+            for (int r = 0; r < kRows; ++r) target_losses[r] = losses[r].target_losses;
+            warp_sum_each(target_losses);
+            for (int r = 0; r < kRows; ++r) losses[r].target_losses = target_losses[r];
+        } else {
+            warp_sum_each(losses);
+        }
+    }
+
+    template <typename sum_t>
+    __device__ void write_gradient(int r, const GradientTerms<Params>& terms,
+                                   const RowTask<scalar_t, sum_t>& task) const {
+        const bool is_padding = row(r) == params_.padding_idx;
+        for (int k = 0; k < kItems; ++k) {
+            if (!has(k)) continue;
+            const int j = column(k);
+            const acc_t element = terms.element(logits_[r][k], params_.class_weight_of(j), task.sums[j]);
+            task.gradient[j] = narrow<scalar_t>(is_padding ? acc_t(0) : element);
+        }
+    }
+
+    __device__ void clear(scalar_t* gradient) const {
+        for (int j = lane_of_thread(); gradient != nullptr && j < params_.num_classes; j += kWarp)
+            gradient[j] = narrow<scalar_t>(0);
+    }
+
     const Params& params_;
-    const int64_t row_;
-    acc_t logits_[kItems];
+    const int64_t step_;
+    int64_t first_;
+    acc_t logits_[kRows][kItems];
 };
 
 // ------------------------------------------------------------------------------------------ one block per
@@ -455,7 +549,7 @@ class BlockRow {
     __device__ RowStats<acc_t> stats() const {
         const MeasuredRow<Params> row(params_, max_, sum_);
         ClassSums own;
-        for (int64_t j = threadIdx.x; params_.smooths() && j < params_.num_classes; j += blockDim.x) {
+        for (int64_t j = threadIdx.x; row.smooths() && j < params_.num_classes; j += blockDim.x) {
             row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
         }
         return row.stats(block_sum(own, memory_.class_sums));

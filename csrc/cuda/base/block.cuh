@@ -96,15 +96,32 @@ __device__ inline T broadcast(T value, int lane) {
     return shuffle_parts(value, [=](auto part) { return __shfl_sync(kAllLanes, part, lane); });
 }
 
-// A butterfly reduction by combine(a, b). All lanes get the same bits, as both lanes of an exchange combine
-// in the same order.
+// Butterfly reductions by combine(a, b), whose shuffles do not wait for each other. All lanes get the same
+// bits, as both lanes of an exchange combine in the same order.
+template <int count, typename T, typename Combine>
+__device__ inline void warp_reduce_each(T (&values)[count], const Combine& combine) {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+        T others[count];
+#pragma unroll
+        for (int k = 0; k < count; ++k) others[k] = shuffle_xor(values[k], distance);
+        const bool is_upper = (lane_of_thread() & distance) != 0;
+#pragma unroll
+        for (int k = 0; k < count; ++k)
+            values[k] = is_upper ? combine(others[k], values[k]) : combine(values[k], others[k]);
+    }
+}
+
 template <typename T, typename Combine>
 __device__ inline T warp_reduce(T value, const Combine& combine) {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        const T other = shuffle_xor(value, distance);
-        value = (lane_of_thread() & distance) != 0 ? combine(other, value) : combine(value, other);
-    }
-    return value;
+    T values[1] = {value};
+    warp_reduce_each(values, combine);
+    return values[0];
+}
+
+template <int count, typename T>
+__device__ inline void warp_sum_each(T (&values)[count]) {
+    warp_reduce_each(values, [](T a, T b) { return a + b; });
 }
 
 template <typename T>
