@@ -92,7 +92,7 @@ def embedding_cross_entropy() -> None:
         (65, 65, 257),
         (400, 40, 257),
         (300, 500, 257),
-        (300, 500, 2**14 + 1),
+        (300, 500, 2**13 + 1),
         (9, 3000, 257),
     ):
         weight = torch.randn(num_rows, num_classes, requires_grad=True)
@@ -236,7 +236,7 @@ def jobs() -> dict[str, tuple[Callable[[], object], float]]:
                 result[name] = (call, moved)
     shape = (300, 100) if EMULATED else (1000, 1000)
     weight = torch.randn(shape, device=where, requires_grad=True)
-    for num_pairs in (2**14, 2**14 + 1):  # grouped in one block, and by several
+    for num_pairs in (2**13, 2**13 + 1):  # grouped in one block, and by several
         pairs = [torch.randint(size, (num_pairs,), device=where) for size in shape]
         call = functools.partial(backward, pairs[0], weight, pairs[1], sparse=False)
         result[f"V={shape[0]} N={num_pairs} float32"] = (call, 2 * weight.nbytes)

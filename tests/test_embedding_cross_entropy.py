@@ -882,11 +882,11 @@ def test_logits_are_rows(num_rows: int, num_classes: int, num_pairs: int, dtype:
     assert loss.isfinite() or num_pairs == 0
 
 
-# A GPU groups up to 2^14 pairs in one block. More are grouped by several, which count in shared memory, or, where there
+# A GPU groups up to 2^13 pairs in one block. More are grouped by several, which count in shared memory, or, where there
 # are about as many rows as a block has pairs, in global memory.
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    ("num_rows", "num_pairs"), [(700, 1), (700, 1100), (9000, 2**14), (2000, 2**14 + 1), (9000, 2**14 + 1)]
+    ("num_rows", "num_pairs"), [(700, 1), (700, 1100), (9000, 2**13), (2000, 2**13 + 1), (9000, 2**13 + 1)]
 )
 def test_groups_of_pairs(num_rows: int, num_pairs: int, reduction: str) -> None:
     idx = torch.randint(num_rows, (num_pairs,))
@@ -897,7 +897,7 @@ def test_groups_of_pairs(num_rows: int, num_pairs: int, reduction: str) -> None:
 
 
 @pytest.mark.skipif(not IN_SIMT, reason="needs the emulator, which counts")
-@pytest.mark.parametrize(("num_pairs", "nodes"), [(2**14, 2), (2**14 + 1, 4)])
+@pytest.mark.parametrize(("num_pairs", "nodes"), [(2**13, 2), (2**13 + 1, 4)])
 def test_nodes_of_a_graph(num_pairs: int, nodes: int) -> None:
     """The pairs are grouped, in one launch or in a memset and two; then come the rows."""
     idx, targets = torch.randint(300, (num_pairs,)), torch.randint(300, (num_pairs,))

@@ -266,7 +266,7 @@ __device__ inline int64_t scan_rows(const PairGroups& groups, int64_t num_rows, 
             groups.row_begin[first + k] = begin;
             groups.cursors[first + k] = static_cast<uint32_t>(begin);
             begin += counts[k];
-            if (occurs[k] != 0 && groups.slot_rows != nullptr) groups.slot_rows[slot++] = first + k;
+            if (occurs[k] != 0) groups.slot_rows[slot++] = first + k;
         }
         pairs_before += static_cast<int64_t>(total >> kSlotBits);
         slots_before += static_cast<int64_t>(total & ((1u << kSlotBits) - 1));
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
     for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x) counters[row] = occurs[row] = 0;
     __syncthreads();
     groups.row_counts = groups.cursors = counters;  // a row's count is read before its cursor is written
-    groups.row_occurs = occurs;
+    groups.row_occurs = groups.slot_rows != nullptr ? occurs : nullptr;
     count_pairs(source, groups, counters);
     __syncthreads();
     const int64_t num_pairs = scan_rows(groups, num_rows, scratch);
@@ -405,7 +405,7 @@ inline size_t bytes_of_one_block(int64_t num_rows) {
 }
 
 inline bool can_group_in_one_block(const char* op, int64_t num_pairs, int64_t num_rows) {
-    constexpr int64_t kMaxPairs = 1 << 14;
+    constexpr int64_t kMaxPairs = 1 << 13;
     return num_pairs <= kMaxPairs &&
            bytes_of_one_block(num_rows) <= static_cast<size_t>(max_shared_bytes(op));
 }
