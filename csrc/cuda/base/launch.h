@@ -51,6 +51,7 @@ inline std::map<std::pair<const void*, int>, PreparedKernel> prepared_kernels;  
 inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
     // Not what a later GPU compiles of the code for an earlier one: that has no instruction to wait.
     constexpr int kFirstToWait = 90;
+    constexpr int kFirstToCapture = 12030;  // the driver that takes overlapping launches into a CUDA graph
     int device = 0;
     check_cuda(op, cudaGetDevice(&device));
     const std::lock_guard<std::mutex> lock(kernels_mutex);
@@ -60,7 +61,9 @@ inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
                                         static_cast<int>(max_shared_bytes(op))));
     cudaFuncAttributes attributes{};
     check_cuda(op, cudaFuncGetAttributes(&attributes, kernel));
-    const PreparedKernel prepared{attributes.ptxVersion >= kFirstToWait};
+    int driver = 0;
+    check_cuda(op, cudaDriverGetVersion(&driver));
+    const PreparedKernel prepared{attributes.ptxVersion >= kFirstToWait && driver >= kFirstToCapture};
     return prepared_kernels.emplace(std::pair(kernel, device), prepared).first->second;
 }
 
