@@ -39,8 +39,19 @@ inline int64_t max_shared_bytes(const char* op) {
     return device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// Whether launches of a kernel may overlap (LaunchShape). Its code must know how to wait, which code for
+// earlier architectures does not, even where a later GPU compiles it anew; and CUDA graphs must take it.
+inline bool can_overlap(const char* op, const void* kernel) {
+    constexpr int kFirstArchitecture = 90, kFirstDriver = 12030;
+    cudaFuncAttributes attributes{};
+    int driver = 0;
+    check_cuda(op, cudaFuncGetAttributes(&attributes, kernel));
+    check_cuda(op, cudaDriverGetVersion(&driver));
+    return attributes.ptxVersion >= kFirstArchitecture && driver >= kFirstDriver;
+}
+
 struct PreparedKernel {
-    bool can_wait;  // for the kernel before it: see LaunchShape::overlaps
+    bool can_overlap;
 };
 
 inline std::mutex kernels_mutex;
@@ -49,9 +60,6 @@ inline std::map<std::pair<const void*, int>, PreparedKernel> prepared_kernels;  
 // Once for each kernel and device. Opts the kernel in to max_shared_bytes: the limit is the kernel's, so
 // threads that each set what their own launch takes would take it from one another.
 inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
-    // Not what a later GPU compiles of the code for an earlier one: that has no instruction to wait.
-    constexpr int kFirstToWait = 90;
-    constexpr int kFirstToCapture = 12030;  // the driver that takes overlapping launches into a CUDA graph
     int device = 0;
     check_cuda(op, cudaGetDevice(&device));
     const std::lock_guard<std::mutex> lock(kernels_mutex);
@@ -59,11 +67,7 @@ inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
     if (known != prepared_kernels.end()) return known->second;
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(max_shared_bytes(op))));
-    cudaFuncAttributes attributes{};
-    check_cuda(op, cudaFuncGetAttributes(&attributes, kernel));
-    int driver = 0;
-    check_cuda(op, cudaDriverGetVersion(&driver));
-    const PreparedKernel prepared{attributes.ptxVersion >= kFirstToWait && driver >= kFirstToCapture};
+    const PreparedKernel prepared{can_overlap(op, kernel)};
     return prepared_kernels.emplace(std::pair(kernel, device), prepared).first->second;
 }
 
@@ -96,7 +100,7 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Argum
     if (shape.overlaps || shape.shared_bytes > kAlwaysAllowed) {
         const PreparedKernel prepared = prepare_kernel(shape.op, reinterpret_cast<const void*>(kernel));
         config.attrs = &overlap;
-        config.numAttrs = shape.overlaps && prepared.can_wait ? 1 : 0;
+        config.numAttrs = shape.overlaps && prepared.can_overlap ? 1 : 0;
     }
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
