@@ -88,11 +88,6 @@ constexpr int kWarpsOfBlock = 8;
 __device__ inline int64_t slot_of_warp() { return int64_t{blockIdx.x} * kWarpsOfBlock + warp_of_thread(); }
 
 template <typename scalar_t>
-__device__ void clear_by_warp(scalar_t* row, int64_t size) {
-    for (int64_t j = lane_of_thread(); j < size; j += kWarp) row[j] = narrow<scalar_t>(0);
-}
-
-template <typename scalar_t>
 __device__ void clear_by_block(scalar_t* row, int64_t size) {
     const auto none = narrow<scalar_t>(0);
     AlignedVector<scalar_t> zeros;
@@ -125,7 +120,7 @@ __device__ LossSums process_counted_rows(const Params& rows, const WarpRows<kRow
 // Counted pairs, one warp per row, at most kItems * kWarp classes.
 template <int kItems, typename scalar_t>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) counted_rows_kernel(RowsParams<scalar_t> rows) {
-    const WarpRows<1, kItems, RowsParams<scalar_t>> warp_rows(rows, slot_of_warp(), /*step=*/0);
+    const WarpRows<1, kItems, RowsParams<scalar_t>> warp_rows(rows, slot_of_warp());
     wait_for_kernel_before();
     if (rows.is_done()) return;
     SharedMemory shared;
@@ -143,10 +138,10 @@ __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_
     const int64_t row = rows.row_of_slot(slot);
     scalar_t* const gradient = rows.gradient_row(slot, row);
     if (!rows.has_pairs(row)) {
-        if (gradient != nullptr) clear_by_warp(gradient, rows.num_classes);
+        clear_by_warp(gradient, rows.num_classes);
         return {};
     }
-    const WarpRows<1, kItems, RowsParams<scalar_t>> warp_rows(rows, row, /*step=*/0);
+    const WarpRows<1, kItems, RowsParams<scalar_t>> warp_rows(rows, row);
     for (int64_t j = lane_of_thread(); j < rows.num_classes; j += kWarp) sums[j] = 0;
     __syncwarp();
     const int64_t end = rows.groups.row_begin[row + 1];
@@ -292,8 +287,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) warp_stats_kernel(Row
     wait_for_kernel_before();
     const int64_t slot = slot_of_warp(), row = slot < rows.max_slots ? rows.row_of_slot(slot) : -1;
     if (row < 0) return;
-    const RowStats<opmath_t<scalar_t>> stats =
-        WarpRows<1, kItems, RowsParams<scalar_t>>(rows, row, /*step=*/0).stats();
+    const RowStats<opmath_t<scalar_t>> stats = WarpRows<1, kItems, RowsParams<scalar_t>>(rows, row).stats();
     if (lane_of_thread() == 0) rows.stats[row] = stats;
 }
 

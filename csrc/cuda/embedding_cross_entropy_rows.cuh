@@ -297,6 +297,12 @@ struct GradientTerms {
 template <typename T>
 constexpr int64_t kMaxWarpRow = sizeof(T) == sizeof(double) ? 512 : 1024;
 
+// row: (size), or null.
+template <typename scalar_t>
+__device__ void clear_by_warp(scalar_t* row, int64_t size) {
+    for (int64_t j = lane_of_thread(); row != nullptr && j < size; j += kWarp) row[j] = narrow<scalar_t>(0);
+}
+
 // What a warp does with a row.
 template <typename scalar_t, typename sum_t>
 struct RowTask {
@@ -316,7 +322,8 @@ class WarpRows {
     using Tasks = RowTask<scalar_t, sum_t>[kRows];
 
     // The rows first, first + step, ..., as far as the table has them.
-    __device__ WarpRows(const Params& params, int64_t first, int64_t step) : params_(params), step_(step) {
+    __device__ WarpRows(const Params& params, int64_t first, int64_t step = 0)
+        : params_(params), step_(step) {
         load(first);
     }
 
@@ -339,7 +346,7 @@ class WarpRows {
         bool any = false;
         for (const auto& task : tasks) any |= task.has_pairs;
         if (any) return process_all(tasks);
-        for (const auto& task : tasks) clear(task.gradient);
+        for (const auto& task : tasks) clear_by_warp(task.gradient, params_.num_classes);
         return {};
     }
 
@@ -387,7 +394,7 @@ class WarpRows {
         LossSums total;
         for (int r = 0; r < kRows; ++r) {
             if (!tasks[r].has_pairs) {
-                clear(tasks[r].gradient);
+                clear_by_warp(tasks[r].gradient, params_.num_classes);
                 continue;
             }
             const MeasuredRow<Params> row(params_, max[r], sum[r]);
@@ -432,11 +439,6 @@ class WarpRows {
             const acc_t element = terms.element(logits_[r][k], params_.class_weight_of(j), task.sums[j]);
             task.gradient[j] = narrow<scalar_t>(is_padding ? acc_t(0) : element);
         }
-    }
-
-    __device__ void clear(scalar_t* gradient) const {
-        for (int j = lane_of_thread(); gradient != nullptr && j < params_.num_classes; j += kWarp)
-            gradient[j] = narrow<scalar_t>(0);
     }
 
     const Params& params_;
