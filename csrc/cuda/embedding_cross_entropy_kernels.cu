@@ -84,6 +84,7 @@ __device__ void name_row(const RowsParams<scalar_t>& rows, int64_t slot) {
 }
 
 constexpr int kWarpsOfBlock = 8;
+constexpr int kFewestItems = 3, kFewItems = 4;  // per lane
 
 __device__ inline int64_t slot_of_warp() { return int64_t{blockIdx.x} * kWarpsOfBlock + warp_of_thread(); }
 
@@ -106,15 +107,18 @@ __device__ void clear_by_block(scalar_t* row, int64_t size) {
 template <int kRows, int kItems, typename Params>
 __device__ LossSums process_counted_rows(const Params& rows, const WarpRows<kRows, kItems, Params>& warp_rows,
                                          const uint32_t* counts) {
-    RowTask<typename Params::scalar_t, uint32_t> tasks[kRows];
+    PairsOfRow<uint32_t> pairs[kRows];
     for (int r = 0; r < kRows; ++r) {
-        const int64_t row = warp_rows.exists(r) ? warp_rows.row(r) : -1;
-        const uint32_t* const sums = counts + row * rows.num_classes;
+        const uint32_t* const sums = counts + warp_rows.row(r) * rows.num_classes;
         bool any = false;
-        for (int64_t j = lane_of_thread(); row >= 0 && j < rows.num_classes; j += kWarp) any |= sums[j] != 0;
-        tasks[r] = {__any_sync(kAllLanes, any) != 0, sums, rows.gradient_row(/*slot=*/row, row)};
+        for (int64_t j = lane_of_thread(); warp_rows.exists(r) && j < rows.num_classes; j += kWarp)
+            any |= sums[j] != 0;
+        pairs[r] = {__any_sync(kAllLanes, any) != 0, sums};
     }
-    return warp_rows.process(tasks);
+    return warp_rows.process(pairs, [&](int r) {
+        const int64_t row = warp_rows.exists(r) ? warp_rows.row(r) : -1;
+        return rows.gradient_row(/*slot=*/row, row);
+    });
 }
 
 // Counted pairs, one warp per row, at most kItems * kWarp classes.
@@ -149,8 +153,8 @@ __device__ LossSums process_grouped_row(const RowsParams<scalar_t>& rows, int64_
         atomicAdd(sums + rows.groups.targets[k], rows.template value_of_pair<sum_t>(k));
     }
     __syncwarp();
-    const RowTask<scalar_t, sum_t> tasks[] = {{/*has_pairs=*/true, sums, gradient}};
-    return warp_rows.process(tasks);
+    const PairsOfRow<sum_t> pairs[] = {{/*any=*/true, sums}};
+    return warp_rows.process(pairs, [gradient](int) { return gradient; });
 }
 
 // Grouped pairs, one warp per slot, at most kItems * kWarp classes. sum_t: uint32_t, or acc_t where each pair
@@ -239,13 +243,15 @@ __device__ void copy_logits(const RowsParams<scalar_t>& rows, const IndexedPairs
     }
 }
 
-// Where registers allow, a warp works on three rows at once, and 65 rows take one turn.
+// A warp works on as many rows at once as there are registers for; 65 rows of 65 classes take one turn.
 template <typename Params>
 constexpr bool kNeedsManyRegisters = !Params::kIsPlain || sizeof(typename Params::acc_t) != sizeof(float);
 template <typename Params>
 constexpr int kOneBlockThreads = kNeedsManyRegisters<Params> ? 512 : 704;
-template <typename Params>
-constexpr int kRowsOfWarp = kNeedsManyRegisters<Params> ? 1 : 3;
+template <int kItems, typename Params>
+constexpr int kRowsOfWarp = kNeedsManyRegisters<Params> ? 1
+                            : kItems <= kFewestItems    ? 3
+                                                        : 2;
 
 // Counting, loss and gradient in one block; at most kItems * kWarp classes.
 template <int kItems, typename Params>
@@ -257,7 +263,7 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     auto* const scales = shared.take<LossScales>(1);
     const int64_t num_entries = rows.num_rows * rows.num_classes;
     auto* const counts = shared.take<uint32_t>(num_entries);
-    constexpr int kRows = kRowsOfWarp<Params>;
+    constexpr int kRows = kRowsOfWarp<kItems, Params>;
     const int warp = warp_of_thread(), step = warps_of_block();
     WarpRows<kRows, kItems, Params> warp_rows(rows, warp, step);  // on their way while the pairs are counted
     for (int64_t k = threadIdx.x; k < num_entries; k += blockDim.x) counts[k] = 0;
@@ -356,7 +362,6 @@ __global__ void __launch_bounds__(kScaleThreads)
 
 enum class Strategy { one_block, counted, grouped };
 
-constexpr int kFewItems = 4;  // per lane
 template <typename T>
 constexpr int kManyItems = kMaxWarpRow<T> / kWarp;
 
@@ -531,8 +536,9 @@ class Launcher {
             using Params = std::decay_t<decltype(rows)>;
             launch({kEmbeddingCrossEntropy, stream_, 1, kOneBlockThreads<Params>,
                     static_cast<size_t>(shared_bytes)},
-                   one_block_kernel<kFewItems, Params>, rows, pairs_, params_.is_mean,
-                   static_cast<scalar_t*>(params_.logits));
+                   params_.num_classes <= kFewestItems * kWarp ? one_block_kernel<kFewestItems, Params>
+                                                               : one_block_kernel<kFewItems, Params>,
+                   rows, pairs_, params_.is_mean, static_cast<scalar_t*>(params_.logits));
         });
     }
 

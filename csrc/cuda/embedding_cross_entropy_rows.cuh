@@ -187,18 +187,34 @@ __device__ inline PairSums pair_sums(uint32_t num_pairs) {
 }
 __device__ inline PairSums pair_sums(const PairSums& sums) { return sums; }
 
-// The sums over the classes that the losses need. In double: class weights may be of any size.
+// The sums over the classes of a row that the losses need besides lse - max, which is what all classes add,
+// so that the sum of the exponentials need not be known. In double: class weights may be of any size.
 struct ClassSums {
-    double target_losses = 0;  // of class_weight_j s_j (lse - W[i, j])
-    double class_losses = 0;   // of class_weight_j (lse - W[i, j]), for label smoothing
+    double targets = 0;  // of class_weight_j s_j (max - W[i, j])
+    double classes = 0;  // of class_weight_j (max - W[i, j]), for label smoothing
 
     __device__ friend ClassSums operator+(const ClassSums& a, const ClassSums& b) {
         ClassSums both;
-        both.target_losses = a.target_losses + b.target_losses;
-        both.class_losses = a.class_losses + b.class_losses;
+        both.targets = a.targets + b.targets;
+        both.classes = a.classes + b.classes;
         return both;
     }
 };
+
+template <typename Params>
+__device__ bool smooths(const Params& params) {
+    return params.options().label_smoothing > 0;
+}
+
+// Adds class j, with s = s_j, which lies `below` the maximum.
+template <typename Params, typename sum_t>
+__device__ void add_class(const Params& params, ClassSums& sums, typename Params::acc_t below,
+                          typename Params::acc_t class_weight, sum_t s) {
+    if (below == 0) return;  // 0 times an infinite class weight would be NaN
+    const double weighted = static_cast<double>(class_weight) * static_cast<double>(below);
+    if (s != sum_t(0)) sums.targets += weighted * static_cast<double>(s);
+    if (smooths(params)) sums.classes += weighted;
+}
 
 // A row with its maximum and its sum of exponentials.
 template <typename Params>
@@ -212,22 +228,13 @@ struct MeasuredRow {
     __device__ MeasuredRow(const Params& params, acc_t max, acc_t sum)
         : params(params), max(max), sum(sum), log_sum(std::log(sum)) {}
 
-    __device__ bool smooths() const { return params.options().label_smoothing > 0; }
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
-    // Adds class j, with s = s_j.
-    template <typename sum_t>
-    __device__ void add_losses(ClassSums& sums, acc_t logit, acc_t class_weight, sum_t s) const {
-        const auto wide_weight = static_cast<double>(class_weight);
-        if (s != sum_t(0)) {  // 0 times an infinity would be NaN
-            const auto loss = static_cast<double>(log_sum - (logit - max));
-            sums.target_losses += wide_weight * static_cast<double>(s) * loss;
-        }
-        if (smooths()) sums.class_losses += wide_weight * static_cast<double>(max + log_sum - logit);
-    }
-
     __device__ double smoothing_loss(const ClassSums& sums) const {
-        return smooths() ? smoothing_loss_of_row(params.options(), sums.class_losses) : 0.0;
+        if (!smooths(params)) return 0;
+        const double class_losses =
+            sums.classes + params.scales->class_weight_sum * static_cast<double>(log_sum);
+        return smoothing_loss_of_row(params.options(), class_losses);
     }
 
     __device__ double z_loss() const { return z_loss_of_row(params.options(), lse()); }
@@ -237,7 +244,8 @@ struct MeasuredRow {
     }
 
     __device__ LossSums loss(const PairSums& pairs, const ClassSums& sums) const {
-        return loss_of_row(params.options(), pairs, sums.target_losses, smoothing_loss(sums), z_loss());
+        const double target_losses = sums.targets + pairs.weighted * static_cast<double>(log_sum);
+        return loss_of_row(params.options(), pairs, target_losses, smoothing_loss(sums), z_loss());
     }
 };
 
@@ -303,12 +311,11 @@ __device__ void clear_by_warp(scalar_t* row, int64_t size) {
     for (int64_t j = lane_of_thread(); row != nullptr && j < size; j += kWarp) row[j] = narrow<scalar_t>(0);
 }
 
-// What a warp does with a row.
-template <typename scalar_t, typename sum_t>
-struct RowTask {
-    bool has_pairs;      // or else a gradient of zeros
-    const sum_t* sums;   // (C), s_j
-    scalar_t* gradient;  // (C), or null
+// The pairs of a row.
+template <typename sum_t>
+struct PairsOfRow {
+    bool any;
+    const sum_t* sums;  // (C), s_j
 };
 
 // Some rows at once, as most of the time of each is latency. Lane l takes the columns l, l + 32, ..., kItems
@@ -318,9 +325,6 @@ class WarpRows {
   public:
     using scalar_t = typename Params::scalar_t;
     using acc_t = typename Params::acc_t;
-    template <typename sum_t>
-    using Tasks = RowTask<scalar_t, sum_t>[kRows];
-
     // The rows first, first + step, ..., as far as the table has them.
     __device__ WarpRows(const Params& params, int64_t first, int64_t step = 0)
         : params_(params), step_(step) {
@@ -340,13 +344,15 @@ class WarpRows {
     __device__ int64_t row(int r) const { return first_ + r * step_; }
     __device__ bool exists(int r) const { return row(r) < params_.num_rows; }
 
-    // All lanes get the sum over the rows.
-    template <typename sum_t>
-    __device__ LossSums process(const Tasks<sum_t>& tasks) const {
+    // gradient_of(r): (C), or null; of zeros where a row has no pairs. It is called late, as pointers take
+    // registers. All lanes get the sum over the rows.
+    template <typename sum_t, typename GradientOf>
+    __device__ LossSums process(const PairsOfRow<sum_t> (&pairs)[kRows],
+                                const GradientOf& gradient_of) const {
         bool any = false;
-        for (const auto& task : tasks) any |= task.has_pairs;
-        if (any) return process_all(tasks);
-        for (const auto& task : tasks) clear_by_warp(task.gradient, params_.num_classes);
+        for (const auto& of_row : pairs) any |= of_row.any;
+        if (any) return process_pairs(pairs, gradient_of);
+        for (int r = 0; r < kRows; ++r) clear_by_warp(gradient_of(r), params_.num_classes);
         return {};
     }
 
@@ -354,18 +360,20 @@ class WarpRows {
     __device__ RowStats<acc_t> stats() const {
         acc_t max[kRows], sum[kRows];
         measure(max, sum);
-        const MeasuredRow<Params> row(params_, max[0], sum[0]);
         ClassSums own;
         for (int k = 0; k < kItems; ++k) {
-            if (has(k)) row.add_losses(own, logits_[0][k], params_.class_weight_of(column(k)), 0);
+            if (has(k))
+                add_class(params_, own, max[0] - logits_[0][k], params_.class_weight_of(column(k)), 0);
         }
-        return row.stats(warp_sum(own));
+        warp_sum_each(sum);
+        return MeasuredRow<Params>(params_, max[0], sum[0]).stats(warp_sum(own));
     }
 
   private:
     __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
     __device__ bool has(int k) const { return column(k) < params_.num_classes; }
 
+    // sum: the lane's part.
     __device__ void measure(acc_t (&max)[kRows], acc_t (&sum)[kRows]) const {
         for (int r = 0; r < kRows; ++r) {
             max[r] = logits_[r][0];
@@ -376,68 +384,69 @@ class WarpRows {
             sum[r] = 0;
             for (int k = 0; k < kItems; ++k) sum[r] += exponential<scalar_t>(logits_[r][k], shift_of(max[r]));
         }
-        warp_sum_each(sum);
     }
 
-    template <typename sum_t>
-    __device__ LossSums process_all(const Tasks<sum_t>& tasks) const {
+    template <typename sum_t, typename GradientOf>
+    __device__ LossSums process_pairs(const PairsOfRow<sum_t> (&pairs)[kRows],
+                                      const GradientOf& gradient_of) const {
         acc_t max[kRows], sum[kRows];
         measure(max, sum);
         OwnPairs<Params, sum_t> own_pairs[kRows] = {};
-        ClassSums losses[kRows];
+        ClassSums classes[kRows];
         for (int r = 0; r < kRows; ++r) {
-            if (tasks[r].has_pairs)
-                add_classes(r, {params_, max[r], sum[r]}, tasks[r].sums, own_pairs[r], losses[r]);
+            if (pairs[r].any) add_classes(r, max[r], pairs[r].sums, own_pairs[r], classes[r]);
         }
+        warp_sum_each(sum);
         warp_sum_each(own_pairs);
-        sum_over_lanes(losses);
+        sum_over_lanes(classes);
         LossSums total;
         for (int r = 0; r < kRows; ++r) {
-            if (!tasks[r].has_pairs) {
-                clear_by_warp(tasks[r].gradient, params_.num_classes);
+            scalar_t* const gradient = gradient_of(r);
+            if (!pairs[r].any) {
+                clear_by_warp(gradient, params_.num_classes);
                 continue;
             }
             const MeasuredRow<Params> row(params_, max[r], sum[r]);
-            const PairSums pairs = pair_sums(own_pairs[r]);
-            if (tasks[r].gradient != nullptr) write_gradient(r, {row, pairs}, tasks[r]);
-            total = total + row.loss(pairs, losses[r]);
+            const PairSums all_pairs = pair_sums(own_pairs[r]);
+            if (gradient != nullptr) write_gradient(r, {row, all_pairs}, pairs[r].sums, gradient);
+            total = total + row.loss(all_pairs, classes[r]);
         }
         return total;
     }
 
     template <typename sum_t>
-    __device__ void add_classes(int r, const MeasuredRow<Params>& row, const sum_t* sums,
-                                OwnPairs<Params, sum_t>& pairs, ClassSums& losses) const {
+    __device__ void add_classes(int r, acc_t max, const sum_t* sums, OwnPairs<Params, sum_t>& pairs,
+                                ClassSums& classes) const {
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const sum_t s = sums[column(k)];
             const acc_t class_weight = params_.class_weight_of(column(k));
             if (s != sum_t(0)) add_pairs(pairs, class_weight, s);
-            row.add_losses(losses, logits_[r][k], class_weight, s);
+            add_class(params_, classes, max - logits_[r][k], class_weight, s);
         }
     }
 
     // Each number is shuffled: one of zeros alone need not be.
-    __device__ static void sum_over_lanes(ClassSums (&losses)[kRows]) {
+    __device__ static void sum_over_lanes(ClassSums (&classes)[kRows]) {
         if constexpr (Params::kIsPlain) {
-            double target_losses[kRows];
-            for (int r = 0; r < kRows; ++r) target_losses[r] = losses[r].target_losses;
-            warp_sum_each(target_losses);
-            for (int r = 0; r < kRows; ++r) losses[r].target_losses = target_losses[r];
+            double targets[kRows];
+            for (int r = 0; r < kRows; ++r) targets[r] = classes[r].targets;
+            warp_sum_each(targets);
+            for (int r = 0; r < kRows; ++r) classes[r].targets = targets[r];
         } else {
-            warp_sum_each(losses);
+            warp_sum_each(classes);
         }
     }
 
     template <typename sum_t>
-    __device__ void write_gradient(int r, const GradientTerms<Params>& terms,
-                                   const RowTask<scalar_t, sum_t>& task) const {
+    __device__ void write_gradient(int r, const GradientTerms<Params>& terms, const sum_t* sums,
+                                   scalar_t* gradient) const {
         const bool is_padding = row(r) == params_.padding_idx;
         for (int k = 0; k < kItems; ++k) {
             if (!has(k)) continue;
             const int j = column(k);
-            const acc_t element = terms.element(logits_[r][k], params_.class_weight_of(j), task.sums[j]);
-            task.gradient[j] = narrow<scalar_t>(is_padding ? acc_t(0) : element);
+            const acc_t element = terms.element(logits_[r][k], params_.class_weight_of(j), sums[j]);
+            gradient[j] = narrow<scalar_t>(is_padding ? acc_t(0) : element);
         }
     }
 
@@ -545,14 +554,14 @@ class BlockRow {
         const MeasuredRow<Params> row(params_, max_, sum_);
         const PairSums pairs = sum_pairs();
         const GradientTerms<Params> terms(row, pairs);
-        return row.loss(pairs, block_sum(visit_classes(row, terms, gradient), memory_.class_sums));
+        return row.loss(pairs, block_sum(visit_classes(terms, gradient), memory_.class_sums));
     }
 
     __device__ RowStats<acc_t> stats() const {
         const MeasuredRow<Params> row(params_, max_, sum_);
         ClassSums own;
-        for (int64_t j = threadIdx.x; row.smooths() && j < params_.num_classes; j += blockDim.x) {
-            row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
+        for (int64_t j = threadIdx.x; smooths(params_) && j < params_.num_classes; j += blockDim.x) {
+            add_class(params_, own, max_ - widen(source_[j]), params_.class_weight_of(j), 0);
         }
         return row.stats(block_sum(own, memory_.class_sums));
     }
@@ -568,23 +577,19 @@ class BlockRow {
         Params::kIsPlain && std::is_same_v<sum_t, uint32_t> && sizeof(acc_t) == sizeof(float) ? 64 : 0;
 
     // Then the product with log2(e) is exact enough to be subtracted from those of the logits: see spread().
-    __device__ static bool has_moderate_max(const MeasuredRow<Params>& row) {
-        return sizeof(scalar_t) != 2 || std::fabs(row.max) <= 256;
-    }
+    __device__ bool has_moderate_max() const { return sizeof(scalar_t) != 2 || std::fabs(max_) <= 256; }
 
     // Writes the gradient; returns the thread's part of the losses.
-    __device__ ClassSums visit_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
-                                       scalar_t* gradient) const {
+    __device__ ClassSums visit_classes(const GradientTerms<Params>& terms, scalar_t* gradient) const {
         if constexpr (kFewPairs > 0) {
-            if (num_pairs_ <= kFewPairs && has_moderate_max(row)) return patch_targets(row, terms, gradient);
+            if (num_pairs_ <= kFewPairs && has_moderate_max()) return patch_targets(terms, gradient);
         }
-        return sweep_classes(row, terms, gradient);
+        return sweep_classes(terms, gradient);
     }
 
     // The gradient as if there were no targets, then the elements of the targets anew. Each target is seen to
     // by its first pair; the losses are put in the order of the targets, as that of the pairs is not fixed.
-    __device__ ClassSums patch_targets(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
-                                       scalar_t* gradient) const {
+    __device__ ClassSums patch_targets(const GradientTerms<Params>& terms, scalar_t* gradient) const {
         if (gradient != nullptr) spread(terms, gradient);
         auto* const losses = reinterpret_cast<ClassSums*>(memory_.tile);  // (num_pairs)
         const int32_t* const targets = params_.groups.targets + first_pair_;
@@ -604,7 +609,7 @@ class BlockRow {
             ClassSums of_target;
             if (is_first) {
                 const acc_t logit = widen(source_[target]);
-                row.add_losses(of_target, logit, acc_t(1), s);
+                add_class(params_, of_target, max_ - logit, acc_t(1), s);
                 if (gradient != nullptr && !is_padding())
                     gradient[target] = narrow<scalar_t>(terms.element(logit, acc_t(1), s));
             }
@@ -617,8 +622,8 @@ class BlockRow {
     // gradient = the elements of classes without pairs; or zeros.
     __device__ void spread(const GradientTerms<Params>& terms, scalar_t* gradient) const {
         const auto map = [scale = terms.scale, max = terms.max](acc_t logit) {
-            if constexpr (sizeof(scalar_t) ==
-                          2) {  // an error of |max| 2^-24, far below the rounding of a gradient
+            if constexpr (sizeof(scalar_t) == 2) {
+                // An error of |max| 2^-24, far below the rounding of a gradient.
                 return scale * power_of_two(fmaf(logit, kLog2E, -max * kLog2E));
             } else {
                 return scale * exponential<scalar_t>(logit, max);
@@ -627,21 +632,20 @@ class BlockRow {
         const scalar_t* const kept = kept_row();
         if (is_padding()) {
             map_row(source_, gradient, params_.num_classes, [](acc_t) { return acc_t(0); });
-        } else if (kept !=
-                   nullptr) {  // a branch of its own: the compiler then knows that the memory is shared
+        } else if (kept != nullptr) {
+            // A branch of its own: the compiler then knows that the memory is shared.
             map_row(kept, gradient, params_.num_classes, map);
         } else {
             map_row(source_, gradient, params_.num_classes, map);
         }
     }
 
-    __device__ ClassSums sweep_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
-                                       scalar_t* gradient) const {
+    __device__ ClassSums sweep_classes(const GradientTerms<Params>& terms, scalar_t* gradient) const {
         const bool is_zero = gradient == nullptr || is_padding();
         ClassSums own;
         sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
             const acc_t class_weight = params_.class_weight_of(j);
-            row.add_losses(own, logit, class_weight, s);
+            add_class(params_, own, max_ - logit, class_weight, s);
             return is_zero ? acc_t(0) : terms.element(logit, class_weight, s);
         });
         return own;
