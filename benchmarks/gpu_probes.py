@@ -87,13 +87,14 @@ def embedding_cross_entropy() -> None:
 
     from bigramx import functional, reference
 
-    # In one block, counted, grouped in one block and by several; a warp or a block for a row.
+    # All in one block; counted; grouped in one block and by several, where a warp or a block takes a row.
     for num_rows, num_classes, num_pairs in (
         (65, 65, 257),
-        (400, 40, 257),
+        (400, 60, 257),
         (300, 500, 257),
         (300, 500, 2**13 + 1),
         (9, 3000, 257),
+        (9, 3000, 2**13 + 1),
     ):
         weight = torch.randn(num_rows, num_classes, requires_grad=True)
         on_device = weight.detach().to(device()).requires_grad_()

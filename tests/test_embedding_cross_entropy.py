@@ -272,6 +272,20 @@ class TestInfinities:
                 case.targets[case.targets == 3] = 4
             self.check(case)
 
+    @pytest.mark.parametrize("largest", [3, 5])
+    @pytest.mark.parametrize("logit", [60.0, 1e4])
+    @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"label_smoothing": 0.1}], ids=str)
+    def test_a_class_weight_where_one_logit_exceeds_all(
+        self, vocab_size: int, num_pairs: int, reduction: str, largest: int, logit: float, options: dict[str, Any]
+    ) -> None:
+        """The logarithm of the sum of the exponentials is 0 then."""
+        for value in (*self.VALUES, 0.0, -1.0):
+            class_weight = torch.rand(vocab_size)
+            class_weight[3] = value
+            case = make_case(vocab_size, num_pairs, reduction=reduction, class_weight=class_weight, **options)
+            case.weight[:, largest] = logit
+            self.check(case)
+
     @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"label_smoothing": 0.1}], ids=str)
     def test_class_weights_of_zero(
         self, vocab_size: int, num_pairs: int, reduction: str, options: dict[str, Any]
@@ -882,18 +896,22 @@ def test_logits_are_rows(num_rows: int, num_classes: int, num_pairs: int, dtype:
     assert loss.isfinite() or num_pairs == 0
 
 
-# A GPU groups up to 2^13 pairs in one block. More are grouped by several, which count in shared memory, or, where there
-# are about as many rows as a block has pairs, in global memory.
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+# A GPU groups up to 2^13 pairs in one block, if its shared memory holds counters for all rows. Others are grouped by
+# several blocks, which count in shared memory, or, where there are about as many rows as a block has pairs, in global.
 @pytest.mark.parametrize(
-    ("num_rows", "num_pairs"), [(700, 1), (700, 1100), (9000, 2**13), (2000, 2**13 + 1), (9000, 2**13 + 1)]
+    "options", [{}, {"reduction": "none"}, {"class_weight": torch.rand(40)}, {"sparse": True}], ids=name_of
 )
-def test_groups_of_pairs(num_rows: int, num_pairs: int, reduction: str) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_pairs"),
+    [(700, 1), (700, 1100), (9000, 2**13), (2000, 2**13 + 1), (9000, 2**13 + 1), (30_000, 100)],
+)
+def test_groups_of_pairs(num_rows: int, num_pairs: int, options: dict[str, Any]) -> None:
     idx = torch.randint(num_rows, (num_pairs,))
     idx[::3] = 5
     targets = torch.randint(40, (num_pairs,))
-    targets[::7] = -100
-    Case(idx, torch.randn(num_rows, 40), targets, {"reduction": reduction}).check()
+    targets[1::7] = -100
+    options = {name: on_device(value) for name, value in options.items()}
+    Case(idx, torch.randn(num_rows, 40), targets, options).check()
 
 
 @pytest.mark.skipif(not IN_SIMT, reason="needs the emulator, which counts")

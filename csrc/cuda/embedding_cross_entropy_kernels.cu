@@ -2,8 +2,8 @@
 //
 // The pairs come first: counted, (R, C), for a small table, else grouped by row (cuda/base/pairs.cuh). Then
 // each row is read once, and its gradient row is written in the same kernel
-// (embedding_cross_entropy_rows.cuh). The kernels of a call overlap: each does what needs nothing of the one
-// before, then waits for it. The smallest batches take one block and one launch. Sums of counts are exact in
+// (embedding_cross_entropy_rows.cuh). It overlaps the grouping: it does what needs no pairs, then waits for
+// them. The smallest batches take one block and one launch. Sums of counts are exact in
 // any order, all others are taken in a fixed order, so the reduced loss and its gradient have the same bits
 // at every run. A last-block reduction sums over the blocks, which saves a launch.
 #include "cuda/embedding_cross_entropy_kernels.h"
@@ -19,7 +19,7 @@ using KernelParams = EmbeddingCrossEntropyKernelParams;
 // ------------------------------------------------------------------------------------------------ kernels
 
 // What the kernel of the rows needs: the scales of the reduction, from counts, (num_rows, C), and its ticket,
-// set to 0. For a block.
+// if not null, set to 0. For a block.
 template <typename T>
 struct PrepareRows {
     const uint32_t* counts;
@@ -34,7 +34,7 @@ struct PrepareRows {
         double weighted = count, all = static_cast<double>(num_classes);
         if (class_weight != nullptr) sum_class_weights(&weighted, &all);
         if (threadIdx.x > 0) return;
-        *ticket = 0;
+        if (ticket != nullptr) *ticket = 0;
         *scales = is_mean ? LossScales{1 / weighted, 1 / count, all} : LossScales{1, 1, all};
     }
 
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kOneBlockThreads<Params>, 1)
     __syncthreads();
     const int64_t num_targets = sum_counts(counts, num_entries, reinterpret_cast<double*>(scratch));
     const PrepareRows<typename Params::acc_t> prepare{
-        counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales, rows.ticket};
+        counts, rows.num_rows, rows.num_classes, rows.class_weight, is_mean, scales, /*ticket=*/nullptr};
     prepare(num_targets);
     if (logits != nullptr) copy_logits<kItems, typename Params::scalar_t>(rows, pairs, logits);
     __syncthreads();

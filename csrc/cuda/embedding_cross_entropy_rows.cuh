@@ -174,47 +174,18 @@ __device__ void add_pairs(PairSums& sums, T class_weight, sum_t s) {
     sums.weighted += static_cast<double>(class_weight) * static_cast<double>(s);
 }
 
-// Without class weights and gradients of the pairs, their number suffices.
-template <typename Params, typename sum_t>
-using OwnPairs = std::conditional_t<Params::kIsPlain && std::is_same_v<sum_t, uint32_t>, uint32_t, PairSums>;
-
-template <typename T>
-__device__ void add_pairs(uint32_t& sum, T, uint32_t s) {
-    sum += s;
-}
-__device__ inline PairSums pair_sums(uint32_t num_pairs) {
-    return {static_cast<double>(num_pairs), static_cast<double>(num_pairs)};
-}
-__device__ inline PairSums pair_sums(const PairSums& sums) { return sums; }
-
-// The sums over the classes of a row that the losses need besides lse - max, which is what all classes add,
-// so that the sum of the exponentials need not be known. In double: class weights may be of any size.
+// The sums over the classes that the losses need. In double: class weights may be of any size.
 struct ClassSums {
-    double targets = 0;  // of class_weight_j s_j (max - W[i, j])
-    double classes = 0;  // of class_weight_j (max - W[i, j]), for label smoothing
+    double target_losses = 0;  // of class_weight_j s_j (lse - W[i, j])
+    double class_losses = 0;   // of class_weight_j (lse - W[i, j]), for label smoothing
 
     __device__ friend ClassSums operator+(const ClassSums& a, const ClassSums& b) {
         ClassSums both;
-        both.targets = a.targets + b.targets;
-        both.classes = a.classes + b.classes;
+        both.target_losses = a.target_losses + b.target_losses;
+        both.class_losses = a.class_losses + b.class_losses;
         return both;
     }
 };
-
-template <typename Params>
-__device__ bool smooths(const Params& params) {
-    return params.options().label_smoothing > 0;
-}
-
-// Adds class j, with s = s_j, which lies `below` the maximum.
-template <typename Params, typename sum_t>
-__device__ void add_class(const Params& params, ClassSums& sums, typename Params::acc_t below,
-                          typename Params::acc_t class_weight, sum_t s) {
-    if (below == 0) return;  // 0 times an infinite class weight would be NaN
-    const double weighted = static_cast<double>(class_weight) * static_cast<double>(below);
-    if (s != sum_t(0)) sums.targets += weighted * static_cast<double>(s);
-    if (smooths(params)) sums.classes += weighted;
-}
 
 // A row with its maximum and its sum of exponentials.
 template <typename Params>
@@ -228,13 +199,22 @@ struct MeasuredRow {
     __device__ MeasuredRow(const Params& params, acc_t max, acc_t sum)
         : params(params), max(max), sum(sum), log_sum(std::log(sum)) {}
 
+    __device__ bool smooths() const { return params.options().label_smoothing > 0; }
     __device__ double lse() const { return static_cast<double>(max) + static_cast<double>(log_sum); }
 
+    // Adds class j, with s = s_j.
+    template <typename sum_t>
+    __device__ void add_losses(ClassSums& sums, acc_t logit, acc_t class_weight, sum_t s) const {
+        const auto wide_weight = static_cast<double>(class_weight);
+        if (s != sum_t(0)) {  // 0 times an infinity would be NaN
+            const auto loss = static_cast<double>(log_sum - (logit - max));
+            sums.target_losses += wide_weight * static_cast<double>(s) * loss;
+        }
+        if (smooths()) sums.class_losses += wide_weight * static_cast<double>(max + log_sum - logit);
+    }
+
     __device__ double smoothing_loss(const ClassSums& sums) const {
-        if (!smooths(params)) return 0;
-        const double class_losses =
-            sums.classes + params.scales->class_weight_sum * static_cast<double>(log_sum);
-        return smoothing_loss_of_row(params.options(), class_losses);
+        return smooths() ? smoothing_loss_of_row(params.options(), sums.class_losses) : 0.0;
     }
 
     __device__ double z_loss() const { return z_loss_of_row(params.options(), lse()); }
@@ -244,8 +224,7 @@ struct MeasuredRow {
     }
 
     __device__ LossSums loss(const PairSums& pairs, const ClassSums& sums) const {
-        const double target_losses = sums.targets + pairs.weighted * static_cast<double>(log_sum);
-        return loss_of_row(params.options(), pairs, target_losses, smoothing_loss(sums), z_loss());
+        return loss_of_row(params.options(), pairs, sums.target_losses, smoothing_loss(sums), z_loss());
     }
 };
 
@@ -358,47 +337,58 @@ class WarpRows {
 
     // Of the first row.
     __device__ RowStats<acc_t> stats() const {
-        acc_t max[kRows], sum[kRows];
-        measure(max, sum);
+        Sums sums;
+        measure(sums);
+        warp_sum_each(sums.exponentials);
+        const MeasuredRow<Params> row(params_, sums.max[0], sums.exponentials[0]);
         ClassSums own;
         for (int k = 0; k < kItems; ++k) {
-            if (has(k))
-                add_class(params_, own, max[0] - logits_[0][k], params_.class_weight_of(column(k)), 0);
+            if (has(k)) row.add_losses(own, logits_[0][k], params_.class_weight_of(column(k)), 0);
         }
-        warp_sum_each(sum);
-        return MeasuredRow<Params>(params_, max[0], sum[0]).stats(warp_sum(own));
+        return row.stats(warp_sum(own));
     }
 
   private:
+    // Over the classes of each row.
+    struct Sums {
+        acc_t max[kRows], exponentials[kRows];
+        PairSums pairs[kRows];
+        ClassSums losses[kRows];
+    };
+
+    // Whether the losses are summed relative to the maximum, so that nothing waits for the sum of the
+    // exponentials: what its logarithm adds to each comes at the end. Not with class weights: where they are
+    // infinite, a loss may be so though the logarithm is 0.
+    template <typename sum_t>
+    static constexpr bool kAddsLogLast = Params::kIsPlain && std::is_same_v<sum_t, uint32_t>;
+
     __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
     __device__ bool has(int k) const { return column(k) < params_.num_classes; }
 
-    // sum: the lane's part.
-    __device__ void measure(acc_t (&max)[kRows], acc_t (&sum)[kRows]) const {
+    // Of the exponentials, the lane's part.
+    __device__ void measure(Sums& sums) const {
         for (int r = 0; r < kRows; ++r) {
-            max[r] = logits_[r][0];
-            for (int k = 1; k < kItems; ++k) max[r] = std::fmax(max[r], logits_[r][k]);
+            sums.max[r] = logits_[r][0];
+            for (int k = 1; k < kItems; ++k) sums.max[r] = std::fmax(sums.max[r], logits_[r][k]);
         }
-        warp_reduce_each(max, [](acc_t a, acc_t b) { return std::fmax(a, b); });
+        warp_reduce_each(sums.max, [](acc_t a, acc_t b) { return std::fmax(a, b); });
         for (int r = 0; r < kRows; ++r) {
-            sum[r] = 0;
-            for (int k = 0; k < kItems; ++k) sum[r] += exponential<scalar_t>(logits_[r][k], shift_of(max[r]));
+            sums.exponentials[r] = 0;
+            for (int k = 0; k < kItems; ++k)
+                sums.exponentials[r] += exponential<scalar_t>(logits_[r][k], shift_of(sums.max[r]));
         }
     }
 
     template <typename sum_t, typename GradientOf>
     __device__ LossSums process_pairs(const PairsOfRow<sum_t> (&pairs)[kRows],
                                       const GradientOf& gradient_of) const {
-        acc_t max[kRows], sum[kRows];
-        measure(max, sum);
-        OwnPairs<Params, sum_t> own_pairs[kRows] = {};
-        ClassSums classes[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            if (pairs[r].any) add_classes(r, max[r], pairs[r].sums, own_pairs[r], classes[r]);
+        Sums sums;
+        measure(sums);
+        if constexpr (kAddsLogLast<sum_t>) {
+            sum_from_max(pairs, sums);
+        } else {
+            sum_losses(pairs, sums);
         }
-        warp_sum_each(sum);
-        warp_sum_each(own_pairs);
-        sum_over_lanes(classes);
         LossSums total;
         for (int r = 0; r < kRows; ++r) {
             scalar_t* const gradient = gradient_of(r);
@@ -406,35 +396,49 @@ class WarpRows {
                 clear_by_warp(gradient, params_.num_classes);
                 continue;
             }
-            const MeasuredRow<Params> row(params_, max[r], sum[r]);
-            const PairSums all_pairs = pair_sums(own_pairs[r]);
-            if (gradient != nullptr) write_gradient(r, {row, all_pairs}, pairs[r].sums, gradient);
-            total = total + row.loss(all_pairs, classes[r]);
+            const MeasuredRow<Params> row(params_, sums.max[r], sums.exponentials[r]);
+            if (gradient != nullptr) write_gradient(r, {row, sums.pairs[r]}, pairs[r].sums, gradient);
+            if constexpr (kAddsLogLast<sum_t>)
+                sums.losses[r].target_losses += sums.pairs[r].weighted * static_cast<double>(row.log_sum);
+            total = total + row.loss(sums.pairs[r], sums.losses[r]);
         }
         return total;
     }
 
     template <typename sum_t>
-    __device__ void add_classes(int r, acc_t max, const sum_t* sums, OwnPairs<Params, sum_t>& pairs,
-                                ClassSums& classes) const {
-        for (int k = 0; k < kItems; ++k) {
-            if (!has(k)) continue;
-            const sum_t s = sums[column(k)];
-            const acc_t class_weight = params_.class_weight_of(column(k));
-            if (s != sum_t(0)) add_pairs(pairs, class_weight, s);
-            add_class(params_, classes, max - logits_[r][k], class_weight, s);
+    __device__ void sum_losses(const PairsOfRow<sum_t> (&pairs)[kRows], Sums& sums) const {
+        warp_sum_each(sums.exponentials);
+        for (int r = 0; r < kRows; ++r) {
+            const MeasuredRow<Params> row(params_, sums.max[r], sums.exponentials[r]);
+            for (int k = 0; pairs[r].any && k < kItems; ++k) {
+                if (!has(k)) continue;
+                const sum_t s = pairs[r].sums[column(k)];
+                const acc_t class_weight = params_.class_weight_of(column(k));
+                if (s != sum_t(0)) add_pairs(sums.pairs[r], class_weight, s);
+                row.add_losses(sums.losses[r], logits_[r][k], class_weight, s);
+            }
         }
+        warp_sum_each(sums.pairs);
+        warp_sum_each(sums.losses);
     }
 
-    // Each number is shuffled: one of zeros alone need not be.
-    __device__ static void sum_over_lanes(ClassSums (&classes)[kRows]) {
-        if constexpr (Params::kIsPlain) {
-            double targets[kRows];
-            for (int r = 0; r < kRows; ++r) targets[r] = classes[r].targets;
-            warp_sum_each(targets);
-            for (int r = 0; r < kRows; ++r) classes[r].targets = targets[r];
-        } else {
-            warp_sum_each(classes);
+    __device__ void sum_from_max(const PairsOfRow<uint32_t> (&pairs)[kRows], Sums& sums) const {
+        uint32_t num_pairs[kRows] = {};
+        double losses[kRows] = {};
+        for (int r = 0; r < kRows; ++r) {
+            for (int k = 0; pairs[r].any && k < kItems; ++k) {
+                const uint32_t s = has(k) ? pairs[r].sums[column(k)] : 0;
+                if (s == 0) continue;  // 0 times an infinity would be NaN
+                num_pairs[r] += s;
+                losses[r] += static_cast<double>(s) * static_cast<double>(sums.max[r] - logits_[r][k]);
+            }
+        }
+        warp_sum_each(sums.exponentials);
+        warp_sum_each(num_pairs);
+        warp_sum_each(losses);
+        for (int r = 0; r < kRows; ++r) {
+            sums.pairs[r].gradients = sums.pairs[r].weighted = num_pairs[r];
+            sums.losses[r].target_losses = losses[r];
         }
     }
 
@@ -554,14 +558,14 @@ class BlockRow {
         const MeasuredRow<Params> row(params_, max_, sum_);
         const PairSums pairs = sum_pairs();
         const GradientTerms<Params> terms(row, pairs);
-        return row.loss(pairs, block_sum(visit_classes(terms, gradient), memory_.class_sums));
+        return row.loss(pairs, block_sum(visit_classes(row, terms, gradient), memory_.class_sums));
     }
 
     __device__ RowStats<acc_t> stats() const {
         const MeasuredRow<Params> row(params_, max_, sum_);
         ClassSums own;
-        for (int64_t j = threadIdx.x; smooths(params_) && j < params_.num_classes; j += blockDim.x) {
-            add_class(params_, own, max_ - widen(source_[j]), params_.class_weight_of(j), 0);
+        for (int64_t j = threadIdx.x; row.smooths() && j < params_.num_classes; j += blockDim.x) {
+            row.add_losses(own, widen(source_[j]), params_.class_weight_of(j), 0);
         }
         return row.stats(block_sum(own, memory_.class_sums));
     }
@@ -580,16 +584,18 @@ class BlockRow {
     __device__ bool has_moderate_max() const { return sizeof(scalar_t) != 2 || std::fabs(max_) <= 256; }
 
     // Writes the gradient; returns the thread's part of the losses.
-    __device__ ClassSums visit_classes(const GradientTerms<Params>& terms, scalar_t* gradient) const {
+    __device__ ClassSums visit_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
+                                       scalar_t* gradient) const {
         if constexpr (kFewPairs > 0) {
-            if (num_pairs_ <= kFewPairs && has_moderate_max()) return patch_targets(terms, gradient);
+            if (num_pairs_ <= kFewPairs && has_moderate_max()) return patch_targets(row, terms, gradient);
         }
-        return sweep_classes(terms, gradient);
+        return sweep_classes(row, terms, gradient);
     }
 
     // The gradient as if there were no targets, then the elements of the targets anew. Each target is seen to
     // by its first pair; the losses are put in the order of the targets, as that of the pairs is not fixed.
-    __device__ ClassSums patch_targets(const GradientTerms<Params>& terms, scalar_t* gradient) const {
+    __device__ ClassSums patch_targets(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
+                                       scalar_t* gradient) const {
         if (gradient != nullptr) spread(terms, gradient);
         auto* const losses = reinterpret_cast<ClassSums*>(memory_.tile);  // (num_pairs)
         const int32_t* const targets = params_.groups.targets + first_pair_;
@@ -609,7 +615,7 @@ class BlockRow {
             ClassSums of_target;
             if (is_first) {
                 const acc_t logit = widen(source_[target]);
-                add_class(params_, of_target, max_ - logit, acc_t(1), s);
+                row.add_losses(of_target, logit, acc_t(1), s);
                 if (gradient != nullptr && !is_padding())
                     gradient[target] = narrow<scalar_t>(terms.element(logit, acc_t(1), s));
             }
@@ -640,12 +646,13 @@ class BlockRow {
         }
     }
 
-    __device__ ClassSums sweep_classes(const GradientTerms<Params>& terms, scalar_t* gradient) const {
+    __device__ ClassSums sweep_classes(const MeasuredRow<Params>& row, const GradientTerms<Params>& terms,
+                                       scalar_t* gradient) const {
         const bool is_zero = gradient == nullptr || is_padding();
         ClassSums own;
         sweep(gradient, [&](int64_t j, acc_t logit, sum_t s) {
             const acc_t class_weight = params_.class_weight_of(j);
-            add_class(params_, own, max_ - logit, class_weight, s);
+            row.add_losses(own, logit, class_weight, s);
             return is_zero ? acc_t(0) : terms.element(logit, class_weight, s);
         });
         return own;

@@ -1,5 +1,6 @@
-// Which accesses of a kernel are ordered by its barriers and fences, and after those of the kernels that it
-// overlaps, that is, happen in the same order in every run.
+// Which accesses are ordered, that is, happen in the same order in every run: within a kernel by its barriers
+// and fences; and those of the kernels before it, unless it overlaps them and has not waited. Memory that is
+// released and allocated again in between has forgotten its accesses.
 #pragma once
 
 #include <algorithm>

@@ -192,8 +192,8 @@ __device__ inline bool is_last_block(unsigned* ticket, int* scratch) {
 
 // -------------------------------------------------------------------------------------- dependent launches
 
-// The kernel that follows in the stream may begin, if its launch overlaps (launch.h) and as soon as all
-// blocks of this one have called this.
+// The kernel that follows in the stream may begin, if its launch overlaps (launch.h) and as soon as each
+// block of this one has called this or has ended.
 __device__ inline void let_next_kernel_begin() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -201,8 +201,9 @@ __device__ inline void let_next_kernel_begin() {
 }
 
 // Returns when the kernel before this one in the stream has ended, at once where the launch does not overlap.
-// A kernel whose launch does reads nothing that the kernel before may write, and writes nothing at all, until
-// it has waited; and each of its threads waits, lest the kernel after it begin before the one before it ends.
+// Each thread of a kernel whose launch does waits, so that the kernel after it follows all that came before.
+// Until it has waited, a thread writes nothing, and reads nothing that an earlier kernel may write, back to
+// one whose launch does not overlap.
 __device__ inline void wait_for_kernel_before() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();

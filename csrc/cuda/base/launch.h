@@ -77,8 +77,8 @@ struct LaunchShape {
     int64_t blocks;
     int threads;              // of a block
     size_t shared_bytes = 0;  // dynamic shared memory of a block
-    // Where the GPU can, the kernel begins before the one before it in the stream has ended, and waits for it
-    // by wait_for_kernel_before(): a programmatic dependent launch.
+    // Where the GPU can, the kernel may begin before the one before it in the stream has ended, and waits for
+    // it by wait_for_kernel_before(): a programmatic dependent launch.
     bool overlaps = false;
 };
 

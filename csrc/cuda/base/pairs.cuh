@@ -213,7 +213,7 @@ struct PairGroups {
     int64_t* slot_rows;  // (min(num_pairs, R))
     int64_t* num_slots;  // ()
 
-    // Scratch, zero before.
+    // Scratch, zero before. In one block only class_counts.
     uint32_t* row_counts;    // (R): the pairs that are not ignored
     uint32_t* row_occurs;    // (R): whether a row occurs; or null, without slot_rows
     uint32_t* class_counts;  // (num_targets): how often a target occurs; or null
