@@ -304,6 +304,7 @@ class WarpRows {
   public:
     using scalar_t = typename Params::scalar_t;
     using acc_t = typename Params::acc_t;
+
     // The rows first, first + step, ..., as far as the table has them.
     __device__ WarpRows(const Params& params, int64_t first, int64_t step = 0)
         : params_(params), step_(step) {
@@ -460,8 +461,7 @@ class WarpRows {
     acc_t logits_[kRows][kItems];
 };
 
-// ------------------------------------------------------------------------------------------ one block per
-// row
+// -------------------------------------------------------------------------------------- one block per row
 
 // How a block processes its row.
 struct BlockPlan {
