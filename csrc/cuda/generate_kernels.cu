@@ -336,7 +336,7 @@ void launch_chains(const ChainsParams& params, const Rows& rows, const LaunchSha
            repair_chains_kernel<Rows>, rows, params);
 }
 
-// -------------------------------------------------------------------------- before and after the chains
+// ---------------------------------------------------------------------------- before and after the chains
 
 __global__ void __launch_bounds__(kThreads)
     copy_prompt_kernel(const int64_t* idx, int64_t size, int64_t prompt_length, int64_t vocab_size,

@@ -34,7 +34,7 @@ __device__ WeightedRow<Probs<scalar_t>> read_row(const MultinomialKernelParams& 
     return row;
 }
 
-// ------------------------------------------------------------------------------------- one draw per row
+// --------------------------------------------------------------------------------------- one draw per row
 
 // One warp per row of at most kItems * kWarp tokens, in registers; lane l takes the tokens l, l + 32, ...
 template <typename scalar_t, int kItems>
