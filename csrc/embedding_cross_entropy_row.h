@@ -90,9 +90,10 @@ struct RowGradient {
 BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, const LossScales& scales,
                                                 const PairSums& pairs, double lse) {
     const double smoothing = options.smoothing_of_class * pairs.gradients * scales.loss;
-    // In the order of PyTorch: other products of a large z_loss may overflow.
-    double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss +
-                  pairs.gradients * scales.z_loss * options.z_loss * (2 * lse);
+    double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss;
+    // In the order of PyTorch: other products of a large z_loss may overflow. Without z_loss 0 would meet
+    // what may be infinite, 2 lse or the scale.
+    if (options.z_loss != 0) mass += pairs.gradients * scales.z_loss * options.z_loss * (2 * lse);
     // Without label smoothing the weight of a class that does not occur is no number to multiply by 0.
     if (options.label_smoothing > 0) mass += smoothing * scales.class_weight_sum;
     const double target = (1 - options.label_smoothing) * scales.loss;

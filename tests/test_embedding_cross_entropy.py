@@ -208,6 +208,18 @@ class TestEdges:
         case.weight.mul_(1e4)
         case.check()
 
+    @pytest.mark.parametrize("value", [1.5e308, -1.5e308])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("vocab_size", [5, 600])
+    def test_a_logsumexp_whose_double_overflows(self, vocab_size: int, reduction: str, value: float) -> None:
+        """It matters to z-loss alone."""
+        case = make_case(vocab_size, 8, torch.float64, reduction=reduction)
+        case.weight[:] = value
+        actual = case.run(functional.embedding_cross_entropy, torch.float64)
+        eager = case.run(reference.embedding_cross_entropy, torch.float64)
+        torch.testing.assert_close(actual, eager)
+        assert actual[1].isfinite().all()
+
     @pytest.mark.parametrize("value", [3e38, -3e38])
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_a_z_loss_that_overflows(self, reduction: str, value: float) -> None:
@@ -241,8 +253,8 @@ class TestEdges:
                 torch.testing.assert_close(actual, eager, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-# The pairs are counted; or listed, as the table is too large.
-@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (70, 500), (300, 40)])
+# The pairs are counted, on a GPU in one block or by several; or listed, as the table is too large.
+@pytest.mark.parametrize(("vocab_size", "num_pairs"), [(7, 40), (70, 500), (150, 40), (300, 40)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 class TestInfinities:
     """In places where a product with zero would be NaN: each loss, and each gradient, is that of eager PyTorch."""
@@ -862,7 +874,9 @@ def test_rows_longer_than_a_tile(num_classes: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"sparse": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 1}, {"sparse": True}, {"class_weight": torch.rand(1501)}], ids=name_of
+)
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str, Any], scale: float) -> None:
     """A GPU puts in the targets of few pairs after the gradient of the row; of a large maximum, it does not."""
@@ -872,7 +886,24 @@ def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str
     targets = torch.randint(num_classes, idx.shape)
     targets[:20] = 3  # one target of many pairs
     targets[130:] = targets[130]
+    options = {name: on_device(value) for name, value in options.items()}
     Case(idx, weight, targets, options).check()
+
+
+@pytest.mark.parametrize("value", [*TestInfinities.VALUES, 0.0])
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("num_classes", [1501, 120_001])
+def test_class_weights_of_long_rows(num_classes: int, options: dict[str, Any], value: float) -> None:
+    """Of targets in each tile of a GPU's shared memory."""
+    class_weight = torch.rand(num_classes)
+    for place in (7, num_classes - 1):
+        class_weight[place] = value
+    targets = torch.tensor([7, 8, num_classes - 1, num_classes - 2, 9])
+    for last in (0, num_classes - 1):  # an infinite class weight that occurs, and one that does not
+        targets[2] = last
+        case = Case(torch.tensor([0, 0, 1, 1, 2]), torch.randn(3, num_classes), targets, options)
+        case.options = {**options, "class_weight": class_weight}
+        TestInfinities.check(case)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"sparse": True}, {"label_smoothing": 0.1}], ids=str)
@@ -897,7 +928,7 @@ def test_logits_are_rows(num_rows: int, num_classes: int, num_pairs: int, dtype:
 
 
 # A GPU groups up to 2^13 pairs in one block, if its shared memory holds counters for all rows. Others are grouped by
-# several blocks, which count in shared memory, or, where there are about as many rows as a block has pairs, in global.
+# several blocks, which count in shared memory, or, where there are more rows than a block has pairs, in global.
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none"}, {"class_weight": torch.rand(40)}, {"sparse": True}], ids=name_of
 )

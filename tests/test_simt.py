@@ -181,6 +181,12 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda/embedding_cross_entropy_rows.cuh",
+        "add_pairs(own, params_.class_weight_of(begin + k), tile_[k]);",
+        "add_pairs(own, params_.class_weight_of(k), tile_[k]);",
+        "tests/test_embedding_cross_entropy.py -k class_weights_of_long_rows",
+    ),
+    Mutation(
+        "cuda/embedding_cross_entropy_rows.cuh",
         "exists(r) && has(k) ?",
         "has(k) ?",
         "tests/test_embedding_cross_entropy.py -k test_equals_reference",

@@ -2,10 +2,10 @@
 //
 // The pairs come first: counted, (R, C), for a small table, else grouped by row (cuda/base/pairs.cuh). Then
 // each row is read once, and its gradient row is written in the same kernel
-// (embedding_cross_entropy_rows.cuh). It overlaps the grouping: it does what needs no pairs, then waits for
-// them. The smallest batches take one block and one launch. Sums of counts are exact in
-// any order, all others are taken in a fixed order, so the reduced loss and its gradient have the same bits
-// at every run. A last-block reduction sums over the blocks, which saves a launch.
+// (embedding_cross_entropy_rows.cuh), which overlaps the one before: where it knows its first rows, it reads
+// them before it waits for their pairs. The smallest batches take one block and one launch. Sums of counts
+// are exact in any order, all others are taken in a fixed order, so the reduced loss and its gradient have
+// the same bits at every run. A last-block reduction sums over the blocks, which saves a launch.
 #include "cuda/embedding_cross_entropy_kernels.h"
 
 #include "base/op_names.h"

@@ -341,12 +341,12 @@ class WarpRows {
         Sums sums;
         measure(sums);
         warp_sum_each(sums.exponentials);
-        const MeasuredRow<Params> row(params_, sums.max[0], sums.exponentials[0]);
+        const MeasuredRow<Params> measured(params_, sums.max[0], sums.exponentials[0]);
         ClassSums own;
         for (int k = 0; k < kItems; ++k) {
-            if (has(k)) row.add_losses(own, logits_[0][k], params_.class_weight_of(column(k)), 0);
+            if (has(k)) measured.add_losses(own, logits_[0][k], params_.class_weight_of(column(k)), 0);
         }
-        return row.stats(warp_sum(own));
+        return measured.stats(warp_sum(own));
     }
 
   private:
@@ -360,8 +360,7 @@ class WarpRows {
     // Whether the losses are summed relative to the maximum, so that nothing waits for the sum of the
     // exponentials: what its logarithm adds to each comes at the end. Not with class weights: where they are
     // infinite, a loss may be so though the logarithm is 0.
-    template <typename sum_t>
-    static constexpr bool kAddsLogLast = Params::kIsPlain && std::is_same_v<sum_t, uint32_t>;
+    static constexpr bool kAddsLogLast = Params::kIsPlain;
 
     __device__ static int column(int k) { return lane_of_thread() + k * kWarp; }
     __device__ bool has(int k) const { return column(k) < params_.num_classes; }
@@ -385,7 +384,7 @@ class WarpRows {
                                       const GradientOf& gradient_of) const {
         Sums sums;
         measure(sums);
-        if constexpr (kAddsLogLast<sum_t>) {
+        if constexpr (kAddsLogLast) {
             sum_from_max(pairs, sums);
         } else {
             sum_losses(pairs, sums);
@@ -397,11 +396,12 @@ class WarpRows {
                 clear_by_warp(gradient, params_.num_classes);
                 continue;
             }
-            const MeasuredRow<Params> row(params_, sums.max[r], sums.exponentials[r]);
-            if (gradient != nullptr) write_gradient(r, {row, sums.pairs[r]}, pairs[r].sums, gradient);
-            if constexpr (kAddsLogLast<sum_t>)
-                sums.losses[r].target_losses += sums.pairs[r].weighted * static_cast<double>(row.log_sum);
-            total = total + row.loss(sums.pairs[r], sums.losses[r]);
+            const MeasuredRow<Params> measured(params_, sums.max[r], sums.exponentials[r]);
+            if (gradient != nullptr) write_gradient(r, {measured, sums.pairs[r]}, pairs[r].sums, gradient);
+            if constexpr (kAddsLogLast)
+                sums.losses[r].target_losses +=
+                    sums.pairs[r].weighted * static_cast<double>(measured.log_sum);
+            total = total + measured.loss(sums.pairs[r], sums.losses[r]);
         }
         return total;
     }
@@ -410,13 +410,13 @@ class WarpRows {
     __device__ void sum_losses(const PairsOfRow<sum_t> (&pairs)[kRows], Sums& sums) const {
         warp_sum_each(sums.exponentials);
         for (int r = 0; r < kRows; ++r) {
-            const MeasuredRow<Params> row(params_, sums.max[r], sums.exponentials[r]);
+            const MeasuredRow<Params> measured(params_, sums.max[r], sums.exponentials[r]);
             for (int k = 0; pairs[r].any && k < kItems; ++k) {
                 if (!has(k)) continue;
                 const sum_t s = pairs[r].sums[column(k)];
                 const acc_t class_weight = params_.class_weight_of(column(k));
                 if (s != sum_t(0)) add_pairs(sums.pairs[r], class_weight, s);
-                row.add_losses(sums.losses[r], logits_[r][k], class_weight, s);
+                measured.add_losses(sums.losses[r], logits_[r][k], class_weight, s);
             }
         }
         warp_sum_each(sums.pairs);
@@ -439,7 +439,7 @@ class WarpRows {
         warp_sum_each(losses);
         for (int r = 0; r < kRows; ++r) {
             sums.pairs[r].gradients = sums.pairs[r].weighted = num_pairs[r];
-            sums.losses[r].target_losses = losses[r];
+            sums.losses[r].target_losses = losses[r];  // without the logarithms
         }
     }
 
