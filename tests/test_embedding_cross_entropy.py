@@ -895,15 +895,13 @@ def test_long_rows_with_few_and_many_pairs(dtype: torch.dtype, options: dict[str
 @pytest.mark.parametrize("num_classes", [1501, 120_001])
 def test_class_weights_of_long_rows(num_classes: int, options: dict[str, Any], value: float) -> None:
     """Of targets in each tile of a GPU's shared memory."""
+    last = num_classes - 1
     class_weight = torch.rand(num_classes)
-    for place in (7, num_classes - 1):
-        class_weight[place] = value
-    targets = torch.tensor([7, 8, num_classes - 1, num_classes - 2, 9])
-    for last in (0, num_classes - 1):  # an infinite class weight that occurs, and one that does not
-        targets[2] = last
-        case = Case(torch.tensor([0, 0, 1, 1, 2]), torch.randn(3, num_classes), targets, options)
-        case.options = {**options, "class_weight": class_weight}
-        TestInfinities.check(case)
+    class_weight[7] = class_weight[last] = value
+    for target in (0, last):  # the last class does not occur, or does
+        idx, targets = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([7, 8, target, last - 1, 9])
+        weight = torch.randn(3, num_classes)
+        TestInfinities.check(Case(idx, weight, targets, {**options, "class_weight": class_weight}))
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"sparse": True}, {"label_smoothing": 0.1}], ids=str)

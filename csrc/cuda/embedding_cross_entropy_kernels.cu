@@ -179,9 +179,12 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp, 1) grouped_rows_kernel(R
     reduce_losses(rows, of_block, scratch, is_last);
 }
 
+template <typename Params>
+constexpr bool kNeedsManyRegisters = !Params::kIsPlain || sizeof(typename Params::acc_t) != sizeof(float);
+
 // Per multiprocessor: more would not have enough registers. In whole warps also for two and three blocks.
 template <typename Params>
-constexpr int kRowThreads = Params::kIsPlain && sizeof(typename Params::acc_t) == sizeof(float) ? 768 : 576;
+constexpr int kRowThreads = kNeedsManyRegisters<Params> ? 576 : 768;
 
 // The row that a block of a grid that stays takes next comes into the L2 cache, if shared memory will keep
 // it: a longer one would drive the present one out.
@@ -245,8 +248,6 @@ __device__ void copy_logits(const RowsParams<scalar_t>& rows, const IndexedPairs
 }
 
 // A warp works on as many rows at once as there are registers for; 65 rows of 65 classes take one turn.
-template <typename Params>
-constexpr bool kNeedsManyRegisters = !Params::kIsPlain || sizeof(typename Params::acc_t) != sizeof(float);
 template <typename Params>
 constexpr int kOneBlockThreads = kNeedsManyRegisters<Params> ? 512 : 704;
 template <int kItems, typename Params>

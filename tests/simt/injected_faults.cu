@@ -293,9 +293,8 @@ __global__ void fill_kernel(int* values) {
 // Overlaps fill_kernel.
 __global__ void add_one_to_each_kernel(bool waits, const int* values, int* out) {
     let_next_kernel_begin();
-    const int one = static_cast<int>(blockDim.x) / kThreads;
     if (waits) wait_for_kernel_before();
-    out[thread_of_grid()] = values[thread_of_grid()] + one;
+    out[thread_of_grid()] = values[thread_of_grid()] + 1;
     wait_for_kernel_before();
 }
 

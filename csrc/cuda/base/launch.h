@@ -50,16 +50,12 @@ inline bool can_overlap(const char* op, const void* kernel) {
     return attributes.ptxVersion >= kFirstArchitecture && driver >= kFirstDriver;
 }
 
-struct PreparedKernel {
-    bool can_overlap;
-};
-
 inline std::mutex kernels_mutex;
-inline std::map<std::pair<const void*, int>, PreparedKernel> prepared_kernels;  // by kernel and device
+inline std::map<std::pair<const void*, int>, bool> prepared_kernels;  // by kernel and device: can_overlap
 
 // Once for each kernel and device. Opts the kernel in to max_shared_bytes: the limit is the kernel's, so
-// threads that each set what their own launch takes would take it from one another.
-inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
+// threads that each set what their own launch takes would take it from one another. Returns can_overlap.
+inline bool prepare_kernel(const char* op, const void* kernel) {
     int device = 0;
     check_cuda(op, cudaGetDevice(&device));
     const std::lock_guard<std::mutex> lock(kernels_mutex);
@@ -67,8 +63,7 @@ inline PreparedKernel prepare_kernel(const char* op, const void* kernel) {
     if (known != prepared_kernels.end()) return known->second;
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(max_shared_bytes(op))));
-    const PreparedKernel prepared{can_overlap(op, kernel)};
-    return prepared_kernels.emplace(std::pair(kernel, device), prepared).first->second;
+    return prepared_kernels.emplace(std::pair(kernel, device), can_overlap(op, kernel)).first->second;
 }
 
 struct LaunchShape {
@@ -98,9 +93,9 @@ void launch(const LaunchShape& shape, void (*kernel)(Parameters...), const Argum
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     if (shape.overlaps || shape.shared_bytes > kAlwaysAllowed) {
-        const PreparedKernel prepared = prepare_kernel(shape.op, reinterpret_cast<const void*>(kernel));
+        const bool may_overlap = prepare_kernel(shape.op, reinterpret_cast<const void*>(kernel));
         config.attrs = &overlap;
-        config.numAttrs = shape.overlaps && prepared.can_overlap ? 1 : 0;
+        config.numAttrs = shape.overlaps && may_overlap ? 1 : 0;
     }
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
