@@ -447,6 +447,36 @@ def test_threads_that_update_one_object() -> None:
     assert {difference for _sum, difference in sums} == {0}
 
 
+def merged_alone(counts: BigramCounts) -> BigramCounts:
+    merged = BigramCounts(counts.vocab_size)
+    merged.merge(counts)
+    return merged
+
+
+@pytest.mark.parametrize("read", [lambda counts: counts, copy.deepcopy, merged_alone])
+def test_threads_see_their_own_updates(read: Callable[[BigramCounts], BigramCounts]) -> None:
+    """Also where another, which began to count what is pending before the update, ends first."""
+    counts = BigramCounts(2000)
+    seen: list[list[int]] = [[], [], [], []]
+
+    def update(k: int) -> None:
+        for _ in range(100):
+            counts.update(torch.tensor([k, k + 1]))
+            seen[k].append(int(read(counts).rows(k, k + 1).values().sum()))
+
+    threads = [threading.Thread(target=update, args=(k,)) for k in range(len(seen))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # else they rarely run at once
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen == [list(range(1, 101))] * len(seen)
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 

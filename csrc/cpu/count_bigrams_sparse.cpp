@@ -288,16 +288,27 @@ void PairCounter::update_many(const at::Tensor& tokens, int64_t position) {
     scratch_ = std::move(counter);
 }
 
-// Counts what is pending.
+// Counts what is pending at the call.
 void PairCounter::flush() {
-    std::vector<uint32_t> tokens;
-    int64_t num_flushes;
+    int64_t end;
     {
         const std::lock_guard lock(mutex_);
-        tokens = pending_;
-        num_flushes = num_flushes_;
+        end = num_flushed_ + static_cast<int64_t>(pending_.size());
     }
-    if (tokens.empty()) return;
+    while (!try_flush(end)) continue;
+}
+
+// Counts what is pending, unless another thread does so first, which may know of less. Returns whether the tokens
+// before end have been counted.
+bool PairCounter::try_flush(int64_t end) {
+    std::vector<uint32_t> tokens;
+    int64_t num_flushed;
+    {
+        const std::lock_guard lock(mutex_);
+        if (num_flushed_ >= end) return true;
+        tokens = pending_;
+        num_flushed = num_flushed_;
+    }
     const auto size = static_cast<int64_t>(tokens.size());
     std::vector<Runs> added(format_.num_blocks);
     const auto copy = [&](int64_t first, int64_t last, uint32_t* copies) {
@@ -306,10 +317,12 @@ void PairCounter::flush() {
     RunCounter(format_).count({copy, size - 1, eot_.value_or(-1), kMergeRatio, true}, added);
     merged(kMergeRatio);
     const std::lock_guard lock(mutex_);
-    if (num_flushes != num_flushes_) return;  // another thread has counted them
-    add(added, size);
-    pending_.erase(pending_.begin(), pending_.begin() + size);
-    ++num_flushes_;
+    if (num_flushed == num_flushed_) {
+        add(added, size);
+        pending_.erase(pending_.begin(), pending_.begin() + size);
+        num_flushed_ += size;
+    }
+    return num_flushed_ >= end;
 }
 
 // With the lock. num_flushed: how many of the pending tokens these are.

@@ -49,6 +49,7 @@ class PairCounter {
     void update_few(const at::Tensor& tokens, int64_t position);
     void update_many(const at::Tensor& tokens, int64_t position);
     void flush();
+    bool try_flush(int64_t end);
     void add(const std::vector<Runs>& added, int64_t num_flushed = 0);
     std::vector<Runs> merged(int64_t ratio);
     std::vector<Runs> released();
@@ -59,7 +60,7 @@ class PairCounter {
     std::vector<Runs> blocks_;       // one for each block
     int64_t num_pairs_ = 0;          // in these
     std::vector<uint32_t> pending_;  // tokens of short sequences, a separator after each
-    int64_t num_flushes_ = 0;
+    int64_t num_flushed_ = 0;        // of all that were pending
     std::unique_ptr<RunCounter> scratch_;  // null while an update uses it
 };
 
