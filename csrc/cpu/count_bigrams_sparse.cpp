@@ -298,8 +298,8 @@ void PairCounter::flush() {
     while (!try_flush(end)) continue;
 }
 
-// Counts what is pending, unless another thread does so first, which may know of less. Returns whether the tokens
-// before end have been counted.
+// Counts what is pending, unless another thread does so first, which may know of less. Returns whether the
+// tokens before end have been counted.
 bool PairCounter::try_flush(int64_t end) {
     std::vector<uint32_t> tokens;
     int64_t num_flushed;

@@ -56,11 +56,11 @@ class PairCounter {
 
     const PairFormat format_;
     const std::optional<int64_t> eot_;
-    std::mutex mutex_;               // of what follows
-    std::vector<Runs> blocks_;       // one for each block
-    int64_t num_pairs_ = 0;          // in these
-    std::vector<uint32_t> pending_;  // tokens of short sequences, a separator after each
-    int64_t num_flushed_ = 0;        // of all that were pending
+    std::mutex mutex_;                     // of what follows
+    std::vector<Runs> blocks_;             // one for each block
+    int64_t num_pairs_ = 0;                // in these
+    std::vector<uint32_t> pending_;        // tokens of short sequences, a separator after each
+    int64_t num_flushed_ = 0;              // of all that were pending
     std::unique_ptr<RunCounter> scratch_;  // null while an update uses it
 };
 

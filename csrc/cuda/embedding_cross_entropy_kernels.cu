@@ -409,9 +409,9 @@ struct Scratch {
     bool groups_in_one_block;
     PairGroups groups{};
     uint32_t* counts = nullptr;
-    unsigned* ticket;
-    LossScales* scales;
-    LossSums* losses_of_blocks;
+    unsigned* ticket = nullptr;
+    LossScales* scales = nullptr;
+    LossSums* losses_of_blocks = nullptr;
     void* stats = nullptr;
     uintptr_t end;
 
@@ -425,10 +425,7 @@ struct Scratch {
         if (strategy == Strategy::grouped) take_zero_groups(params, scratch);
         zero_bytes = scratch.end() - reinterpret_cast<uintptr_t>(memory);
         if (strategy == Strategy::grouped) take_groups(params, scratch);
-        ticket = scratch.take<unsigned>(1);
-        scales = scratch.take<LossScales>(1);
-        losses_of_blocks = scratch.take<LossSums>(std::max<int64_t>(max_slots(params, strategy), 1));
-        if (!params.is_reduced) stats = scratch.take<RowStats<double>>(params.num_rows);
+        if (strategy != Strategy::one_block) take_sums(params, max_slots(params, strategy), scratch);
         end = scratch.end();
     }
 
@@ -454,6 +451,13 @@ struct Scratch {
         if (!has_slot_rows(params)) return;
         groups.slot_rows = scratch.take<int64_t>(max_slots(params, Strategy::grouped));
         groups.num_slots = scratch.take<int64_t>(1);
+    }
+
+    void take_sums(const KernelParams& params, int64_t max_slots, ScratchMemory& scratch) {
+        ticket = scratch.take<unsigned>(1);
+        scales = scratch.take<LossScales>(1);
+        losses_of_blocks = scratch.take<LossSums>(std::max<int64_t>(max_slots, 1));
+        if (!params.is_reduced) stats = scratch.take<RowStats<double>>(params.num_rows);
     }
 };
 
