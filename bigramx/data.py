@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigramx import memory, ops, storage
+from bigramx.locks import without_warnings
 from bigramx.shards import DTYPES, Shard, TokenShards, check_shard, checked_fraction
 from bigramx.token_files import AnyPath, are_tokens, files_of, is_any_path, open_bin, open_tokens, read_meta
 from bigramx.tokenizer import CharTokenizer, Tokenizer, adapt
@@ -300,8 +300,7 @@ def _arrow_of(source: Any) -> Any:
 
 def _tensor_of(values: Any) -> Tensor:
     """The tensor of a NumPy array, in its memory."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it must not be written
+    with without_warnings():  # that it must not be written
         return torch.from_numpy(values)
 
 

@@ -249,15 +249,25 @@ class _Partial(NamedTuple):
     path: Path
     options: dict[str, object]
     pieces: set[_Piece]
+    crc32: str  # of the header
 
     @classmethod
     def of(cls, path: Path) -> _Partial:
         metadata = parts.read_metadata(path)
         try:
-            pieces = {_Piece(*piece) for piece in json.loads(metadata["pieces"])}
-            return cls(path, json.loads(metadata["options"]), pieces)
+            options, pieces = json.loads(metadata["options"]), json.loads(metadata["pieces"])
+            return cls(path, options, {_Piece(*piece) for piece in pieces}, metadata["crc32"])
         except (KeyError, TypeError, ValueError, RecursionError):
             raise _damaged(path) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> _Partial:
+        path, options, pieces, crc32 = json.loads(text)
+        return cls(Path(path), options, {_Piece(*piece) for piece in pieces}, crc32)
+
+    def to_json(self) -> str:
+        """For the other ranks, who must not look by themselves: the file may be replaced meanwhile."""
+        return json.dumps([str(self.path), self.options, sorted(self.pieces), self.crc32])
 
     @property
     def rank(self) -> int:
@@ -268,9 +278,11 @@ class _Partial(NamedTuple):
         """The counts, of the vocabulary of others.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: The file is damaged, or was replaced.
         """
-        tensors, _metadata = storage.read_tensors(self.path, _KIND)
+        tensors, metadata = storage.read_tensors(self.path, _KIND)
+        if metadata["crc32"] != self.crc32:
+            raise ValueError(f"{storage.name_of(self.path)}: another job that counts the same has just replaced it")
         try:
             return BigramCounts._of_parts(like.vocab_size, like.eot, *(tensors[name] for name in parts.NAMES))
         except (KeyError, TypeError, ValueError, RuntimeError):
@@ -412,7 +424,7 @@ class _Job:
             vocab_size = options.tokenizer.vocab_size if options.tokenizer else self._largest_token(pieces, options) + 1
             options = options._replace(vocab_size=max(vocab_size, (options.eot or 0) + 1))
         self._enter("counting")
-        saved = [_Partial.of(Path(path)) for path in self._of_rank_0(lambda: self._usable(pieces, options))]
+        saved = [_Partial.from_json(text) for text in self._of_rank_0(lambda: self._usable(pieces, options))]
         running = _Running(self._place, self._ranks, options, saved, save_interval)
         pending = sorted(set(pieces).difference(*(each.pieces for each in saved)))
         if self._ranks.rank == 0:
@@ -475,7 +487,7 @@ class _Job:
         return int(self._ranks.max(torch.tensor(largest)))
 
     def _usable(self, pieces: Sequence[_Piece], options: _Options) -> list[str]:
-        """The files of counts on disk that are of these shards, as they are now, and of none twice."""
+        """The counts on disk that are of these shards, as they are now, and of none twice; as JSON."""
         wanted, found = set(pieces), set[_Piece]()
         on_disk = [_Partial.of(path) for path in sorted(self._place.partial.glob(_PARTIALS))]
         usable = []
@@ -487,7 +499,7 @@ class _Job:
                 )
             if each.pieces <= wanted - found:
                 found |= each.pieces
-                usable.append(str(each.path))
+                usable.append(each.to_json())
         if on_disk:
             unit = "shards" if all(piece.num_pieces == 1 for piece in pieces) else "pieces of shards"
             self._tell(f"{len(found)} of {len(pieces)} {unit} taken from {storage.name_of(self._place.partial)}")

@@ -31,6 +31,7 @@ from bigramx.data import (
     shards_of,
     token_range,
 )
+from bigramx.locks import Lock
 from bigramx.tokenizer import Tokenizer, decode_stream
 
 if TYPE_CHECKING:
@@ -156,16 +157,35 @@ def _named_sequences(tokens: Tensor | TokenShards) -> _Sequences:
     return list(zip(tokens.names, tokens.shards, strict=True))
 
 
+class _Mode:
+    """That of a module before it was evaluated, and how many threads evaluate it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training, self.num_evaluations = module, module.training, 0
+
+
+_modes: dict[int, _Mode] = {}  # by the module's id
+_lock = Lock()  # of these
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()``, and the mode that each module had afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """``model.eval()``, and afterwards the mode that each module had; the last of several threads puts it back."""
+    evaluated: list[_Mode] = []
     try:
+        with _lock:
+            for module in model.modules():
+                evaluated.append(_modes.setdefault(id(module), _Mode(module)))
+                evaluated[-1].num_evaluations += 1
+        model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _lock:
+            for mode in evaluated:
+                mode.num_evaluations -= 1
+                if mode.num_evaluations == 0:
+                    mode.module.training = mode.training
+                    del _modes[id(mode.module)]
 
 
 class _Tally:

@@ -40,12 +40,17 @@ def is_plain_tensor(value: object) -> bool:
 
 def any_dtensor(*values: object) -> bool:
     """Whether one of the values is a DTensor. Imports nothing, which takes long: where there is one, its module is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None:
+    kind = loaded("torch.distributed.tensor", "DTensor")
+    if kind is not None:
         for value in values:
-            if type(value) not in _PLAIN and isinstance(value, module.DTensor):
+            if type(value) not in _PLAIN and isinstance(value, kind):
                 return True
     return False
+
+
+def loaded(module: str, name: str) -> Any:
+    """What a module has of this name; None if it has not been imported, or a thread that imports it is not so far."""
+    return getattr(sys.modules.get(module), name, None)
 
 
 def runs_only(module: nn.Module, forward: Callable[..., Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.types import FileLike
 
 from bigramx.fusion import is_plain_tensor
+from bigramx.locks import without_warnings
 from bigramx.storage import DTYPE_NAMES, name_of, printable, read_tensors, write_tensors
 
 PREFIX = "history."  # of the history's tensors in a model's file
@@ -291,8 +291,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         *parts, shape, is_coalesced = content
         indices, values = (_decode(part, tensors) for part in parts)
         options: dict[str, Any] = {"is_coalesced": is_coalesced, "check_invariants": True, "device": "cpu"}
-        with warnings.catch_warnings():
-            # torch 2.11's, whatever it is asked to check.
-            warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+        # The warning is torch 2.11's, whatever it is asked to check.
+        with without_warnings("Sparse invariant checks are implicitly disabled"):
             return torch.sparse_coo_tensor(indices, values, shape, **options)
     return _DICTS[kind]({_decode(key, tensors): _decode(item, tensors) for key, item in content})

@@ -191,10 +191,9 @@ class BigramLanguageModel(nn.Module):
         Returns:
             A handle; its ``remove()`` removes the hook.
         """
-        if self._table_pre_hooks is None:
-            self._table_pre_hooks = OrderedDict()
-        handle = RemovableHandle(self._table_pre_hooks)
-        self._table_pre_hooks[handle.id] = hook
+        hooks = vars(self).setdefault("_table_pre_hooks", OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
         return handle
 
     @torch.jit.unused

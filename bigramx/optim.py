@@ -18,6 +18,7 @@ from torch.utils._device import DeviceContext
 
 from bigramx import ops
 from bigramx.fusion import is_plain_tensor
+from bigramx.locks import Lock
 from bigramx.wrappers import module_in
 
 _DTYPES = (torch.float32, torch.float64)
@@ -106,7 +107,7 @@ class DeferredAdamW(AdamW):
 
     The rows are up to date wherever the table is seen through the model (``register_table_pre_hook`` says where), and
     in ``state_dict()``, which is that of torch.optim.AdamW. Code that keeps the weight itself calls ``catch_up()``
-    before it reads the weight.
+    before it reads the weight. Other threads may read the table so while one trains.
 
     Deferred are steps of a float32 or float64 table on the CPU with numbers as options. Any other step is AdamW's, of
     the dense gradient. The model's other parameters take all steps at once.
@@ -150,6 +151,7 @@ class DeferredAdamW(AdamW):
         self._row_steps: Tensor | None = None  # (V) int64, how many steps each row has taken; None: all of them
         self._schedule = torch.empty((self._MOST, 5), dtype=torch.float64, device="cpu")  # the options of steps missed
         self._num_missed = 0  # by the row that has missed most, at most
+        self._lock = Lock()  # of these, and of the rows that take steps
         self._handle = module.register_table_pre_hook(self._before_reading)
 
     @overload
@@ -175,7 +177,8 @@ class DeferredAdamW(AdamW):
         may_defer = self._may_defer(weight, grad)
         try:
             if may_defer:
-                self._step_rows(weight, grad)
+                with self._lock:
+                    self._step_rows(weight, grad)
                 weight.grad = None  # for the others' step
             else:
                 self.catch_up()
@@ -188,13 +191,14 @@ class DeferredAdamW(AdamW):
     @torch.no_grad()
     def catch_up(self, idx: Tensor | None = None) -> None:
         """Takes the steps that rows of the table have missed: those of the tokens ``idx``, int64, or all."""
-        if self._row_steps is None or self._weight is None:
-            return
-        step, rows = int(self.state[self._weight]["step"]), None if idx is None else idx.reshape(-1)
-        is_between = bool((self._row_steps > step).any())  # a handler looks at a step that is about to be counted
-        self._update(self._weight, step + is_between, self._num_missed + is_between, rows, None)
-        if idx is None:
-            self._row_steps, self._num_missed = None, 0
+        with self._lock:
+            if self._row_steps is None or self._weight is None:
+                return
+            step, rows = int(self.state[self._weight]["step"]), None if idx is None else idx.reshape(-1)
+            is_between = bool((self._row_steps > step).any())  # a handler looks at a step that is about to be counted
+            self._update(self._weight, step + is_between, self._num_missed + is_between, rows, None)
+            if idx is None:
+                self._row_steps, self._num_missed = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """That of torch.optim.AdamW, once all rows have taken all steps."""
@@ -215,6 +219,7 @@ class DeferredAdamW(AdamW):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_weight" not in vars(self):
             self._weight = self._row_steps = None
+            self._lock = Lock()
 
     def _before_reading(self, idx: Tensor | None) -> None:
         may_be_rows = idx is not None and is_plain_tensor(idx) and idx.is_cpu and not _is_intercepted()
@@ -477,10 +482,9 @@ def _torch_step(optimizer: torch.optim.AdamW) -> None:
 def _torch_step_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]], doubtful: list[Tensor]) -> None:
     """Torch's step of ``groups``. If it raises, the ``doubtful`` parameters and their states are put back."""
     copies = [(tensor, tensor.clone()) for param in doubtful for tensor in _at_risk(param, optimizer.state.get(param))]
-    all_groups = optimizer.param_groups
-    optimizer.param_groups = groups
+    twin = _twin_of(optimizer, groups)
     try:
-        _torch_step(optimizer)
+        _torch_step(twin)
     except BaseException:
         with torch.inference_mode():  # which may change every tensor
             for tensor, copy in copies:
@@ -488,7 +492,15 @@ def _torch_step_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]], d
                     tensor.copy_(copy)
         raise
     finally:
-        optimizer.param_groups = all_groups
+        attributes = vars(optimizer)
+        attributes.update((name, value) for name, value in vars(twin).items() if name not in attributes)
+
+
+def _twin_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """Another optimizer with the same states, and other groups: handlers and threads may look at those of the first."""
+    twin: torch.optim.AdamW = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer), param_groups=groups)
+    return twin
 
 
 def _at_risk(param: Tensor, state: dict[str, Any] | None) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigramx.functional import Reduction, Sampler, _stop_tokens
+from bigramx.locks import without_warnings
 from bigramx.shards import TokenShards
 
 
@@ -154,9 +154,8 @@ def _csr_of_pairs(pairs: Tensor, vocab_size: int) -> Tensor:
     distinct, counts = pairs.unique(return_counts=True)
     borders = torch.arange(vocab_size + 1, device=pairs.device) * vocab_size
     crow_indices, size = torch.searchsorted(distinct, borders), (vocab_size, vocab_size)
-    with warnings.catch_warnings():
-        # The second is torch 2.11's, whatever it is asked to check.
-        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+    # The second warning is torch 2.11's, whatever it is asked to check.
+    with without_warnings("Sparse (CSR tensor support is in beta|invariant checks are implicitly)"):
         return torch.sparse_csr_tensor(crow_indices, distinct % vocab_size, counts, size, check_invariants=False)
 
 

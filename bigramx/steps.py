@@ -8,7 +8,7 @@ import itertools
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from bigramx.data import TokenShards, get_batch, shards_of
 from bigramx.fusion import is_plain_tensor
 from bigramx.graph_steps import MOST_STEPS, NOT_TAKEN, GraphSteps, runs_graphs
 from bigramx.history import History, encode_state
+from bigramx.locks import Lock
 from bigramx.model import BigramLanguageModel
 from bigramx.optim import AdamW, has_hooks, most_counted, state_of
 from bigramx.storage import checksum
@@ -142,6 +143,7 @@ class Steps:
     deferred: _Deferred | None = None  # rows of the table have missed steps
     graphs: GraphSteps | None = None
     can_capture: bool = True
+    lock: Lock = field(default_factory=Lock)  # of the table and the history, which another thread may save meanwhile
 
     def begin(self, lr: float | None) -> None:
         """Goes on where the history ends, at the learning rate ``lr`` if one is given.
@@ -198,35 +200,40 @@ class Steps:
     def record(self) -> None:
         """Brings the states in the history up to date, so that the run can be resumed from it."""
         history = self.history
-        self.catch_up()
-        history.table_checksum = None  # until all belong to the same step
-        history.optimizer_state = _local(self.optimizer.state_dict())
-        history.optimizer_name = type(self.optimizer).__name__
-        if self.scheduler is not None:
-            history.scheduler_state = _local(self.scheduler.state_dict())
-            history.scheduler_name = type(self.scheduler).__name__
-        history.generator_state = _get_state(self.generator)
-        history.table_checksum = None if self.is_torn else _checksum(self.model)
+        with self.lock:
+            self.catch_up()
+            history.table_checksum = None  # until all belong to the same step
+            history.optimizer_state = _local(self.optimizer.state_dict())
+            history.optimizer_name = type(self.optimizer).__name__
+            if self.scheduler is not None:
+                history.scheduler_state = _local(self.scheduler.state_dict())
+                history.scheduler_name = type(self.scheduler).__name__
+            history.generator_state = _get_state(self.generator)
+            history.table_checksum = None if self.is_torn else _checksum(self.model)
 
     def take(self, most: int) -> None:
         """Takes at least one step and at most ``most``, as long as Ctrl-C may wait; records the losses.
 
         An exception leaves table, states, losses and generator at the same step, or ``is_torn`` says that it did not.
         """
-        if self.has_native_steps():
-            self._take_native(min(most, _MOST_STEPS))
-        else:
-            if self.deferred is not None:
-                self.deferred.catch_up()
-                self.deferred = None
-            num_steps = self._prepare_graph(most) if self._has_graph_steps() else 0
-            if num_steps > 0:
-                self._take_graph(num_steps)
-            else:
-                self._take_one()
+        with self.lock:
+            self._take(most)
         if not self.is_saving_checked:  # the first step makes the optimizer's states
             self._check_saving()
             self.is_saving_checked = True
+
+    def _take(self, most: int) -> None:
+        if self.has_native_steps():
+            self._take_native(min(most, _MOST_STEPS))
+            return
+        if self.deferred is not None:
+            self.deferred.catch_up()
+            self.deferred = None
+        num_steps = self._prepare_graph(most) if self._has_graph_steps() else 0
+        if num_steps > 0:
+            self._take_graph(num_steps)
+        else:
+            self._take_one()
 
     def has_native_steps(self) -> bool:
         """Whether steps are native calls."""
@@ -269,9 +276,10 @@ class Steps:
 
         A signal handler may do so in the middle of a native call, between two of its steps.
         """
-        if self.deferred is not None:
-            self.deferred.catch_up()
-        self.module._before_reading()  # the optimizer may be a DeferredAdamW
+        with self.lock:
+            if self.deferred is not None:
+                self.deferred.catch_up()
+            self.module._before_reading()  # the optimizer may be a DeferredAdamW
 
     @property
     def are_deferred(self) -> bool:

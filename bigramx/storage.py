@@ -377,7 +377,26 @@ def _check_memory(num_bytes: int) -> None:
 
 
 def write_tensors(target: FileLike, kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes one safetensors file: the tensors, ``kind``, the metadata, and checksums of all of these."""
+    """Writes one safetensors file: the tensors, ``kind``, the metadata, and checksums of all of these.
+
+    Of tensors that another thread changes meanwhile, a file gets what a copy of them holds.
+
+    Raises:
+        RuntimeError: Another thread has changed a tensor, and ``target`` is no file, so what it has been given remains.
+    """
+    try:
+        _write_tensors(target, kind, tensors, metadata)
+    except _ChangedError:
+        if not (is_path(target) and _is_replaceable(os.fsdecode(target), _status_of(os.fsdecode(target)))):
+            raise
+        _write_tensors(target, kind, {name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+
+
+class _ChangedError(RuntimeError):
+    """Another thread has changed a tensor while it was written."""
+
+
+def _write_tensors(target: FileLike, kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {**metadata, "format": _FORMAT, "kind": kind}
     header |= {f"crc32.{name}": str(checksum(tensor)) for name, tensor in tensors.items()}
@@ -403,8 +422,19 @@ def _write_safetensors(file: IO[bytes], tensors: dict[str, Tensor], metadata: di
             f"expected metadata of {_MOST_HEADER:,} bytes at most, the format's limit, got {len(header):,}"
         )
     file.write(len(header).to_bytes(8, "little") + header)
-    for _name, tensor in ordered:
-        file.write(_bytes_of(tensor))
+    for name, tensor in ordered:
+        if str(_write_bytes(file, tensor)) != metadata[f"crc32.{name}"]:
+            raise _ChangedError(f"{name}: expected a tensor that no other thread changes while it is saved")
+
+
+def _write_bytes(file: IO[bytes], tensor: Tensor) -> int:
+    """Writes the elements, and returns the CRC-32 of what it has written."""
+    content, crc = _bytes_of(tensor), 0
+    for begin in range(0, len(content), _CHUNK):
+        chunk = bytes(content[begin : begin + _CHUNK])  # a copy, which nobody changes
+        crc = zlib.crc32(chunk, crc)
+        file.write(chunk)
+    return crc
 
 
 class Entry(NamedTuple):

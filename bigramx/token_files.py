@@ -15,6 +15,7 @@ from typing import IO, Any, TypeGuard
 import torch
 
 from bigramx import storage
+from bigramx.locks import without_warnings
 from bigramx.shards import Shard, TokenFile
 from bigramx.tokenizer import CharTokenizer
 
@@ -201,8 +202,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], str]:
 
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it parses Python
+        with without_warnings():  # it parses Python
             shape, _is_fortran, dtype = readers[npy.read_magic(file)](file)
         return shape, dtype.str
     except Exception as error:

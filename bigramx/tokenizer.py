@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.types import FileLike
 
 from bigramx.decode_stream import DecodeStream, PlainStream, RereadingStream
+from bigramx.fusion import loaded
 from bigramx.ops import Alphabet
 from bigramx.storage import read
 from bigramx.tokenizer_adapters import (
@@ -206,7 +207,7 @@ def adapt(tokenizer: object) -> Tokenizer:
 
 def _is_of(module: str, name: str, tokenizer: object) -> bool:
     """Whether it is an object of a class, without importing its module."""
-    kind = getattr(sys.modules.get(module), name, None)
+    kind = loaded(module, name)
     return kind is not None and isinstance(tokenizer, kind)
 
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from bigramx import memory
 from bigramx.data import TokenShards, are_worth_counting, check_tokens, get_batch
 from bigramx.evaluation import optimal_loss, optimal_loss_of_counts
-from bigramx.fusion import is_plain_tensor
+from bigramx.fusion import is_plain_tensor, loaded
 from bigramx.history import History
+from bigramx.locks import without_warnings
 from bigramx.model import BigramLanguageModel
 from bigramx.steps import Steps, fsdp_in, has_plain_loss, new_optimizer, new_scheduler
 from bigramx.wrappers import module_in
@@ -157,8 +157,7 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if self._is_shown:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about ipywidgets, without which the bar is one of text
+            with without_warnings():  # about ipywidgets, without which the bar is one of text
                 from tqdm.auto import tqdm  # type: ignore[import-untyped]
             kind = type("tqdm", (tqdm,), {"monitor_interval": 0})  # no thread that outlives the run
             self._tqdm = kind(total=self._max_steps, initial=self._history.step, unit="step", mininterval=0)
@@ -186,7 +185,8 @@ def _is_watched() -> bool:
     """Whether a person looks: at a terminal, or at a notebook. Of several processes only the first shows anything."""
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return False
-    ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    get_ipython = loaded("IPython", "get_ipython")
+    ipython = None if get_ipython is None else get_ipython()
     if ipython is not None and "IPKernelApp" in ipython.config:
         return True
     with contextlib.suppress(AttributeError, ValueError):  # no standard error, or a closed one

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from bigramx.fusion import loaded
 from bigramx.model import BigramLanguageModel
 
 
@@ -42,5 +42,5 @@ def layers_of(model: object) -> Iterator[Any]:
 
 def is_fsdp(layer: object, kind: str) -> bool:
     """Whether it is of this class of torch.distributed.fsdp."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes long
-    return fsdp is not None and isinstance(layer, getattr(fsdp, kind))
+    wrapper = loaded("torch.distributed.fsdp", kind)  # importing it takes long
+    return wrapper is not None and isinstance(layer, wrapper)

@@ -188,6 +188,7 @@ py::object Alphabet::decode(const at::Tensor& tokens) const {
                 const auto* const wrong = std::find_if(data, data + num_tokens, [&](auto token) {
                     return static_cast<uint64_t>(token) >= vocab_size();
                 });
+                if (wrong == data + num_tokens) raise_changed(kDecode, "tokens");
                 raise_out_of_range(+*wrong, wrong - data, vocab_size());
             }
             return bits;

@@ -25,6 +25,7 @@ from bigramx import BigramCounts, functional, storage
 from bigramx.shards import TokenShards
 from tests import processes
 from tests.interrupts import call_until_handled
+from tests.threads import at_once
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -464,16 +465,7 @@ def test_threads_see_their_own_updates(read: Callable[[BigramCounts], BigramCoun
             counts.update(torch.tensor([k, k + 1]))
             seen[k].append(int(read(counts).rows(k, k + 1).values().sum()))
 
-    threads = [threading.Thread(target=update, args=(k,)) for k in range(len(seen))]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # else they rarely run at once
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    at_once(*(partial(update, k) for k in range(len(seen))))
     assert seen == [list(range(1, 101))] * len(seen)
 
 

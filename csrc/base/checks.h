@@ -119,6 +119,11 @@ inline void check_padding(const char* op, int64_t padding_idx, int64_t num_rows)
                       num_rows, " rows of weight, or -1 for none, got ", padding_idx);
 }
 
+// For a value out of range that is no longer found.
+[[noreturn]] inline void raise_changed(const char* op, const char* argument) {
+    TORCH_CHECK_INDEX(false, op, ": expected ", argument, " that nobody changes meanwhile");
+}
+
 inline void check_tokens(const char* op, const at::Tensor& tokens) {
     check_tensor(op, "tokens", tokens);
     TORCH_CHECK(tokens.dim() == 1, op, ": expected tokens to be 1-D, got shape ", tokens.sizes());

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/checks.h"
 #include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cpu/base/buffer.h"
@@ -168,7 +169,8 @@ at::Tensor count_bigrams_cpu(const CountBigramsParams& params) {
                        const scalar_t* begin = tokens.const_data_ptr<scalar_t>();
                        if (num_tokens > 1 && count(begin, num_tokens - 1, counts)) return;
                        check_range(begin, num_tokens, vocab_size);
-                       fill_zeros(counts);  // fewer than two tokens
+                       if (num_tokens > 1) raise_changed(kCountBigrams, "tokens");
+                       fill_zeros(counts);
                    }),
                    at::kByte, at::kUInt16, at::kUInt32, at::kInt, at::kLong);
     return counts;

@@ -57,7 +57,7 @@ bool copy_tokens(const token_t* tokens, int64_t n, uint32_t limit, uint32_t* cop
                               " at position ", position + n, ", expected 0 <= token < ", vocab_size);
         }
     });
-    TORCH_CHECK_INDEX(false, kCountBigrams, ": expected tokens that nobody changes meanwhile");
+    raise_changed(kCountBigrams, "tokens");
 }
 
 at::Tensor allocate(int64_t size, at::ScalarType dtype) {

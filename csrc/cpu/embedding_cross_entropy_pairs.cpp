@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/checked.h"
+#include "base/checks.h"
 #include "base/op_names.h"
 
 namespace bigramx::cpu {
@@ -43,8 +44,8 @@ struct Batch {
         return static_cast<uint64_t>(target) < static_cast<uint64_t>(num_classes) || is_ignored(target);
     }
 
-    // Raises the error of the first pair that is out of range.
-    void check() const {
+    // For the first pair that is out of range.
+    [[noreturn]] void raise_out_of_range() const {
         for (int64_t n = 0; n < num_pairs; ++n) {
             TORCH_CHECK_INDEX(is_row(idx[n]), kEmbeddingCrossEntropy, ": index out of range: idx holds ",
                               idx[n], " at position ", n, ", expected 0 <= idx < ", num_rows);
@@ -52,6 +53,7 @@ struct Batch {
                               " is out of bounds: at position ", n, ", expected 0 <= targets < ", num_classes,
                               " or ignore_index = ", ignore_index);
         }
+        raise_changed(kEmbeddingCrossEntropy, "idx and targets");
     }
 
     // Calls visit(chunk, begin, end) for each chunk of pairs, in parallel. visit returns false if one of them
@@ -70,7 +72,7 @@ struct Batch {
                 for (int64_t chunk = first; chunk < last; ++chunk) visit_chunk(chunk);
             });
         }
-        if (!in_range) check();
+        if (!in_range) raise_out_of_range();
     }
 
     const int64_t* idx;

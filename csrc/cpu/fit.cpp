@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <mutex>
+#include <optional>
 
 #include "base/interrupt.h"
 #include "base/op_names.h"
@@ -33,17 +34,19 @@ using namespace cpu;
 
 namespace {
 
-// Puts the generator back where a step raises before it changes anything: its batch is still to be drawn.
+// Puts the generator back where a step raises before it changes anything, as its batch is still to be drawn;
+// not where another thread has drawn since, which would draw the same again.
 class DrawsOfStep {
   public:
-    explicit DrawsOfStep(at::CPUGeneratorImpl* generator) : generator_(generator), engine_(engine()) {}
+    explicit DrawsOfStep(at::CPUGeneratorImpl* generator) : generator_(generator), before_(engine()) {}
 
     ~DrawsOfStep() {
-        if (is_taken_) return;
+        if (is_taken_ || !after_.has_value()) return;
         const std::lock_guard<std::mutex> lock(generator_->mutex_);
-        generator_->set_engine(engine_);
+        if (are_equal(generator_->engine().data(), after_->data())) generator_->set_engine(before_);
     }
 
+    void are_drawn() { after_ = engine(); }
     void take() { is_taken_ = true; }
 
   private:
@@ -52,8 +55,13 @@ class DrawsOfStep {
         return generator_->engine();
     }
 
+    static bool are_equal(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
+        return a.next_ == b.next_ && a.left_ == b.left_ && a.state_ == b.state_;
+    }
+
     at::CPUGeneratorImpl* const generator_;
-    const at::mt19937 engine_;
+    const at::mt19937 before_;
+    std::optional<at::mt19937> after_;
     bool is_taken_ = false;
 };
 
@@ -150,6 +158,7 @@ int64_t take_steps(const FitParams& params, const Take& take) {
         signals.poll();  // here all agree
         DrawsOfStep draws(cpu_generator(params.batch.generator));
         get_batch_cpu(params.batch, batch.idx, batch.targets);
+        draws.are_drawn();
         losses_of_steps[k] = take(batch);
         draws.take();
     }

@@ -107,10 +107,16 @@ class ChainRunner {
             signals_.poll(1);
         }
         entries_.resize(segments_.size());
+        // The same in each slice, whose handlers may set the number of threads: the lanes of a part go in
+        // step.
         const int64_t grain_size = std::max<int64_t>(Rows::kLanes, Rows::kGrainSize / steps_a_segment);
+        const int64_t num_parts =
+            std::min<int64_t>((num_segments() + grain_size - 1) / grain_size, at::get_num_threads());
         in_slices([&] {
-            at::parallel_for(0, num_segments(), grain_size, [&](int64_t first, int64_t last) {
-                run_segments<Rows::kLanes>(begin, first, last);
+            at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
+                for (int64_t part = first; part < last; ++part)
+                    run_segments<Rows::kLanes>(begin, num_segments() * part / num_parts,
+                                               num_segments() * (part + 1) / num_parts);
             });
         });
         if (all_boundaries_are_right()) return;

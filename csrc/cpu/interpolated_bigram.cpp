@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "base/checks.h"
 #include "base/interrupt.h"
 #include "base/op_names.h"
 #include "cpu/generate_chains.h"
@@ -68,6 +69,7 @@ void interpolated_bigram_cpu(const InterpolatedBigramParams& params, const at::T
                           ": index out of range: ", name, " holds ", token, " at position ", n,
                           ", expected 0 <= ", name, " < ", vocab_size);
     }
+    raise_changed(kInterpolatedBigram, "idx and targets");
 }
 
 int64_t interpolated_bigram_generate_cpu(const InterpolatedBigramParams& params,

@@ -314,9 +314,11 @@ at::Tensor multinomial_cpu(const MultinomialParams& params) {
     const at::Tensor rows = contiguous_rows(probs);
     const bool are_drawn = params.sampler == Sampler::philox &&
                            draw_by_philox(rows, params.replacement, draw_seed(params.generator), samples);
-    if (are_drawn) return samples;  // else check_probs raises the error
+    if (are_drawn) return samples;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, probs.scalar_type(), kMultinomial, [&] {
         check_probs(rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1));
+        TORCH_CHECK(params.sampler != Sampler::philox, kMultinomial,
+                    ": expected probs that nobody changes meanwhile");
         if (num_samples == 1 && (probs.is_contiguous() || at::empty_like(probs).is_contiguous())) {
             sample_one<scalar_t>(rows, params.generator, samples);
         } else if (num_samples == 1 || !params.replacement) {

@@ -100,6 +100,7 @@ void give(void* memory) {
     header_of(memory).passed_over = 0;
     keep(slots[0], memory);
     keep(slots[1], other);
+    if (limit.load() < most) empty_gradient_pool();  // set meanwhile
 }
 
 // Null if there is no memory.
