@@ -338,17 +338,17 @@ def _borders(lengths: Tensor, begin: int, end: int, num_parts: int) -> list[int]
 
     Lengths, (V) int64, has the number of pairs in each row.
     """
-    before = torch.zeros(end - begin + 1, dtype=torch.int64)
+    before = torch.zeros(end - begin + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(lengths[begin:end], 0, out=before[1:])
-    wanted = int(before[-1]) * torch.arange(1, num_parts) // num_parts
+    wanted = int(before[-1]) * torch.arange(1, num_parts, device="cpu") // num_parts
     return [begin, *(torch.searchsorted(before, wanted) + begin).tolist(), end]
 
 
 def _all_to_all(ranks: Ranks, sent: Sequence[_Rows], begins: Sequence[int]) -> list[_Rows]:
     """Sends rows to each rank; returns what each has sent here, whose first row is known."""
     is_large = any(rows.values.dtype == torch.int64 for rows in sent)
-    dtype = torch.int64 if ranks.max(torch.tensor(int(is_large))) > 0 else torch.int32
-    sizes = torch.tensor([[len(rows.crow), len(rows.col)] for rows in sent])
+    dtype = torch.int64 if ranks.max(torch.tensor(int(is_large), device="cpu")) > 0 else torch.int32
+    sizes = torch.tensor([[len(rows.crow), len(rows.col)] for rows in sent], device="cpu")
     sizes = torch.stack(ranks.all_to_all(list(sizes), [2] * ranks.size))
     num_rows, num_pairs = sizes.T.tolist()
     crows = ranks.all_to_all([rows.crow for rows in sent], num_rows)
@@ -381,7 +381,7 @@ def _summed(ranks: Ranks, counts: BigramCounts, progress: Callable[[float], obje
 
 def _balanced(ranks: Ranks, rows: _Rows, vocab_size: int) -> _Rows:
     """Sends some rows on, so that all ranks have about as many pairs; whose a row is depends on the counts alone."""
-    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    lengths = torch.zeros(vocab_size, dtype=torch.int64, device="cpu")
     lengths[rows.begin : rows.end] = rows.crow.diff()
     owned = list(pairwise(_borders(ranks.sum(lengths), 0, vocab_size, ranks.size)))
     own = rows.between(*owned[ranks.rank])
@@ -469,7 +469,7 @@ class _Job:
 
     def _read(self, pieces: Sequence[_Piece], options: _Options) -> Iterator[tuple[_Piece, Tensor]]:
         """The pieces that this rank gets to, each with the shard that it is of."""
-        path, shard = "", torch.empty(0)
+        path, shard = "", torch.empty(0, device="cpu")
         while (k := self._ranks.claim(self._stage)) < len(pieces):
             if pieces[k].path != path:
                 path, shard = pieces[k].path, options.open(pieces[k])
@@ -484,7 +484,7 @@ class _Job:
             if len(tokens) > 0:
                 largest = max(largest, data.token_range(tokens)[1])
             self._advance(piece.num_bytes, len(tokens))
-        return int(self._ranks.max(torch.tensor(largest)))
+        return int(self._ranks.max(torch.tensor(largest, device="cpu")))
 
     def _usable(self, pieces: Sequence[_Piece], options: _Options) -> list[str]:
         """The counts on disk that are of these shards, as they are now, and of none twice; as JSON."""

@@ -257,7 +257,11 @@ class _Tally:
         losses, is_seen = self._losses(idx, targets)
         total = _sum(losses)
         if not total < math.inf:
-            places = torch.arange(len(tokens) - 1) if is_counted is None else is_counted.nonzero()[:, 0]
+            places = (
+                torch.arange(len(tokens) - 1, device=tokens.device)
+                if is_counted is None
+                else is_counted.nonzero()[:, 0]
+            )
             self._impossible.add(
                 losses == math.inf, lambda n: f"{targets[n]} after {idx[n]} {self._at(1 + int(places[n]))}"
             )
@@ -412,8 +416,12 @@ def _device_of(model: nn.Module) -> torch.device:
 def _vocab_size_of(model: nn.Module, device: torch.device) -> int:
     """V, or how many logits a model returns that does not say it."""
     vocab_size = getattr(model, "vocab_size", None)
-    if isinstance(vocab_size, int):
-        return vocab_size
+    return vocab_size if isinstance(vocab_size, int) else num_logits(model, device)
+
+
+@torch.no_grad()
+def num_logits(model: nn.Module, device: torch.device) -> int:
+    """How many a model returns, which is called."""
     return _logits(model, torch.zeros(1, dtype=torch.int64, device=device)).size(1)
 
 

@@ -25,6 +25,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _MODULE_CALL = nn.Module.__call__
 _EMBEDDING_FORWARD = nn.Embedding.forward
 _EMBEDDING, _CROSS_ENTROPY = F.embedding, F.cross_entropy
+_SOFTMAX, _MULTINOMIAL = F.softmax, torch.multinomial
+_GETATTR, _GETATTRIBUTE = nn.Module.__getattr__, nn.Module.__getattribute__
 
 _num_function_modes = torch._C._len_torch_function_stack
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -59,6 +61,7 @@ def runs_only(module: nn.Module, forward: Callable[..., Any]) -> bool:
     return (
         kind.forward is forward
         and kind.__call__ is _MODULE_CALL
+        and hasattr(module, "forward")  # a program of torch.compile sees later if it changes, not what a dict lacks
         and "forward" not in module.__dict__
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
@@ -75,18 +78,39 @@ def is_observed() -> bool:
     if F.embedding is not _EMBEDDING or F.cross_entropy is not _CROSS_ENTROPY:
         return True
     if torch.compiler.is_dynamo_compiling():
-        return torch.compiler._is_exporting_flag  # is_exporting() is always true here in torch 2.11
+        # is_exporting() is always true here in torch 2.11; the number of modes is not seen to change.
+        return torch.compiler._is_exporting_flag or _is_intercepted()
     if _is_tracing() or _num_dispatch_modes() > 0:
         return True
-    if _num_function_modes() == 0:
-        return False
+    return _num_function_modes() > 0 and _is_intercepted()
+
+
+def _is_intercepted() -> bool:
+    """Whether there is a mode other than that of a default device."""
     return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def are_draws_observed() -> bool:
+    """Whether the functions by which the lecture's loop draws a token are patched."""
+    return F.softmax is not _SOFTMAX or torch.multinomial is not _MULTINOMIAL
+
+
+def is_registered(module: nn.Module, name: str, lookup: Callable[..., Any] = _GETATTR) -> bool:
+    """Whether ``module.name`` is what is registered: its class has no such property, and no lookup but ``lookup``."""
+    kind = type(module)
+    return (
+        name not in module.__dict__
+        and getattr(kind, name, None) is None
+        and kind.__getattr__ is lookup
+        and kind.__getattribute__ is _GETATTRIBUTE
+    )
 
 
 def is_plain(table: nn.Embedding) -> bool:
     """Whether a call of ``table`` gives rows of its weight, and no more."""
     return (
         runs_only(table, _EMBEDDING_FORWARD)
+        and is_registered(table, "weight")
         and table._compiled_call_impl is None
         and table.max_norm is None
         and not table.scale_grad_by_freq

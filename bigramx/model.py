@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -50,17 +51,44 @@ def _call_each(hooks: Sequence[Callable[[Tensor | None], object]], idx: Tensor |
         hook(idx)
 
 
-def _number_in(
-    metadata: dict[str, str], name: str, kind: type[_Value], default: _Value, least: Any, most: Any
-) -> _Value:
-    """A number that the metadata of a file hold as JSON; a ValueError where it is none, or out of range."""
+def _number_in(metadata: dict[str, str], name: str, kind: type, default: object, least: Any, most: Any) -> Any:
+    """A number that the metadata of a file hold as JSON; a ValueError where it is none, or out of range.
+
+    Where ``default`` is None, there may be none.
+    """
     try:
         value = json.loads(metadata.get(name, json.dumps(default)))
     except (ValueError, RecursionError):
-        value = None
+        value = ()
+    if value is None and default is None:
+        return None
     if type(value) is not kind or not least <= value <= most:
         raise ValueError(f"expected {name} to be of type {kind.__name__} and between {least} and {most}")
     return value
+
+
+def _parse_options(metadata: dict[str, str], num_rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes of the table and of the model; those that a file lacks, of an earlier version, are the defaults."""
+    is_true = {name: metadata.get(name) == json.dumps(True) for name in ("sparse", "scale_grad_by_freq")}
+    inf = float("inf")
+    of_table = {
+        **is_true,
+        "padding_idx": _number_in(metadata, "padding_idx", int, None, -num_rows, num_rows - 1),
+        "max_norm": _number_in(metadata, "max_norm", float, None, -inf, inf),
+        "norm_type": _number_in(metadata, "norm_type", float, 2.0, -inf, inf),
+        "requires_grad": metadata.get("requires_grad") != json.dumps(False),
+    }
+    of_loss = {
+        "ignore_index": _number_in(metadata, "ignore_index", int, -100, -(2**63), 2**63 - 1),
+        "label_smoothing": _number_in(metadata, "label_smoothing", float, 0.0, 0.0, 1.0),
+    }
+    return of_table, of_loss
+
+
+def _are_plain(idx: object, targets: object) -> bool:
+    """Whether the kernels may read the tokens: no subclass wants to see what is done with them."""
+    is_plain = fusion.is_plain_tensor
+    return (is_plain(idx) and is_plain(targets)) or fusion.any_dtensor(idx, targets)
 
 
 class BigramLanguageModel(nn.Module):
@@ -121,7 +149,10 @@ class BigramLanguageModel(nn.Module):
     def vocab_size(self) -> int:
         """V, or as many rows as a table that has taken the place of this model's has."""
         table = self._table()
-        return table.num_embeddings if hasattr(table, "num_embeddings") else self._vocab_size
+        if hasattr(table, "num_embeddings"):
+            return table.num_embeddings  # type: ignore[no-any-return]
+        # Of a class with a constructor of its own: as many as there are logits.
+        return self._vocab_size if "_vocab_size" in vars(self) else evaluation.num_logits(self, self.device)
 
     @_Derived
     def device(self) -> torch.device:
@@ -148,7 +179,12 @@ class BigramLanguageModel(nn.Module):
     def _fusable_table(self) -> nn.Embedding | None:
         # Not self.token_embedding_table: nn.Module's __getattr__ takes as long as the rest of this.
         table = self._modules.get("token_embedding_table")
-        return table if isinstance(table, nn.Embedding) and fusion.is_plain(table) else None
+        if not (isinstance(table, nn.Embedding) and fusion.is_plain(table) and self._registers_table()):
+            return None
+        return None if "class_weight" in self._parameters else table  # which may have a gradient
+
+    def _registers_table(self) -> bool:
+        return fusion.is_registered(self, "token_embedding_table", BigramLanguageModel.__getattr__)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True
@@ -175,7 +211,7 @@ class BigramLanguageModel(nn.Module):
             if targets is None:
                 return self._table()(idx), None
             table = self._fusable_table()
-            if table is not None:
+            if table is not None and _are_plain(idx, targets):
                 return self._fused_forward(idx, table, targets, return_logits)
             return self._plain_forward(self._table()(idx), targets, return_logits)
         logits = self.token_embedding_table(idx)
@@ -203,7 +239,7 @@ class BigramLanguageModel(nn.Module):
 
     def _table(self) -> Any:
         """``token_embedding_table`` for those who read no row of it, or only rows that are up to date."""
-        table = self._modules.get("token_embedding_table")
+        table = self._modules.get("token_embedding_table") if self._registers_table() else None
         return self.token_embedding_table if table is None else table
 
     def __getattr__(self, name: str) -> Any:
@@ -215,6 +251,11 @@ class BigramLanguageModel(nn.Module):
         """Of a copy, which has no optimizer."""
         self._before_reading()
         return {name: value for name, value in vars(self).items() if name != "_table_pre_hooks"}
+
+    def apply(self, *arguments: Any, **options: Any) -> Any:
+        """As that of every module; what ``register_table_pre_hook`` has registered runs before."""
+        self._before_reading()
+        return super().apply(*arguments, **options)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self._before_reading()
@@ -233,8 +274,8 @@ class BigramLanguageModel(nn.Module):
     def _fused_forward(
         self, idx: Tensor, table: nn.Embedding, targets: Tensor, return_logits: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        if targets.dim() < idx.dim():  # the lecture's targets.view(B * T)
-            targets = targets.view_as(idx)
+        if targets.shape != idx.shape and targets.numel() == idx.numel() and not targets.is_floating_point():
+            targets = targets.reshape(idx.shape)  # the lecture's targets.view(B * T)
         weight: Any = table._parameters["weight"]
         class_weight = self._buffers.get("class_weight")
         loss, logits = functional._loss_and_logits(
@@ -261,7 +302,7 @@ class BigramLanguageModel(nn.Module):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             class_weight = self.class_weight
         else:
-            class_weight = self._buffers.get("class_weight")
+            class_weight = self._class_weight()
         loss = F.cross_entropy(
             logits,
             targets,
@@ -270,6 +311,10 @@ class BigramLanguageModel(nn.Module):
             label_smoothing=self.label_smoothing,
         )
         return None if return_logits is False else logits, loss  # torch.fx cannot branch on what it traces
+
+    def _class_weight(self) -> Tensor | None:
+        """Scripts may put a parameter in the buffer's place; classes with a constructor of their own may have none."""
+        return self._parameters.get("class_weight", self._buffers.get("class_weight"))
 
     @torch.no_grad()
     def generate(
@@ -299,7 +344,7 @@ class BigramLanguageModel(nn.Module):
             "sampler": sampler,
             "generator": generator,
         }
-        if self._is_direct():
+        if self._is_direct() and not fusion.are_draws_observed():
             return functional.generate(idx, self.token_embedding_table.weight, max_new_tokens, **options)
         # The errors of the fused path, from a table of this size in no memory and no sequences.
         no_table = torch.zeros((), device=idx.device).expand(self.vocab_size, self.vocab_size)
@@ -338,8 +383,12 @@ class BigramLanguageModel(nn.Module):
 
     def _is_plain_cross_entropy(self) -> bool:
         """Whether the loss of a pair is the logsumexp of its row minus its logit."""
-        counts_all = not 0 <= self.ignore_index < self.vocab_size
-        return self.is_fused and counts_all and self._buffers.get("class_weight") is None and self.label_smoothing == 0
+        return self.is_fused and self._has_plain_loss()
+
+    def _has_plain_loss(self) -> bool:
+        """Whether the loss has no options."""
+        ignores_none = not 0 <= self.ignore_index < self.vocab_size
+        return ignores_none and self._class_weight() is None and self.label_smoothing == 0
 
     def _evaluate_by_calls(self, tokens: Tensor | TokenShards) -> float:
         most_logits = 2**21  # 8 MB of float32
@@ -350,23 +399,35 @@ class BigramLanguageModel(nn.Module):
         makes_logits = not self._is_direct()
         options = {} if makes_logits else {"return_logits": False}  # which not every forward knows
         step = max(1, most_logits // (self.vocab_size if makes_logits else 8))
-        total, total_weight, eot = 0.0, 0.0, getattr(tokens, "eot", None)
+        total, total_weight, any_counts, eot = 0.0, 0.0, False, getattr(tokens, "eot", None)
         chunks = (shard[n : n + step + 1] for shard in shards_of(tokens) for n in range(0, len(shard) - 1, step))
         for chunk in (chunk.to(device, torch.int64) for chunk in chunks):
             idx, targets = chunk[:-1, None], chunk[1:, None]
             if eot is not None:
                 idx, targets = (side[chunk[:-1] != eot] for side in (idx, targets))
-            weight = self._weight_of_mean(targets)
-            if weight > 0:
-                total += weight * self(idx, targets, **options)[1].item()
+            counted = targets[targets != self.ignore_index]
+            if counted.numel() > 0:
+                any_counts, class_weight = True, self._class_weight()
+                weight = counted.numel() if class_weight is None else class_weight.double()[counted].sum().item()
+                total += self._sum_of_losses(idx, targets, weight, options)
                 total_weight += weight
-        return total / total_weight if total_weight > 0 else float("nan")
+        if not any_counts:
+            return float("nan")
+        return torch.tensor(total, dtype=torch.float64, device="cpu").div(total_weight).item()  # by 0, too
 
-    def _weight_of_mean(self, targets: Tensor) -> float:
-        """What the mean loss of these targets is divided by."""
-        counted = targets[targets != self.ignore_index]
-        class_weight = self._buffers.get("class_weight")
-        return counted.numel() if class_weight is None else class_weight.double()[counted].sum().item()
+    def _sum_of_losses(self, idx: Tensor, targets: Tensor, weight: float, options: dict[str, Any]) -> float:
+        """Of a batch whose class weights, by which the mean is divided, have this sum."""
+        if weight != 0:
+            return weight * self(idx, targets, **options)[1].item()  # type: ignore[no-any-return]
+        logits = self(idx, targets)[0]
+        return F.cross_entropy(
+            logits.double(),
+            targets.reshape(-1),
+            self._class_weight().double(),  # type: ignore[union-attr]
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        ).item()
 
     def count_pairs(self, tokens: Tensor | TokenShards) -> Tensor | None:
         """The pair counts of ``tokens``, (V, V), on the table's device; None where ``evaluate`` does not use them.
@@ -392,7 +453,10 @@ class BigramLanguageModel(nn.Module):
 
         Raises:
             RuntimeError: ``counts`` is not (V, V), or lies on another device than the table.
+            NotImplementedError: The model is not fused, or its loss has options: ``evaluate`` takes the tokens.
         """
+        if not (self._is_direct() and self._has_plain_loss()):
+            raise NotImplementedError("evaluate_counts: not implemented for a model that is not fused, or with options")
         counts = counts.to_csr() if isinstance(counts, BigramCounts) else counts
         if counts.shape != (self.vocab_size, self.vocab_size):
             raise RuntimeError(f"expected counts to be (V, V) with V = {self.vocab_size}, got {tuple(counts.shape)}")
@@ -433,7 +497,7 @@ class BigramLanguageModel(nn.Module):
         return model
 
     def save(self, path: FileLike, *, history: History | None = None) -> None:
-        """Writes the table, the loss's options and the tokenizer to one safetensors file, whole or not at all.
+        """Writes the table, its and the loss's options and the tokenizer to one safetensors file, whole or not at all.
 
         Where the table is sharded over ranks, all of them call this, and the first writes the whole table.
 
@@ -444,20 +508,18 @@ class BigramLanguageModel(nn.Module):
 
         Raises:
             OSError: The file cannot be written; an old one is unchanged.
-            TypeError: ``path`` is neither; the history holds what cannot be saved; or the tokenizer is none, or one
-                that could not be loaded again.
-            ValueError: The tokenizer has more tokens than the table rows; or there is a history, and the table is
-                sharded: each rank has a history of its own.
+            TypeError: ``path`` is neither; the history holds what cannot be saved; the tokenizer is none, or one that
+                could not be loaded again; or the model could not: it has other parameters or buffers, or a table that
+                does more than an nn.Embedding.
+            ValueError: The table is not square, or an option out of range; the tokenizer has more tokens than the table
+                rows; or there is a history, and the table is sharded: each rank has a history of its own.
         """
-        class_weight = self._buffers.get("class_weight")
+        options = self._options_to_save()
+        class_weight = self._class_weight()
         tensors = {} if class_weight is None else {_CLASS_WEIGHT: class_weight}
         recorded, metadata = ({}, {}) if history is None else history.parts()
         tensors |= {PREFIX + name: tensor for name, tensor in recorded.items()}
-        metadata |= {
-            "sparse": json.dumps(bool(self.token_embedding_table.sparse)),
-            "ignore_index": json.dumps(int(self.ignore_index)),
-            "label_smoothing": json.dumps(float(self.label_smoothing)),
-        }
+        metadata |= options
         if self.tokenizer is not None:
             metadata["tokenizer"] = serialize(self.tokenizer, self.vocab_size)
 
@@ -474,6 +536,33 @@ class BigramLanguageModel(nn.Module):
             distributed.write_once(weight, write)
         else:
             write(weight)
+
+    def _options_to_save(self) -> dict[str, str]:
+        """Those of the table and of the loss, as JSON; raises where ``load`` could not make this model again."""
+        others = [name for name in self.state_dict() if not name.startswith(("token_embedding_table.", _CLASS_WEIGHT))]
+        if others:
+            raise TypeError(
+                f"save: expected a model whose only state is its table, got also {', '.join(others)}: torch.save of "
+                "its state_dict() keeps them"
+            )
+        table = getattr(self.token_embedding_table, "_orig_mod", self.token_embedding_table)  # of torch.compile
+        if getattr(type(table), "forward", None) is not nn.Embedding.forward or "forward" in vars(table):
+            raise TypeError(f"save: expected a table that does what nn.Embedding does, got {type(table).__name__}")
+        if table.num_embeddings != table.embedding_dim:
+            raise ValueError(f"save: expected a square table, got ({table.num_embeddings}, {table.embedding_dim})")
+        options = {
+            "sparse": bool(table.sparse),
+            "padding_idx": None if table.padding_idx is None else operator.index(table.padding_idx),
+            "max_norm": None if table.max_norm is None else float(table.max_norm),
+            "norm_type": float(table.norm_type),
+            "scale_grad_by_freq": bool(table.scale_grad_by_freq),
+            "requires_grad": bool(table.weight.requires_grad),
+            "ignore_index": operator.index(self.ignore_index),
+            "label_smoothing": float(self.label_smoothing),
+        }
+        metadata = {name: json.dumps(value) for name, value in options.items()}
+        _parse_options(metadata, table.num_embeddings)
+        return metadata
 
     @classmethod
     def load(cls, path: FileLike) -> BigramLanguageModel:
@@ -504,12 +593,12 @@ class BigramLanguageModel(nn.Module):
             class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point()
         ):
             raise ValueError(f"expected {_CLASS_WEIGHT} to have {weight.size(0)} numbers")
-        sparse = metadata.get("sparse") == json.dumps(True)
-        model = cls(weight.size(0), sparse=sparse, device="meta", dtype=weight.dtype)
-        model.token_embedding_table.weight = nn.Parameter(weight)
+        of_table, of_loss = _parse_options(metadata, weight.size(0))
+        model = cls(weight.size(0), device="meta", dtype=weight.dtype)
+        model.token_embedding_table.weight = nn.Parameter(weight, requires_grad=of_table.pop("requires_grad"))
         model.class_weight = class_weight
-        model.ignore_index = _number_in(metadata, "ignore_index", int, -100, -(2**63), 2**63 - 1)
-        model.label_smoothing = _number_in(metadata, "label_smoothing", float, 0.0, 0.0, 1.0)
+        vars(model.token_embedding_table).update(of_table)
+        vars(model).update(of_loss)
         if "tokenizer" in metadata:
             model.tokenizer = deserialize(metadata["tokenizer"], model.vocab_size)
         return model

@@ -170,11 +170,11 @@ class DeferredAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        weight = self._weight
+        weight = self._sparse_parameter() if self._weight is None else self._weight
         if weight is None or (grad := weight.grad) is None:
             super().step()
             return loss
-        may_defer = self._may_defer(weight, grad)
+        may_defer = self._weight is not None and self._may_defer(weight, grad)
         try:
             if may_defer:
                 with self._lock:
@@ -187,6 +187,11 @@ class DeferredAdamW(AdamW):
         finally:
             weight.grad = grad
         return loss
+
+    def _sparse_parameter(self) -> Tensor | None:
+        """That of a copy whose gradient is sparse: the copy of the table's weight, which it does not know."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param for param in params if param.grad is not None and param.grad.is_sparse), None)
 
     @torch.no_grad()
     def catch_up(self, idx: Tensor | None = None) -> None:

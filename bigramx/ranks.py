@@ -114,7 +114,7 @@ class Ranks:
     def gather(self, text: str) -> list[str]:
         """The texts of all ranks, in their order. Each hears of each, so that it knows whose connection is lost."""
         content = torch.frombuffer(bytearray(text.encode() + b"\n"), dtype=torch.uint8)
-        lengths = self.all_to_all([torch.tensor([len(content)])] * self.size, [1] * self.size)
+        lengths = self.all_to_all([torch.tensor([len(content)], device="cpu")] * self.size, [1] * self.size)
         contents = self.all_to_all([content] * self.size, [int(length) for length in lengths])
         return [bytes(each.numpy()).decode()[:-1] for each in contents]
 
@@ -152,7 +152,7 @@ class Ranks:
     def _can_send(self, rank: int) -> bool:
         """Whether a message can be sent; none is read, but then the group is of no use any more."""
         try:
-            dist.isend(torch.zeros(1), group=self._group, group_dst=rank, tag=_PROBE_TAG)
+            dist.isend(torch.zeros(1, device="cpu"), group=self._group, group_dst=rank, tag=_PROBE_TAG)
         except RuntimeError:
             return False
         return True

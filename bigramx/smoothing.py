@@ -259,10 +259,10 @@ def _column_sums(counts: Tensor) -> Tensor:
 def _modified_discounts(counts_of_counts: Tensor) -> Tensor:
     """(3) float64, of counts of 1, 2, and more."""
     n = counts_of_counts.double().cpu()
-    k = torch.arange(1, 4)
+    k = torch.arange(1, 4, device="cpu")
     discounts = k - (k + 1) * (n[1] / (n[1] + 2 * n[2])) * n[k + 1] / n[k]
     is_sound = bool(((discounts > 0) & (discounts <= k)).all())  # NaN is not
-    return discounts if is_sound else torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    return discounts if is_sound else torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64, device="cpu")
 
 
 def _single_discount(counts_of_counts: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def _given_discounts(discount: float | Sequence[float]) -> Tensor:
     most = [1, 1, 1] if isinstance(discount, (int, float)) else [1, 2, 3]
     if len(values) != len(most) or not all(0 <= value <= bound for value, bound in zip(values, most, strict=True)):
         raise ValueError(f"expected discount to be from 0 to 1, or three from 0 to 1, 2 and 3, got {discount}")
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _discounts_of(values: Tensor, discounts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_map
 
-from bigramx import ops
+from bigramx import functional, ops
 from bigramx.data import TokenShards, get_batch, shards_of
 from bigramx.fusion import is_plain_tensor
 from bigramx.graph_steps import MOST_STEPS, NOT_TAKEN, GraphSteps, runs_graphs
@@ -34,12 +34,6 @@ _FORWARD, _ADAMW_STEP, _ADAMW_ZERO_GRAD = BigramLanguageModel.forward, AdamW.ste
 _MOST_STEPS = 1 << 14  # of a native call, for each of which there is memory
 _CPU = torch.device("cpu")
 _DEFERRED_FROM = 1 << 22  # bytes of a table: with AdamW's moments it exceeds the second-level cache
-
-
-def has_plain_loss(module: BigramLanguageModel) -> bool:
-    """Whether the model's loss is the mean cross-entropy of all pairs, without options."""
-    ignores_none = not 0 <= module.ignore_index < module.vocab_size
-    return ignores_none and module._buffers.get("class_weight") is None and module.label_smoothing == 0
 
 
 def fsdp_in(model: nn.Module) -> Any:
@@ -92,7 +86,9 @@ def new_scheduler(factory: Callable[..., Any], optimizer: Optimizer) -> Any:
 
 
 def _check_step(name: str, made: Any) -> None:
-    for needed, parameter in inspect.signature(made.step).parameters.items():
+    # The class's: that of an instance may be one that a scheduler has put around it, which seems to need self.
+    _self, *parameters = inspect.signature(type(made).step).parameters.items()
+    for needed, parameter in parameters:
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not is_variadic:
             raise TypeError(
@@ -262,7 +258,7 @@ class Steps:
             and self.scheduler is None
             and self.max_grad_norm is None
             and self.module.is_fused
-            and has_plain_loss(self.module)
+            and self.module._has_plain_loss()
             and BigramLanguageModel.forward is _FORWARD
             and self.module._compiled_call_impl is None
             and _is_plain_leaf(self.module.token_embedding_table)
@@ -320,7 +316,7 @@ class Steps:
                 shards_of(self.tokens)[0].cpu(),
                 self.batch_size,
                 self.block_size,
-                ops.NO_PADDING if table.padding_idx is None else table.padding_idx,
+                functional._padding_row(table.padding_idx, table.weight),
                 *options,
                 max_seconds,
                 self.generator,
@@ -336,7 +332,7 @@ class Steps:
         table.weight.grad = None
         state = state_of(self.optimizer, table.weight, group)
         options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        padding_idx = ops.NO_PADDING if table.padding_idx is None else table.padding_idx
+        padding_idx = functional._padding_row(table.padding_idx, table.weight)
         parts = (table.weight, state["exp_avg"], state["exp_avg_sq"], options, padding_idx)
         try:
             if self.graphs is None or not self.graphs.fits(*parts):
@@ -400,7 +396,7 @@ class Steps:
     def _loss_of_a_batch(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         pairs = self._draw(1)
         # Where nobody sees the logits they are spared; a forward of a subclass may not know the option.
-        options = {"return_logits": False} if self.module.is_fused and not _have_hooks(self.model) else {}
+        options = {"return_logits": False} if self.module.is_fused and not _want_logits(self.model) else {}
         _logits, loss = self.model(*pairs, **options)
         mean: Tensor = loss.mean() if isinstance(self.model, nn.DataParallel) else loss  # over several devices
         return pairs, mean
@@ -456,8 +452,14 @@ def _are_equal(marks: tuple[list[object], Tensor], others: tuple[list[object], T
     return others is not None and marks[0] == others[0] and torch.equal(marks[1], others[1])
 
 
-def _have_hooks(model: nn.Module) -> bool:
-    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(model))
+def _want_logits(model: nn.Module) -> bool:
+    """Whether hooks, or a wrapper's forward that is none of PyTorch's, may look at them."""
+    *wrappers, _module = layers_of(model)
+    return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers_of(model)) or any(
+        not hasattr(layer, "_orig_mod")  # torch.compile's has one
+        and ("forward" in vars(layer) or not type(layer).forward.__module__.startswith("torch."))
+        for layer in wrappers
+    )
 
 
 def _is_plain_leaf(table: nn.Embedding) -> bool:

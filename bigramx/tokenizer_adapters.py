@@ -34,10 +34,16 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 2**32  # the libraries' ids have 32 bits
 _MOST_BYTES = 2**28  # of all tokens: merges can double their length each time
 
+
+def _tokens_of(ids: list[int]) -> Tensor:
+    """(N) int64 on the CPU, whatever the default device is."""
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
 # ------------------------------------------------------------------------------------------------ HF tokenizers
 
 _LETTERS = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
-WHITESPACE = re.compile(r"(?<=\S)\s(?=\S)")
+WHITESPACE = re.compile(r"(?<=\S)[^\S\x1c-\x1f](?=\S)")  # Python alone has four separators among its \s
 _PIECE = 2**18  # characters
 _PIECES = 16  # encoded at once, over the library's threads
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -105,11 +111,11 @@ class HFTokenizer(Serialized):
             TypeError: ``text`` is not a str.
         """
         check_text(text)
-        parts, pieces = [torch.empty(0, dtype=torch.int64)], pieces_of(text, _cuts(self._pipeline))
+        parts, pieces = [_tokens_of([])], pieces_of(text, _cuts(self._pipeline))
         with library_errors("tokenizers"):
             while some := [piece for _, piece in zip(range(_PIECES), pieces, strict=False)]:
                 for encoding in self._tokenizer.encode_batch_fast(some, add_special_tokens=False):
-                    parts.append(torch.tensor(encoding.ids, dtype=torch.int64))  # noqa: PERF401, of many batches
+                    parts.append(_tokens_of(encoding.ids))  # noqa: PERF401, of many batches
         return torch.cat(parts)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
@@ -331,7 +337,7 @@ class SentencePieceTokenizer(Serialized):
         """
         check_text(text)
         with library_errors("sentencepiece"):
-            return torch.tensor(self._processor.encode(text, out_type=int), dtype=torch.int64)
+            return _tokens_of(self._processor.encode(text, out_type=int))
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Tokens, a tensor of any shape or a sequence -> text.
@@ -640,7 +646,7 @@ class MinBPETokenizer(_ByteTokenizer):
             else:
                 for word in self._words.findall(part):
                     tokens += self._encode_word(word)
-        return torch.tensor(tokens, dtype=torch.int64)
+        return _tokens_of(tokens)
 
     def _merge(self, word: str) -> list[int]:
         """The tokens of a word: the earliest merge first, everywhere, from left to right."""

@@ -26,7 +26,7 @@ from bigramx.fusion import is_plain_tensor, loaded
 from bigramx.history import History
 from bigramx.locks import without_warnings
 from bigramx.model import BigramLanguageModel
-from bigramx.steps import Steps, fsdp_in, has_plain_loss, new_optimizer, new_scheduler
+from bigramx.steps import Steps, fsdp_in, new_optimizer, new_scheduler
 from bigramx.wrappers import module_in
 
 Callback = Callable[[History], object]
@@ -103,8 +103,16 @@ class _Signals:
         if self._since is not None:
             self._catch_up()
             self._since, self._ended = None, time.monotonic()
-            self._handler(signal.SIGINT, sys._getframe())
+            self._outermost_handler()(signal.SIGINT, sys._getframe())
             self._ended = None
+
+    def _outermost_handler(self) -> Any:
+        """That of the script. Runs whose callback this run is a part of hear of the SIGINT, and end after it."""
+        handler = self._handler
+        while isinstance(outer := getattr(handler, "__self__", None), _Signals):
+            outer._since = time.monotonic() if outer._since is None else outer._since
+            handler = outer._handler
+        return handler
 
     def _hold(self, _signal: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()
@@ -423,7 +431,7 @@ class _Corpus:
     def _may_count(self) -> bool:
         model = self._model
         has_own = "evaluate" in vars(model) or type(model).evaluate is not BigramLanguageModel.evaluate
-        return model.is_fused and has_plain_loss(model) and not has_own
+        return model.is_fused and model._has_plain_loss() and not has_own
 
     def loss(self) -> float:
         if self._counts is None or not self._may_count():
@@ -447,7 +455,7 @@ class _Evaluation:
         self._steps, self._on_evaluation = steps, on_evaluation
         self._train = _Corpus(steps.module, train_tokens)
         self._val = None if val_tokens is None else _Corpus(steps.module, val_tokens)
-        steps.history.optimum = self._train.optimal_loss() if has_plain_loss(steps.module) else float("nan")
+        steps.history.optimum = self._train.optimal_loss() if steps.module._has_plain_loss() else float("nan")
 
     def run(self) -> bool:
         """Evaluates the model, unless it has been; returns whether the callback ends the run."""
