@@ -86,9 +86,10 @@ def new_scheduler(factory: Callable[..., Any], optimizer: Optimizer) -> Any:
 
 
 def _check_step(name: str, made: Any) -> None:
-    # The class's: that of an instance may be one that a scheduler has put around it, which seems to need self.
-    _self, *parameters = inspect.signature(type(made).step).parameters.items()
-    for needed, parameter in parameters:
+    # The class's: an instance's may be one that a scheduler has put around it, which seems to need self.
+    has_own = not hasattr(type(made), "step")
+    parameters = list(inspect.signature(made.step if has_own else type(made).step).parameters.items())
+    for needed, parameter in parameters[0 if has_own else 1 :]:
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not is_variadic:
             raise TypeError(

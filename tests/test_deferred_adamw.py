@@ -512,3 +512,29 @@ def test_hooks_before_the_table_is_read() -> None:
     handle.remove()
     model.state_dict()
     assert len(seen) == 3
+
+
+def test_a_copy_of_model_and_optimizer_takes_steps_of_the_dense_gradient() -> None:
+    """It does not know the model's table."""
+    model = BigramLanguageModel(7, sparse=True)
+    optimizer = optim.DeferredAdamW(model, lr=0.1)
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    idx = torch.tensor([[1, 2, 3]])
+    for each, its in ((model, optimizer), (copied_model, copied)):
+        for _ in range(3):
+            its.zero_grad()
+            each(idx, idx)[1].backward()
+            its.step()
+    assert torch.equal(copied_model.token_embedding_table.weight, model.token_embedding_table.weight)
+
+
+def test_apply_sees_rows_that_are_up_to_date() -> None:
+    model = BigramLanguageModel(7, sparse=True)
+    optimizer = optim.DeferredAdamW(model, lr=0.1)
+    idx, seen = torch.tensor([[1, 2, 3]]), list[Tensor]()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(idx, idx)[1].backward()
+        optimizer.step()
+    model.apply(lambda module: seen.append(next(module.parameters()).detach().clone()))
+    assert torch.equal(seen[0], model.token_embedding_table.weight)

@@ -248,6 +248,16 @@ class TestBlocksOfRows:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore:evaluate")
+def test_impossible_pairs_whatever_the_default_device_is() -> None:
+    model, tokens = BigramLanguageModel(5), torch.arange(5)
+    with torch.no_grad():
+        model.token_embedding_table.weight[1, 2] = -math.inf
+    with torch.device("meta"):
+        assert evaluate(model, tokens).notes == evaluate(model, tokens.clone()).notes != ()
+
+
+@pytest.mark.cpu_only
 def test_ambient_default_device() -> None:
     """In a notebook the default device is often the GPU, where tokens of the CPU have no business."""
     tokens, wide = torch.randint(65, (20_000,)), torch.randint(2**40, (500,))

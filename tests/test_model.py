@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.nn.utils import prune
 
 from bigramx import BigramLanguageModel, CharTokenizer, History, data, functional, fusion, optimal_loss, reference
 from bigramx.storage import write_tensors
@@ -171,6 +173,23 @@ def test_evaluates_counts_of_any_number_of_pairs() -> None:
         model.evaluate_counts(counts[:, :1])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "label_smoothing", 0.1),
+        lambda model: setattr(model, "ignore_index", 3),
+        lambda model: setattr(model, "class_weight", torch.ones(20)),
+        lambda model: model.register_forward_hook(lambda *_: None),
+        lambda model: model.token_embedding_table.register_forward_hook(lambda *_: None),
+    ],
+)
+def test_counts_are_not_evaluated_as_what_they_are_not(change: Callable[[BigramLanguageModel], object]) -> None:
+    model, counts = BigramLanguageModel(20), torch.ones(20, 20, dtype=torch.int64)
+    change(model)
+    with pytest.raises(NotImplementedError, match="evaluate_counts: not implemented for a model that is not fused"):
+        model.evaluate_counts(counts)
+
+
 def test_evaluate_too_few_tokens() -> None:
     for vocab_size in (1, 65):
         for num_tokens in (0, 1):
@@ -182,6 +201,66 @@ def test_evaluate_does_not_depend_on_threads(two_threads: None) -> None:
     loss = model.evaluate(tokens)
     torch.set_num_threads(1)
     assert model.evaluate(tokens) == loss
+
+
+@pytest.mark.parametrize("shape", [(20,), (1, 20), (5, 4), (4, 5, 1)])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_targets_of_another_shape(shape: tuple[int, ...], is_fused: bool) -> None:
+    """As in the lecture, which views them as (B*T)."""
+    model, idx, targets = BigramLanguageModel(9), torch.randint(9, (4, 5)), torch.randint(9, (4, 5))
+    if not is_fused:
+        model.token_embedding_table.register_forward_hook(lambda *_: None)
+    expected = model(idx, targets)
+    actual = model(idx, targets.reshape(shape))
+    assert [torch.equal(*each) for each in zip(actual, expected, strict=True)] == [True, True]
+
+
+def test_a_class_weight_that_is_a_parameter() -> None:
+    model, expected = BigramLanguageModel(9), BigramLanguageModel(9, class_weight=torch.arange(1.0, 10))
+    expected.load_state_dict(model.state_dict())
+    model.class_weight = torch.nn.Parameter(torch.arange(1.0, 10), requires_grad=False)
+    idx, targets, tokens = torch.randint(9, (4, 5)), torch.randint(9, (4, 5)), torch.randint(9, (1000,))
+    assert not model.is_fused
+    torch.testing.assert_close(model(idx, targets), expected(idx, targets))
+    assert model.evaluate(tokens) == pytest.approx(expected.evaluate(tokens))
+
+
+@pytest.mark.parametrize("class_weight", [[0.0, 1, 1], [-1.0, 1, 1], [1.0, 0, 0]])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_evaluate_chunks_whose_class_weights_sum_to_no_positive_number(
+    class_weight: list[float], is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first chunks have targets of one class alone."""
+    model = BigramLanguageModel(3, class_weight=torch.tensor(class_weight), label_smoothing=0.1)
+    tokens = torch.cat([torch.zeros(2**18 + 2**20, dtype=torch.long), torch.ones(2000, dtype=torch.long)])
+    if not is_fused:
+        model.token_embedding_table.register_forward_hook(lambda *_: None)
+    weight = model.token_embedding_table.weight.double()
+    counts = functional.count_bigrams(tokens, 3).double()
+    losses, of_class = -weight.log_softmax(1), torch.tensor(class_weight, dtype=torch.float64)
+    of_targets = (counts * of_class * losses).sum()
+    spread = (counts.sum(1) * (of_class * losses).sum(1)).sum()
+    expected = (0.9 * of_targets + 0.1 / 3 * spread) / (counts * of_class).sum()
+    assert model.evaluate(tokens) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_evaluate_a_class_weight_of_nan() -> None:
+    model = BigramLanguageModel(3, class_weight=torch.tensor([math.nan, 1, 1]))
+    assert math.isnan(
+        model.evaluate(torch.cat([torch.zeros(2**19, dtype=torch.long), torch.ones(9, dtype=torch.long)]))
+    )
+
+
+def test_a_constructor_that_does_not_call_ours_and_a_table_without_a_size() -> None:
+    class Factored(BigramLanguageModel):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.token_embedding_table = torch.nn.Sequential(torch.nn.Embedding(7, 2), torch.nn.Linear(2, 7))  # type: ignore
+
+    model, idx = Factored(), torch.zeros((1, 1), dtype=torch.long)
+    assert model.vocab_size == 7
+    assert model.generate(idx, 5).shape == (1, 6)
+    assert math.isfinite(model.evaluate(torch.randint(7, (50,))))
 
 
 class TestOptionsOfTheLoss:
@@ -435,7 +514,93 @@ class TestFromCounts:
                 BigramLanguageModel.from_counts(torch.full((2, 2), value))
 
 
+class OwnHead(BigramLanguageModel):
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.head = torch.nn.Linear(vocab_size, vocab_size)
+
+
+class OwnForward(torch.nn.Embedding):
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(idx)
+
+
+def with_table(table: torch.nn.Module) -> BigramLanguageModel:
+    model = BigramLanguageModel(3)
+    model.token_embedding_table = table  # type: ignore[assignment]
+    return model
+
+
+def with_option(name: str, value: object) -> BigramLanguageModel:
+    model = BigramLanguageModel(3)
+    setattr(model, name, value)
+    return model
+
+
 class TestSaving:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("padding_idx", 1), ("padding_idx", -1), ("max_norm", 0.5), ("norm_type", 1.0), ("scale_grad_by_freq", True)],
+    )
+    def test_options_of_the_table(self, tmp_path: Path, name: str, value: object) -> None:
+        model = with_table(torch.nn.Embedding(3, 3, max_norm=0.7))
+        setattr(model.token_embedding_table, name, value)
+        model.save(tmp_path / "model")
+        loaded = BigramLanguageModel.load(tmp_path / "model").token_embedding_table
+        assert getattr(loaded, name) == value
+        assert repr(loaded) == repr(model.token_embedding_table)
+
+    def test_frozen(self, tmp_path: Path) -> None:
+        BigramLanguageModel(3).requires_grad_(False).save(tmp_path / "model")
+        assert not BigramLanguageModel.load(tmp_path / "model").token_embedding_table.weight.requires_grad
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (
+                lambda: OwnHead(3),
+                TypeError,
+                r"whose only state is its table, got also head.weight, head.bias: torch.save",
+            ),
+            (
+                lambda: with_table(OwnForward(3, 3)),
+                TypeError,
+                "a table that does what nn.Embedding does, got OwnForward",
+            ),
+            (lambda: with_table(torch.nn.Linear(3, 3)), TypeError, "does what nn.Embedding does, got Linear"),
+            (lambda: with_table(torch.nn.Embedding(4, 3)), ValueError, r"expected a square table, got \(4, 3\)"),
+            (
+                lambda: with_option("label_smoothing", 2.0),
+                ValueError,
+                "expected label_smoothing to be of type float and",
+            ),
+            (
+                lambda: with_option("label_smoothing", math.nan),
+                ValueError,
+                "expected label_smoothing to be of type float",
+            ),
+            (lambda: with_option("ignore_index", 2.5), TypeError, "float"),
+        ],
+    )
+    def test_what_could_not_be_loaded_is_not_saved(
+        self, tmp_path: Path, make: Callable[[], BigramLanguageModel], error: type[Exception], message: str
+    ) -> None:
+        BigramLanguageModel(3).save(tmp_path / "model")
+        before = (tmp_path / "model").read_bytes()
+        with pytest.raises(error, match=message):
+            make().save(tmp_path / "model")
+        assert (tmp_path / "model").read_bytes() == before
+
+    def test_a_compiled_or_pruned_table(self, tmp_path: Path) -> None:
+        """They are nn.Embeddings, of a weight that is computed."""
+        pruned, compiled = BigramLanguageModel(3), BigramLanguageModel(3)
+        prune.l1_unstructured(pruned.token_embedding_table, "weight", amount=0.5)
+        compiled.token_embedding_table = torch.compile(compiled.token_embedding_table, backend="eager")  # type: ignore
+        for model in (pruned, compiled):
+            model.save(tmp_path / "model")
+            loaded = BigramLanguageModel.load(tmp_path / "model")
+            assert torch.equal(loaded.token_embedding_table.weight.cpu(), model.token_embedding_table.weight.cpu())
+
     def test_loads_what_it_saves(self, tmp_path: Path) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             model = BigramLanguageModel(3, dtype=dtype)

@@ -22,6 +22,7 @@ from bigramx import (
     CharTokenizer,
     SmoothedBigramModel,
     data,
+    evaluate,
     functional,
     memory,
     reference,
@@ -322,6 +323,16 @@ def test_on_the_meta_device() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch about itself
+@pytest.mark.parametrize("method", ["kneser-ney", "absolute-discounting"])
+def test_whatever_the_default_device_is(method: Any) -> None:
+    tokens = torch.arange(300) % 17
+    expected = SmoothedBigramModel.from_counts(functional.count_bigrams(tokens, 20), method=method)
+    with torch.device("meta"):
+        model = SmoothedBigramModel.from_counts(functional.count_bigrams(tokens, 20), method=method)
+        evaluation = evaluate(model, tokens)
+    assert evaluation == evaluate(expected, tokens)
+
+
 def test_compiled() -> None:
     model = some_model()
     idx, targets = torch.randint(V, (2, 3)), torch.randint(V, (2, 3))

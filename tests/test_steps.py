@@ -204,6 +204,37 @@ def test_a_constructor_that_does_not_call_ours() -> None:
     assert torch.equal(weight_of(model), weight_of(expected))
 
 
+def test_an_optimizer_that_has_a_scheduler_already() -> None:
+    """Of a run before, for example: a scheduler puts a function around the optimizer's step."""
+    model = new_model()
+    optimizer = SGD(model.parameters())
+    for _ in range(2):
+        history = fit(
+            model,
+            TOKENS,
+            max_steps=3,
+            optimizer=lambda _parameters: optimizer,
+            scheduler=partial(lr_scheduler.StepLR, step_size=2),
+        )
+        assert history.step == 3
+
+
+class OfTheLogits(nn.DataParallel[BigramLanguageModel]):
+    """A wrapper that makes a loss of its own."""
+
+    def forward(self, idx: Tensor, targets: Tensor, **options: Any) -> Any:
+        logits, loss = self.module(idx, targets, **options)
+        return logits, loss + 0.1 * logits.logsumexp(-1).square().mean()
+
+
+def test_a_wrapper_that_needs_the_logits() -> None:
+    model, patched = new_model(), nn.DataParallel(new_model())
+    original = patched.forward
+    vars(patched)["forward"] = lambda idx, targets: original(idx, targets)
+    assert fit(OfTheLogits(model), TOKENS, max_steps=3, generator=seeded()).step == 3
+    assert fit(patched, TOKENS, max_steps=3, generator=seeded()).step == 3
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an optimizer": (
         {"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])},

@@ -297,6 +297,21 @@ def test_long_texts_are_cut_where_that_is_known_to_be_right() -> None:
     assert adapted(byte_level).decode(adapted(byte_level).encode(text)) == text
 
 
+@pytest.mark.parametrize("character", [chr(code) for code in range(0x21)])
+def test_where_python_and_the_library_disagree_on_what_is_whitespace(character: str) -> None:
+    """The four separators are whitespace to Python alone: a merge may reach over one."""
+    is_whitespace = character.isspace() and character not in "\x1c\x1d\x1e\x1f"
+    assert bool(tokenizer_adapters.WHITESPACE.search(f"!{character}!")) == is_whitespace
+
+
+def test_tokens_are_on_the_cpu_whatever_the_default_device() -> None:
+    adapter = adapted(byte_level)
+    with torch.device("meta"):
+        tokens = adapter.encode("one two")
+    assert not tokens.is_meta
+    assert adapter.decode(tokens) == "one two"
+
+
 BYTE_LEVEL_VOCAB = '{"type": "BPE", "vocab": {"a": 0, "b": %s}, "merges": %s}'
 
 

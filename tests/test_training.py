@@ -192,6 +192,30 @@ def test_a_handler_of_the_users_is_called_where_all_states_agree() -> None:
     assert [call[2] for call in calls] == losses
 
 
+def test_a_sigint_ends_a_run_within_a_callback_and_the_run_around_it() -> None:
+    tokens, inner = torch.randint(20, (500,)), list[History]()
+
+    def run_another(history: History) -> None:
+        if history.step == 5:
+            options: dict[str, Any] = {
+                "max_steps": 10**7,
+                "eval_interval": 10**7,
+                "on_progress": interrupt_at_some_step,
+            }
+            inner.append(fit(BigramLanguageModel(20), tokens, **options))
+
+    def interrupt_at_some_step(history: History) -> None:
+        if history.step > 0:
+            signal.raise_signal(signal.SIGINT)
+
+    with handled_by(signal.default_int_handler):
+        outer = fit(BigramLanguageModel(20), tokens, max_steps=30, eval_interval=5, on_evaluation=run_another)
+    assert inner[0].interrupted
+    assert outer.interrupted
+    assert inner[0].step < 10**7
+    assert outer.step < 30
+
+
 def test_an_exception_of_a_handler_of_the_users_has_the_history() -> None:
     def handle(*_: object) -> None:
         raise EndedError

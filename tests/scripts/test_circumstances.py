@@ -72,6 +72,15 @@ def patched(owner: object, name: str, *condition: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def never_the_first() -> Iterator[None]:
+    """Draws the first token as often as the second."""
+    draw = torch.multinomial
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", lambda *args, **kwargs: draw(*args, **kwargs).clamp(min=1))
+        yield
+
+
+@contextlib.contextmanager
 def during(set_to: Callable[[Any], object], value: object, afterwards: object) -> Iterator[None]:
     set_to(value)
     try:
@@ -96,6 +105,8 @@ CIRCUMSTANCES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] =
     ),
     "embedding_patched": lambda: patched(F, "embedding"),
     "cross_entropy_patched": lambda: patched(F, "cross_entropy"),
+    "softmax_patched": lambda: patched(F, "softmax"),
+    "multinomial_patched": never_the_first,
     "forward_of_embeddings_patched": lambda: patched(nn.Embedding, "forward"),
     "call_of_modules_patched": lambda: patched(nn.Module, "__call__", is_table),
     "function_mode": lambda: FunctionMode(F.embedding, F.cross_entropy),

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tests.scripts import IDX, TARGETS, Model, alike, grads_of, loss_of
+from tests.scripts import IDX, TARGETS, Model, V, alike, assert_same, grads_of, loss_of
+from tests.scripts.test_circumstances import FunctionMode
+from tests.scripts.treatments import CHANGES_OF_THE_MODEL, CHANGES_OF_THE_TABLE
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore")]
 
@@ -104,6 +107,65 @@ def test_compiled_step(model: Model) -> object:
         return loss
 
     return step(), grads_of(model)
+
+
+CHANGES_BETWEEN = [
+    "forward_hook", "pruned", "parametrized", "max_norm_set", "padding_idx_set", "forward_bound_anew", "class_assigned",
+    "weight_of_a_subclass", "weight_data_assigned", "hook_on_the_model", "forward_of_the_model_patched",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES_BETWEEN)
+def test_changed_between_two_calls_of_a_program(name: str) -> None:
+    def compute(base: type[Model]) -> object:
+        torch.compiler.reset()
+        model = base(V)
+        program: Any = torch.compile(model, backend="eager")
+        before = program(IDX, TARGETS)
+        if name in CHANGES_OF_THE_TABLE:
+            CHANGES_OF_THE_TABLE[name](model.token_embedding_table)
+        else:
+            CHANGES_OF_THE_MODEL[name](model)
+        logits, loss = program(IDX, TARGETS)
+        loss.backward()
+        return before, logits, loss, grads_of(model)
+
+    assert_same(compute)
+
+
+@pytest.mark.parametrize("function", [F.embedding, F.cross_entropy])
+def test_a_mode_around_a_program(function: Any) -> None:
+    def compute(base: type[Model]) -> object:
+        torch.compiler.reset()
+        model = base(V)
+        program: Any = torch.compile(model, backend="eager")
+        before = program(IDX, TARGETS)
+        with FunctionMode(function):
+            within = program(IDX, TARGETS)
+        return before, within, program(IDX, TARGETS)
+
+    assert_same(compute)
+
+
+class Doubling(Tensor):
+    """Tokens that have a word in what is done with them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        return 2 * output if func in (F.embedding, F.cross_entropy) else output
+
+
+@pytest.mark.parametrize("which", ["idx", "targets"])
+def test_tokens_of_a_subclass(which: str) -> None:
+    def compute(base: type[Model]) -> object:
+        model, tokens = base(V), {"idx": IDX, "targets": TARGETS}
+        tokens[which] = tokens[which].as_subclass(Doubling)
+        logits, loss = model(**tokens)
+        loss.backward()
+        return logits.as_subclass(Tensor), loss.as_subclass(Tensor), grads_of(model)
+
+    assert_same(compute)
 
 
 @alike

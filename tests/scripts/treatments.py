@@ -120,6 +120,8 @@ CHANGES_OF_THE_TABLE: dict[str, Callable[[Any], object]] = {
     "old_spectral_norm": nn.utils.spectral_norm,
     "max_norm_set": lambda table: setattr(table, "max_norm", 1.0),
     "padding_idx_set": lambda table: setattr(table, "padding_idx", 3),
+    "padding_idx_from_the_end_set": lambda table: setattr(table, "padding_idx", -1),
+    "weight_in_its_dict": lambda table: vars(table).update(weight=torch.randn(V, V, requires_grad=True)),
     "scale_grad_by_freq_set": lambda table: setattr(table, "scale_grad_by_freq", True),
     "forward_patched": forward_patched,
     "forward_bound_anew": forward_bound_anew,
@@ -159,6 +161,26 @@ class WeightComputed(nn.Embedding):
         if name == "weight" and isinstance(raw := self._parameters.get("raw"), Tensor):
             return F.normalize(raw + torch.rand_like(raw), dim=1)
         return super().__getattr__(name)
+
+
+class WeightAsProperty(nn.Embedding):
+    """An equalised learning rate."""
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        weight: Any = nn.Module.__getattr__(self, "weight")
+        return 0.1 * weight
+
+
+class WeightLookedUp(nn.Embedding):
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__("_parameters").get(name)
+        return super().__getattribute__(name) if value is None else 0.1 * value
+
+
+def of_class(table: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    table.__class__ = kind
+    return table
 
 
 class ChangesNothing(nn.Embedding):
@@ -222,6 +244,8 @@ TABLES: dict[str, Callable[[Any], nn.Module]] = {
     "scaled": lambda _table: Scaled(V, V),
     "own_call": lambda _table: OwnCall(V, V),
     "weight_computed": lambda _table: WeightComputed(),
+    "weight_as_property": lambda table: of_class(table, WeightAsProperty),
+    "weight_looked_up": lambda table: of_class(table, WeightLookedUp),
     "subclass_that_changes_nothing": lambda _table: ChangesNothing(V, V),
     "data_parallel": nn.DataParallel,
     "wrapper": Wrapper,
@@ -235,6 +259,12 @@ def factor_as_weight(model: Model) -> None:
     del table.weight
     model.register_forward_pre_hook(lambda _model, _args: setattr(table, "weight", model.factor @ model.factor.T))
     table.weight = model.factor.detach()
+
+
+def table_as_property(model: Model) -> None:
+    """What a class makes of the table that is registered."""
+    table = property(lambda model: Wrapper(model._modules["token_embedding_table"]))
+    model.__class__ = type("Own", (type(model),), {"token_embedding_table": table})
 
 
 def forward_of_the_model_patched(model: Model) -> None:
@@ -272,6 +302,7 @@ CHANGES_OF_THE_MODEL: dict[str, Callable[[Any], object]] = {
         lambda _model, grads: tuple(None if grad is None else 3 * grad for grad in grads)
     ),
     "factor_as_weight": factor_as_weight,
+    "table_as_property": table_as_property,
     "forward_of_the_model_patched": forward_of_the_model_patched,
     "model_compiled_in_place": lambda model: model.compile(backend="eager"),
     "to_float64": lambda model: model.double(),
