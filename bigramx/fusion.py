@@ -110,7 +110,7 @@ def is_plain(table: nn.Embedding) -> bool:
     """Whether a call of ``table`` gives rows of its weight, and no more."""
     return (
         runs_only(table, _EMBEDDING_FORWARD)
-        and is_registered(table, "weight")
+        and ((type(table) is nn.Embedding and "weight" not in table.__dict__) or is_registered(table, "weight"))
         and table._compiled_call_impl is None
         and table.max_norm is None
         and not table.scale_grad_by_freq

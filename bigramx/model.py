@@ -87,8 +87,7 @@ def _parse_options(metadata: dict[str, str], num_rows: int) -> tuple[dict[str, A
 
 def _are_plain(idx: object, targets: object) -> bool:
     """Whether the kernels may read the tokens: no subclass wants to see what is done with them."""
-    is_plain = fusion.is_plain_tensor
-    return (is_plain(idx) and is_plain(targets)) or fusion.any_dtensor(idx, targets)
+    return (type(idx) is Tensor and type(targets) is Tensor) or fusion.any_dtensor(idx, targets)
 
 
 class BigramLanguageModel(nn.Module):
@@ -184,7 +183,10 @@ class BigramLanguageModel(nn.Module):
         return None if "class_weight" in self._parameters else table  # which may have a gradient
 
     def _registers_table(self) -> bool:
-        return fusion.is_registered(self, "token_embedding_table", BigramLanguageModel.__getattr__)
+        name = "token_embedding_table"
+        if type(self) is BigramLanguageModel:
+            return name not in self.__dict__
+        return fusion.is_registered(self, name, BigramLanguageModel.__getattr__)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True
