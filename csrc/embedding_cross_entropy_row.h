@@ -9,9 +9,9 @@
 // With g_n the gradient of loss_n, before the scale of the reduction, and s_j the sum of g_n over the pairs
 // with target j:
 //
-//     dW_j = mass / sum * e^(W_j - max) - c_j (smoothing + target s_j)
+//     dW_j = unit (mass / sum * e^(W_j - max) - c_j (smoothing + target s_j))
 //
-// where mass is the total that the pairs put on the softmax of the row.
+// where unit mass is the total that the pairs put on the softmax of the row.
 #pragma once
 
 #include "base/host_device.h"
@@ -81,7 +81,11 @@ BIGRAMX_HOST_DEVICE double loss_of_pair(const RowLossOptions& options, double sh
     return shared + (1 - options.label_smoothing) * class_weight * (log_sum - target_logit);
 }
 
+// In units of what a pair of class weight 1 takes from its target, so that an element whose softmax is 1 is 0
+// as in PyTorch, not a rounding of the scale that AdamW would make a step of. But with a z-loss, whose
+// product may then overflow, or label smoothing, the unit is 1.
 struct RowGradient {
+    double unit;
     double mass;
     double smoothing;
     double target;  // what a pair of class weight 1 and gradient 1 takes from its target
@@ -89,6 +93,9 @@ struct RowGradient {
 
 BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, const LossScales& scales,
                                                 const PairSums& pairs, double lse) {
+    constexpr double kLeast = 0x1p-126, kMost = 0x1p+127;  // whose float is normal
+    const bool is_plain = options.z_loss == 0 && options.label_smoothing == 0;
+    if (is_plain && scales.loss >= kLeast && scales.loss <= kMost) return {scales.loss, pairs.weighted, 0, 1};
     const double smoothing = options.smoothing_of_class * pairs.gradients * scales.loss;
     double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss;
     // In the order of PyTorch: other products of a large z_loss may overflow. Without z_loss 0 would meet
@@ -97,7 +104,7 @@ BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, c
     // Without label smoothing the weight of a class that does not occur is no number to multiply by 0.
     if (options.label_smoothing > 0) mass += smoothing * scales.class_weight_sum;
     const double target = (1 - options.label_smoothing) * scales.loss;
-    return {mass, smoothing, target};
+    return {1, mass, smoothing, target};
 }
 
 }  // namespace bigramx

@@ -134,6 +134,19 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(idx, weight.to(dtype), targets, options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [1, 2, 65, 127, 1000, 2100])
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"sparse": True}, {"ignore_index": 0}])
+def test_a_softmax_of_one_has_no_gradient(dtype: torch.dtype, vocab_size: int, options: dict[str, Any]) -> None:
+    """Exactly none, as in PyTorch: of a rounding of the scale, which is no power of 2, AdamW would make steps."""
+    weight = torch.full((vocab_size, vocab_size), -1000.0, dtype=dtype).fill_diagonal_(0.0).requires_grad_()
+    for num_pairs in (1, 7, 120, 999):
+        idx = torch.randint(vocab_size, (num_pairs,))
+        loss = functional.embedding_cross_entropy(idx, weight, idx, **options)
+        (grad,) = torch.autograd.grad(loss * 3, weight)
+        assert torch.count_nonzero(grad.coalesce().values() if grad.is_sparse else grad) == 0
+
+
 @settings(max_examples=fewer(300))
 @given(case=cases(), grad_loss=st.sampled_from([1.0, -2.5]))
 def test_equals_reference_for_any_options(case: Case, grad_loss: float) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ import numpy
 import pytest
 import torch
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, memory, reference
+from bigramx import BigramLanguageModel, CharTokenizer, History, data, fit, memory, optim, reference
 from tests import processes
 from tests.devices import on_device
 from tests.names import name_of
@@ -190,6 +191,18 @@ def test_a_handler_of_the_users_is_called_where_all_states_agree() -> None:
     losses = [history.train_losses[step // 5] for step in (10, 20, 30)]
     assert [call[:2] for call in calls] == [(signal.SIGINT, types.FrameType)] * 3
     assert [call[2] for call in calls] == losses
+
+
+@pytest.mark.parametrize("vocab_size", [1, 12, 1200])  # the last has rows that miss steps
+def test_logits_of_a_certain_text_stay(vocab_size: int) -> None:
+    """A softmax that is 1 in float32 has no gradient; AdamW makes steps of the size lr of any other, however small."""
+    model, tokens = BigramLanguageModel(vocab_size), torch.arange(vocab_size).repeat(20)
+    with torch.no_grad():
+        logits = torch.full((vocab_size, vocab_size), -200.0)
+        logits[torch.arange(vocab_size), (torch.arange(vocab_size) + 1) % vocab_size] = 0.0
+        model.token_embedding_table.weight.copy_(logits)
+    fit(model, tokens, batch_size=12, block_size=10, max_steps=300, optimizer=partial(optim.AdamW, weight_decay=0.0))
+    assert torch.equal(model.token_embedding_table.weight.cpu(), logits.cpu())
 
 
 def test_a_sigint_ends_a_run_within_a_callback_and_the_run_around_it() -> None:

@@ -385,7 +385,7 @@ class RowKernel {
         });
     }
 
-    // dW[i, j] = scale * e^(W[i, j] - max) - class_weight[j] * (smoothing + target * s_j)
+    // dW[i, j] = unit * (mass / sum * e^(W[i, j] - max) - class_weight[j] * (smoothing + target * s_j))
     void write_gradient(Row& row) {
         if (row.num_pairs == 0 || row.index == params_.padding_idx) {
             // Where all pairs are ignored the softmax counts 0 times, which is NaN if it is NaN.
@@ -394,43 +394,46 @@ class RowKernel {
             return;
         }
         const RowGradient terms = gradient_of_row(params_.options, params_.scales, row.pairs, row.lse());
-        const acc_t scale = static_cast<acc_t>(terms.mass / row.sum);
         acc_t* const exponentials = row.exponentials;
-        const auto spread = [&, scale = broadcast(scale),
-                             smoothing = broadcast(static_cast<acc_t>(terms.smoothing))](Lanes<acc_t> lanes) {
+        const auto spread = [&, smoothing = broadcast(static_cast<acc_t>(terms.smoothing))](
+                                Lanes<acc_t> lanes, Vector<acc_t> scale) {
             Vector<acc_t> result = load(exponentials + lanes.begin) * scale;
             if (terms.smoothing != 0) result -= load_class_weights(lanes) * smoothing;
             return result;
         };
+        const double ratio = terms.mass / row.sum;
+        const acc_t scale = static_cast<acc_t>(terms.unit * ratio);
         if (row.counts != nullptr) {
-            write_counted_gradient(row, spread, terms.target);
+            write_counted_gradient(row, spread, terms, broadcast(static_cast<acc_t>(ratio)));
         } else if (is_plain_ && std::isnormal(scale) && std::isfinite(row.sum)) {
-            subtract_targets(row, exponentials, terms.target / scale);
+            subtract_targets(row, exponentials, terms.target, ratio);
             gradient_.write_numbers(row.slot, exponentials, scale);
         } else {
-            for_each_vector<acc_t>(params_.num_classes, [&](Lanes<acc_t> lanes) {
-                store(exponentials + lanes.begin, spread(lanes));
+            for_each_vector<acc_t>(params_.num_classes, [&, scale = broadcast(scale)](Lanes<acc_t> lanes) {
+                store(exponentials + lanes.begin, spread(lanes, scale));
             });
-            subtract_targets(row, exponentials, terms.target);
+            subtract_targets(row, exponentials, terms.unit * terms.target, /*divisor=*/1);
             gradient_.write(row.slot, [&](Lanes<acc_t> lanes) { return load(exponentials + lanes.begin); });
         }
     }
 
     template <typename Spread>
-    void write_counted_gradient(const Row& row, const Spread& spread, double target) {
-        const Vector<acc_t> target_part = broadcast(static_cast<acc_t>(target));
+    void write_counted_gradient(const Row& row, const Spread& spread, const RowGradient& terms,
+                                Vector<acc_t> ratio) {
+        const Vector<acc_t> target = broadcast(static_cast<acc_t>(terms.target));
+        const Vector<acc_t> unit = broadcast(static_cast<acc_t>(terms.unit));
         gradient_.write(row.slot, [&](Lanes<acc_t> lanes) {
             const Vector<acc_t> counts = load_counts(row, lanes);
-            return spread(lanes) - weigh(counts, lanes) * target_part;
+            return (spread(lanes, ratio) - weigh(counts, lanes) * target) * unit;
         });
     }
 
-    // target_part: what a pair of class weight 1 subtracts at its target.
-    void subtract_targets(const Row& row, acc_t* row_gradient, double target_part) {
+    // target_part / divisor: what a pair of class weight 1 subtracts at its target.
+    void subtract_targets(const Row& row, acc_t* row_gradient, double target_part, double divisor) {
         if (grad_losses_ != nullptr) {
             for_each_target(row, [&](int64_t k, int64_t target) {
                 const double g = grad_losses_[params_.pairs->pair_indices[k]];
-                row_gradient[target] -= static_cast<acc_t>(target_part * g * weight_of(target));
+                row_gradient[target] -= static_cast<acc_t>(target_part * g * weight_of(target) / divisor);
             });
             return;
         }
@@ -440,7 +443,7 @@ class RowKernel {
         for_each_target(row, [&](int64_t, int64_t target) {
             const int32_t count = std::exchange(counts[target], 0);
             if (count > 0)
-                row_gradient[target] -= static_cast<acc_t>(target_part * count * weight_of(target));
+                row_gradient[target] -= static_cast<acc_t>(target_part * count * weight_of(target) / divisor);
         });
     }
 

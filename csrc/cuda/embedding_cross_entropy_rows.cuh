@@ -235,7 +235,7 @@ struct GradientTerms {
     using acc_t = typename Params::acc_t;
     static constexpr bool kMayBeWide = !Params::kIsPlain && sizeof(acc_t) < sizeof(double);
 
-    acc_t max, scale, smoothing, target;
+    acc_t max, unit, ratio, smoothing, target;
     double wide_scale = 0, wide_smoothing = 0, wide_target = 0;
     bool is_wide = false;
 
@@ -245,17 +245,21 @@ struct GradientTerms {
         const LossScales scales{params.scales->loss * grad, params.scales->z_loss * grad,
                                 params.scales->class_weight_sum};
         const RowGradient terms = gradient_of_row(params.options(), scales, pairs, row.lse());
-        scale = static_cast<acc_t>(terms.mass) / row.sum;
+        unit = static_cast<acc_t>(terms.unit);
+        ratio = static_cast<acc_t>(terms.mass) / row.sum;
         smoothing = Params::kIsPlain ? acc_t(0) : static_cast<acc_t>(terms.smoothing);
         target = static_cast<acc_t>(terms.target);
         if constexpr (kMayBeWide) {
             is_wide = params.class_weight != nullptr;
             if (!is_wide) return;
-            wide_scale = terms.mass / static_cast<double>(row.sum);
-            wide_smoothing = terms.smoothing;
-            wide_target = terms.target;
+            wide_scale = terms.unit * terms.mass / static_cast<double>(row.sum);
+            wide_smoothing = terms.unit * terms.smoothing;
+            wide_target = terms.unit * terms.target;
         }
     }
+
+    // Of classes without pairs.
+    __device__ acc_t scale() const { return unit * ratio; }
 
     template <typename sum_t>
     __device__ acc_t element(acc_t logit, acc_t class_weight, sum_t s) const {
@@ -265,7 +269,7 @@ struct GradientTerms {
                 return static_cast<acc_t>(difference(static_cast<double>(e), wide_scale, wide_smoothing,
                                                      wide_target, class_weight, s));
         }
-        return difference(e, scale, smoothing, target, class_weight, s);
+        return unit * difference(e, ratio, smoothing, target, class_weight, s);
     }
 
   private:
@@ -627,7 +631,7 @@ class BlockRow {
 
     // gradient = the elements of classes without pairs; or zeros.
     __device__ void spread(const GradientTerms<Params>& terms, scalar_t* gradient) const {
-        const auto map = [scale = terms.scale, max = terms.max](acc_t logit) {
+        const auto map = [scale = terms.scale(), max = terms.max](acc_t logit) {
             if constexpr (sizeof(scalar_t) == 2) {
                 // An error of |max| 2^-24, far below the rounding of a gradient.
                 return scale * power_of_two(fmaf(logit, kLog2E, -max * kLog2E));
