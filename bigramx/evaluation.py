@@ -627,6 +627,22 @@ def row_blocks(table: Tensor) -> tuple[Tensor, ...]:
     return blocks
 
 
+def dense_blocks(counts: Tensor) -> Iterator[Tensor]:
+    """The same of counts, which may be sparse: (CSR or COO), of which a block at a time is made dense."""
+    if counts.layout == torch.strided:
+        yield from row_blocks(counts)
+        return
+    counts, num_rows = _csr(counts), _rows_at_once(counts.size(1))
+    crow, columns, values = counts.crow_indices(), counts.col_indices(), counts.values()
+    for begin in range(0, len(crow) - 1, num_rows):
+        ends = crow[begin : begin + num_rows + 1]
+        part = slice(int(ends[0]), int(ends[-1]))
+        block = values.new_zeros(len(ends) - 1, counts.size(1))
+        rows = torch.repeat_interleave(torch.arange(len(block), device=crow.device), ends.diff())
+        block[rows, columns[part].long()] = values[part]
+        yield block
+
+
 def _rows_at_once(row_size: int) -> int:
     return max(1, _CHUNK // max(1, row_size))
 

@@ -471,11 +471,11 @@ class BigramLanguageModel(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_counts(cls, counts: Tensor, smoothing: float = 1.0) -> BigramLanguageModel:
-        """Row i is log((counts[i] + smoothing) / their sum), float32: with smoothing 0 the closed-form optimum.
+    def from_counts(cls, counts: Tensor | BigramCounts, smoothing: float = 1.0) -> BigramLanguageModel:
+        """Row i is log((counts[i] + smoothing) / their sum): with smoothing 0 the closed-form optimum.
 
         Args:
-            counts: (V, V), as ``functional.count_bigrams`` gives them.
+            counts: (V, V), dense or sparse (CSR or COO), as ``functional.count_bigrams`` gives them; or BigramCounts.
             smoothing: Added to each count. With 0 the loss on the counted tokens is the least there is, and a pair that
                 was never seen has probability 0; a row without any pair is uniform.
 
@@ -483,13 +483,15 @@ class BigramLanguageModel(nn.Module):
             RuntimeError: ``counts`` is not square.
             ValueError: ``smoothing`` or a count is negative, infinite or NaN.
         """
+        if isinstance(counts, BigramCounts):
+            counts = counts.to_csr()
         if counts.dim() != 2 or counts.size(0) != counts.size(1):
             raise RuntimeError(f"expected counts to be square, (V, V), got shape {tuple(counts.shape)}")
         if not 0 <= smoothing < float("inf"):
             raise ValueError(f"expected smoothing to be finite and >= 0, got {smoothing}")
         model = cls(counts.size(0), device=counts.device)
         weight = model.token_embedding_table.weight
-        for logits, pair_counts in zip(evaluation.row_blocks(weight), evaluation.row_blocks(counts), strict=True):
+        for logits, pair_counts in zip(evaluation.row_blocks(weight), evaluation.dense_blocks(counts), strict=True):
             smoothed = pair_counts.double() + smoothing
             valid = (pair_counts >= 0) & smoothed.isfinite()
             if not valid.all():

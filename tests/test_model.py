@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.utils import prune
 
-from bigramx import BigramLanguageModel, CharTokenizer, History, data, functional, fusion, optimal_loss, reference
+from bigramx import (
+    BigramCounts,
+    BigramLanguageModel,
+    CharTokenizer,
+    History,
+    data,
+    functional,
+    fusion,
+    optimal_loss,
+    reference,
+)
 from bigramx.storage import write_tensors
 from tests.devices import on_device, raises_in_kernel
 
@@ -512,6 +522,21 @@ class TestFromCounts:
         for value in (-1, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=f"counts to be finite and >= 0, got {value}"):
                 BigramLanguageModel.from_counts(torch.full((2, 2), value))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("vocab_size", [1, 20, 2500])
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_from_sparse_counts(vocab_size: int, smoothing: float) -> None:
+    """The last size has several blocks of rows."""
+    tokens = torch.randint(vocab_size, (5000,))
+    expected = BigramLanguageModel.from_counts(functional.count_bigrams(tokens, vocab_size), smoothing)
+    counts = BigramCounts(vocab_size)
+    counts.update(tokens)
+    csr = counts.to_csr()
+    for each in (counts, csr, csr.to_sparse_coo()):
+        actual = BigramLanguageModel.from_counts(each, smoothing)
+        assert torch.equal(actual.token_embedding_table.weight, expected.token_embedding_table.weight)
 
 
 class OwnHead(BigramLanguageModel):
