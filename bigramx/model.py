@@ -543,7 +543,8 @@ class BigramLanguageModel(nn.Module):
 
     def _options_to_save(self) -> dict[str, str]:
         """Those of the table and of the loss, as JSON; raises where ``load`` could not make this model again."""
-        others = [name for name in self.state_dict() if not name.startswith(("token_embedding_table.", _CLASS_WEIGHT))]
+        state = set(self.state_dict()) - {_CLASS_WEIGHT}
+        others = sorted(name for name in state if not name.startswith("token_embedding_table."))
         if others:
             raise TypeError(
                 f"save: expected a model whose only state is its table, got also {', '.join(others)}: torch.save of "

@@ -585,7 +585,7 @@ class TestSaving:
             (
                 lambda: OwnHead(3),
                 TypeError,
-                r"whose only state is its table, got also head.weight, head.bias: torch.save",
+                r"whose only state is its table, got also head.bias, head.weight: torch.save",
             ),
             (
                 lambda: with_table(OwnForward(3, 3)),
