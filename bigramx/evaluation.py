@@ -11,6 +11,8 @@ import contextlib
 import itertools
 import math
 import mmap
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from bigramx.data import (
     shards_of,
     token_range,
 )
-from bigramx.locks import Lock
+from bigramx.locks import new_lock
 from bigramx.tokenizer import Tokenizer, decode_stream
 
 if TYPE_CHECKING:
@@ -158,34 +160,48 @@ def _named_sequences(tokens: Tensor | TokenShards) -> _Sequences:
 
 
 class _Mode:
-    """That of a module before it was evaluated, and how many threads evaluate it."""
+    """That of a module before it was evaluated, and the evaluations that go on: of which thread each is."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.training, self.num_evaluations = module, module.training, 0
+        self.module, self.training, self.threads = module, module.training, dict[object, int]()
+
+    def end(self, evaluation: object) -> None:
+        """Puts the mode back, if it was the last. May be called for one that has not begun."""
+        self.threads.pop(evaluation, None)
+        if not self.threads:
+            self.module.training = self.training
+            _modes.pop(id(self.module), None)
 
 
 _modes: dict[int, _Mode] = {}  # by the module's id
-_lock = Lock()  # of these
+_lock = new_lock()  # of these
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """``model.eval()``, and afterwards the mode that each module had; the last of several threads puts it back."""
-    evaluated: list[_Mode] = []
+    evaluation, modules = object(), list(model.modules())
     try:
         with _lock:
-            for module in model.modules():
-                evaluated.append(_modes.setdefault(id(module), _Mode(module)))
-                evaluated[-1].num_evaluations += 1
+            for module in modules:
+                _modes.setdefault(id(module), _Mode(module)).threads[evaluation] = threading.get_ident()
         model.eval()
         yield
     finally:
         with _lock:
-            for mode in evaluated:
-                mode.num_evaluations -= 1
-                if mode.num_evaluations == 0:
-                    mode.module.training = mode.training
-                    del _modes[id(mode.module)]
+            for mode in [_modes[id(module)] for module in modules if id(module) in _modes]:
+                mode.end(evaluation)
+
+
+def _end_those_of_other_threads() -> None:
+    """They are not there in a forked child."""
+    for mode in list(_modes.values()):
+        for evaluation, thread in list(mode.threads.items()):
+            if thread != threading.get_ident():
+                mode.end(evaluation)
+
+
+os.register_at_fork(after_in_child=_end_those_of_other_threads)
 
 
 class _Tally:
@@ -416,12 +432,8 @@ def _device_of(model: nn.Module) -> torch.device:
 def _vocab_size_of(model: nn.Module, device: torch.device) -> int:
     """V, or how many logits a model returns that does not say it."""
     vocab_size = getattr(model, "vocab_size", None)
-    return vocab_size if isinstance(vocab_size, int) else num_logits(model, device)
-
-
-@torch.no_grad()
-def num_logits(model: nn.Module, device: torch.device) -> int:
-    """How many a model returns, which is called."""
+    if isinstance(vocab_size, int):
+        return vocab_size
     return _logits(model, torch.zeros(1, dtype=torch.int64, device=device)).size(1)
 
 
@@ -634,7 +646,7 @@ def dense_blocks(counts: Tensor) -> Iterator[Tensor]:
         return
     counts, num_rows = _csr(counts), _rows_at_once(counts.size(1))
     crow, columns, values = counts.crow_indices(), counts.col_indices(), counts.values()
-    for begin in range(0, len(crow) - 1, num_rows):
+    for begin in range(0, max(len(crow) - 1, 1), num_rows):
         ends = crow[begin : begin + num_rows + 1]
         part = slice(int(ends[0]), int(ends[-1]))
         block = values.new_zeros(len(ends) - 1, counts.size(1))

@@ -6,32 +6,33 @@ import contextlib
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
+from typing import Any
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Lock:
-    """A lock that its thread may take again, as a signal handler does that calls what holds it.
+def new_lock() -> Any:
+    """A threading.RLock, which a signal handler may take again, and which a forked child finds free.
 
-    A forked child finds it free, as the thread that held it may not be there; so does who gets a copy.
+    Only C takes and frees it, so no exception of a handler leaves it taken. No code of the user's runs while it is
+    held, which might wait for a thread that waits for the lock; but handlers do.
     """
-
-    def __init__(self) -> None:
-        self._lock, self._process = threading.RLock(), os.getpid()
-
-    def __enter__(self) -> None:
-        if self._process != os.getpid():
-            self.__init__()  # type: ignore[misc]
-        self._lock.acquire()
-
-    def __exit__(self, *_error: object) -> None:
-        with contextlib.suppress(RuntimeError):  # it was taken before a fork
-            self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
 
 
-_warnings = Lock()
+def _free_those_of_other_threads() -> None:
+    """They are not there in a forked child."""
+    for lock in list(_locks):
+        if not lock._is_owned():
+            lock._at_fork_reinit()
+
+
+os.register_at_fork(after_in_child=_free_those_of_other_threads)
+_warnings = new_lock()
 
 
 @contextlib.contextmanager

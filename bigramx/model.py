@@ -148,10 +148,7 @@ class BigramLanguageModel(nn.Module):
     def vocab_size(self) -> int:
         """V, or as many rows as a table that has taken the place of this model's has."""
         table = self._table()
-        if hasattr(table, "num_embeddings"):
-            return table.num_embeddings  # type: ignore[no-any-return]
-        # Of a class with a constructor of its own: as many as there are logits.
-        return self._vocab_size if "_vocab_size" in vars(self) else evaluation.num_logits(self, self.device)
+        return table.num_embeddings if hasattr(table, "num_embeddings") else self._vocab_size
 
     @_Derived
     def device(self) -> torch.device:
@@ -314,6 +311,10 @@ class BigramLanguageModel(nn.Module):
         )
         return None if return_logits is False else logits, loss  # torch.fx cannot branch on what it traces
 
+    def _known_size(self) -> int | None:
+        """V; None for a class with a constructor of its own and a table that does not say it."""
+        return getattr(self, "vocab_size", None)
+
     def _class_weight(self) -> Tensor | None:
         """Scripts may put a parameter in the buffer's place; classes with a constructor of their own may have none."""
         return self._parameters.get("class_weight", self._buffers.get("class_weight"))
@@ -349,7 +350,8 @@ class BigramLanguageModel(nn.Module):
         if self._is_direct() and not fusion.are_draws_observed():
             return functional.generate(idx, self.token_embedding_table.weight, max_new_tokens, **options)
         # The errors of the fused path, from a table of this size in no memory and no sequences.
-        no_table = torch.zeros((), device=idx.device).expand(self.vocab_size, self.vocab_size)
+        vocab_size = self._known_size() or 1
+        no_table = torch.zeros((), device=idx.device).expand(vocab_size, vocab_size)
         functional.generate(idx[:0], no_table, max_new_tokens, **options)
         return reference.continue_by(lambda idx: self(idx)[0][:, -1], idx, max_new_tokens, **options)
 
@@ -389,18 +391,19 @@ class BigramLanguageModel(nn.Module):
 
     def _has_plain_loss(self) -> bool:
         """Whether the loss has no options."""
-        ignores_none = not 0 <= self.ignore_index < self.vocab_size
+        vocab_size = self._known_size()
+        ignores_none = vocab_size is not None and not 0 <= self.ignore_index < vocab_size
         return ignores_none and self._class_weight() is None and self.label_smoothing == 0
 
     def _evaluate_by_calls(self, tokens: Tensor | TokenShards) -> float:
-        most_logits = 2**21  # 8 MB of float32
+        most_logits, vocab_size = 2**21, self._known_size() or 2**13  # 8 MB of float32
         check_tokens(tokens)
         device = torch.device(self.device)
         if device.type == "meta":  # the weight is elsewhere, and a hook brings it
             device = tokens.device
         makes_logits = not self._is_direct()
         options = {} if makes_logits else {"return_logits": False}  # which not every forward knows
-        step = max(1, most_logits // (self.vocab_size if makes_logits else 8))
+        step = max(1, most_logits // (vocab_size if makes_logits else 8))
         total, total_weight, any_counts, eot = 0.0, 0.0, False, getattr(tokens, "eot", None)
         chunks = (shard[n : n + step + 1] for shard in shards_of(tokens) for n in range(0, len(shard) - 1, step))
         for chunk in (chunk.to(device, torch.int64) for chunk in chunks):
@@ -543,25 +546,33 @@ class BigramLanguageModel(nn.Module):
 
     def _options_to_save(self) -> dict[str, str]:
         """Those of the table and of the loss, as JSON; raises where ``load`` could not make this model again."""
-        state = set(self.state_dict()) - {_CLASS_WEIGHT}
+        # FSDP1's _flat_param is the table.
+        state = {name for name in self.state_dict() if not name.endswith("_flat_param")} - {_CLASS_WEIGHT}
         others = sorted(name for name in state if not name.startswith("token_embedding_table."))
         if others:
             raise TypeError(
                 f"save: expected a model whose only state is its table, got also {', '.join(others)}: torch.save of "
                 "its state_dict() keeps them"
             )
-        table = getattr(self.token_embedding_table, "_orig_mod", self.token_embedding_table)  # of torch.compile
+        table = self.token_embedding_table
+        for wrapped in ("_orig_mod", "_checkpoint_wrapped_module"):  # by torch.compile, and for checkpoints
+            table = getattr(table, wrapped, table)
         if getattr(type(table), "forward", None) is not nn.Embedding.forward or "forward" in vars(table):
             raise TypeError(f"save: expected a table that does what nn.Embedding does, got {type(table).__name__}")
         if table.num_embeddings != table.embedding_dim:
             raise ValueError(f"save: expected a square table, got ({table.num_embeddings}, {table.embedding_dim})")
+        class_weight, parameters = self._class_weight(), list(table.parameters())
+        if class_weight is not None and not (
+            class_weight.shape == (table.num_embeddings,) and class_weight.dtype.is_floating_point
+        ):
+            raise ValueError(f"save: expected class_weight to be {table.num_embeddings} floating-point numbers")
         options = {
             "sparse": bool(table.sparse),
             "padding_idx": None if table.padding_idx is None else operator.index(table.padding_idx),
             "max_norm": None if table.max_norm is None else float(table.max_norm),
             "norm_type": float(table.norm_type),
             "scale_grad_by_freq": bool(table.scale_grad_by_freq),
-            "requires_grad": bool(table.weight.requires_grad),
+            "requires_grad": not parameters or any(parameter.requires_grad for parameter in parameters),
             "ignore_index": operator.index(self.ignore_index),
             "label_smoothing": float(self.label_smoothing),
         }

@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 
 from bigramx import ops
 from bigramx.fusion import is_plain_tensor
-from bigramx.locks import Lock
+from bigramx.locks import new_lock
 from bigramx.wrappers import module_in
 
 _DTYPES = (torch.float32, torch.float64)
@@ -151,7 +151,7 @@ class DeferredAdamW(AdamW):
         self._row_steps: Tensor | None = None  # (V) int64, how many steps each row has taken; None: all of them
         self._schedule = torch.empty((self._MOST, 5), dtype=torch.float64, device="cpu")  # the options of steps missed
         self._num_missed = 0  # by the row that has missed most, at most
-        self._lock = Lock()  # of these, and of the rows that take steps
+        self._lock = new_lock()  # of these, and of the rows that take steps
         self._handle = module.register_table_pre_hook(self._before_reading)
 
     @overload
@@ -224,7 +224,7 @@ class DeferredAdamW(AdamW):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "_weight" not in vars(self):
             self._weight = self._row_steps = None
-            self._lock = Lock()
+            self._lock = new_lock()
 
     def _before_reading(self, idx: Tensor | None) -> None:
         may_be_rows = idx is not None and is_plain_tensor(idx) and idx.is_cpu and not _is_intercepted()
@@ -487,7 +487,7 @@ def _torch_step(optimizer: torch.optim.AdamW) -> None:
 def _torch_step_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]], doubtful: list[Tensor]) -> None:
     """Torch's step of ``groups``. If it raises, the ``doubtful`` parameters and their states are put back."""
     copies = [(tensor, tensor.clone()) for param in doubtful for tensor in _at_risk(param, optimizer.state.get(param))]
-    twin = _twin_of(optimizer, groups)
+    before, twin = dict(vars(optimizer)), _twin_of(optimizer, groups)
     try:
         _torch_step(twin)
     except BaseException:
@@ -497,14 +497,22 @@ def _torch_step_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]], d
                     tensor.copy_(copy)
         raise
     finally:
-        attributes = vars(optimizer)
-        attributes.update((name, value) for name, value in vars(twin).items() if name not in attributes)
+        changed = {name: value for name, value in vars(twin).items() if value is not before.get(name, _ABSENT)}
+        changed.pop("param_groups", None)
+        vars(optimizer).update(changed)
+
+
+_ABSENT = object()
 
 
 def _twin_of(optimizer: torch.optim.AdamW, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """Another optimizer with the same states, and other groups: handlers and threads may look at those of the first."""
     twin: torch.optim.AdamW = object.__new__(type(optimizer))
     vars(twin).update(vars(optimizer), param_groups=groups)
+    for kind in type(optimizer).__mro__:
+        for name in vars(kind).get("__slots__", ()):
+            if name not in ("__dict__", "__weakref__") and hasattr(optimizer, name):
+                setattr(twin, name, getattr(optimizer, name))
     return twin
 
 

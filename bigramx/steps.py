@@ -22,7 +22,7 @@ from bigramx.data import TokenShards, get_batch, shards_of
 from bigramx.fusion import is_plain_tensor
 from bigramx.graph_steps import MOST_STEPS, NOT_TAKEN, GraphSteps, runs_graphs
 from bigramx.history import History, encode_state
-from bigramx.locks import Lock
+from bigramx.locks import new_lock
 from bigramx.model import BigramLanguageModel
 from bigramx.optim import AdamW, has_hooks, most_counted, state_of
 from bigramx.storage import checksum
@@ -86,10 +86,10 @@ def new_scheduler(factory: Callable[..., Any], optimizer: Optimizer) -> Any:
 
 
 def _check_step(name: str, made: Any) -> None:
-    # The class's: an instance's may be one that a scheduler has put around it, which seems to need self.
-    has_own = not hasattr(type(made), "step")
-    parameters = list(inspect.signature(made.step if has_own else type(made).step).parameters.items())
-    for needed, parameter in parameters[0 if has_own else 1 :]:
+    step = made.step
+    if hasattr(step, "_wrapped_by_lr_sched"):  # a scheduler's function around an optimizer's, which seems to need self
+        step = type(made).step.__get__(made)
+    for needed, parameter in inspect.signature(step).parameters.items():
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not is_variadic:
             raise TypeError(
@@ -140,7 +140,7 @@ class Steps:
     deferred: _Deferred | None = None  # rows of the table have missed steps
     graphs: GraphSteps | None = None
     can_capture: bool = True
-    lock: Lock = field(default_factory=Lock)  # of the table and the history, which another thread may save meanwhile
+    lock: Any = field(default_factory=new_lock)  # of deferred rows: another thread may save the history
 
     def begin(self, lr: float | None) -> None:
         """Goes on where the history ends, at the learning rate ``lr`` if one is given.
@@ -197,40 +197,33 @@ class Steps:
     def record(self) -> None:
         """Brings the states in the history up to date, so that the run can be resumed from it."""
         history = self.history
-        with self.lock:
-            self.catch_up()
-            history.table_checksum = None  # until all belong to the same step
-            history.optimizer_state = _local(self.optimizer.state_dict())
-            history.optimizer_name = type(self.optimizer).__name__
-            if self.scheduler is not None:
-                history.scheduler_state = _local(self.scheduler.state_dict())
-                history.scheduler_name = type(self.scheduler).__name__
-            history.generator_state = _get_state(self.generator)
-            history.table_checksum = None if self.is_torn else _checksum(self.model)
+        self.catch_up()
+        history.table_checksum = None  # until all belong to the same step
+        history.optimizer_state = _local(self.optimizer.state_dict())
+        history.optimizer_name = type(self.optimizer).__name__
+        if self.scheduler is not None:
+            history.scheduler_state = _local(self.scheduler.state_dict())
+            history.scheduler_name = type(self.scheduler).__name__
+        history.generator_state = _get_state(self.generator)
+        history.table_checksum = None if self.is_torn else _checksum(self.model)
 
     def take(self, most: int) -> None:
         """Takes at least one step and at most ``most``, as long as Ctrl-C may wait; records the losses.
 
         An exception leaves table, states, losses and generator at the same step, or ``is_torn`` says that it did not.
         """
-        with self.lock:
-            self._take(most)
+        if self.has_native_steps():
+            self._take_native(min(most, _MOST_STEPS))
+        else:
+            self._catch_up_for_good()
+            num_steps = self._prepare_graph(most) if self._has_graph_steps() else 0
+            if num_steps > 0:
+                self._take_graph(num_steps)
+            else:
+                self._take_one()
         if not self.is_saving_checked:  # the first step makes the optimizer's states
             self._check_saving()
             self.is_saving_checked = True
-
-    def _take(self, most: int) -> None:
-        if self.has_native_steps():
-            self._take_native(min(most, _MOST_STEPS))
-            return
-        if self.deferred is not None:
-            self.deferred.catch_up()
-            self.deferred = None
-        num_steps = self._prepare_graph(most) if self._has_graph_steps() else 0
-        if num_steps > 0:
-            self._take_graph(num_steps)
-        else:
-            self._take_one()
 
     def has_native_steps(self) -> bool:
         """Whether steps are native calls."""
@@ -276,7 +269,13 @@ class Steps:
         with self.lock:
             if self.deferred is not None:
                 self.deferred.catch_up()
-            self.module._before_reading()  # the optimizer may be a DeferredAdamW
+        self.module._before_reading()  # the optimizer may be a DeferredAdamW
+
+    def _catch_up_for_good(self) -> None:
+        with self.lock:
+            if self.deferred is not None:
+                self.deferred.catch_up()
+            self.deferred = None
 
     @property
     def are_deferred(self) -> bool:
@@ -308,21 +307,22 @@ class Steps:
         options = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         losses = torch.full((most,), NOT_TAKEN, dtype=torch.float64, device="cpu")
         try:
-            ops.fit_(
-                table.weight,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["step"],
-                losses,
-                shards_of(self.tokens)[0].cpu(),
-                self.batch_size,
-                self.block_size,
-                functional._padding_row(table.padding_idx, table.weight),
-                *options,
-                max_seconds,
-                self.generator,
-                self._row_steps(table.weight, state, options),
-            )
+            with self.lock:
+                ops.fit_(
+                    table.weight,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["step"],
+                    losses,
+                    shards_of(self.tokens)[0].cpu(),
+                    self.batch_size,
+                    self.block_size,
+                    functional._padding_row(table.padding_idx, table.weight),
+                    *options,
+                    max_seconds,
+                    self.generator,
+                    self._row_steps(table.weight, state, options),
+                )
         finally:  # a signal handler may raise between two steps
             self.history.losses += losses[losses != NOT_TAKEN].tolist()
 

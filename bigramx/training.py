@@ -52,6 +52,7 @@ class _Signals:
         self._catch_up: Callable[[], None] = lambda: None
         self._since: float | None = None  # when the first came that has not been handed over
         self._ended: float | None = None  # when the handler was given the one that it raised at
+        self._is_to_end = False  # as one has ended a run that is a part of a callback of this one
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -103,16 +104,25 @@ class _Signals:
         if self._since is not None:
             self._catch_up()
             self._since, self._ended = None, time.monotonic()
-            self._outermost_handler()(signal.SIGINT, sys._getframe())
+            self._call_handler()
             self._ended = None
+        if self._is_to_end:
+            self._is_to_end = False
+            self._catch_up()
+            raise KeyboardInterrupt
 
-    def _outermost_handler(self) -> Any:
-        """That of the script. Runs whose callback this run is a part of hear of the SIGINT, and end after it."""
-        handler = self._handler
-        while isinstance(outer := getattr(handler, "__self__", None), _Signals):
-            outer._since = time.monotonic() if outer._since is None else outer._since
-            handler = outer._handler
-        return handler
+    def _call_handler(self) -> None:
+        """The script's. The runs that this one is within end after it, if it ends so."""
+        handler, around = self._handler, []
+        while isinstance(run := getattr(handler, "__self__", None), _Signals):
+            around.append(run)
+            handler = run._handler
+        try:
+            handler(signal.SIGINT, sys._getframe())
+        except KeyboardInterrupt:
+            for run in around:
+                run._is_to_end = True
+            raise
 
     def _hold(self, _signal: int, frame: types.FrameType | None) -> None:
         now = time.monotonic()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import io
 import os
-import pickle
+import signal
 import sys
 import threading
 import types
@@ -33,7 +33,7 @@ from bigramx import (
     storage,
     wrappers,
 )
-from bigramx.locks import Lock, without_warnings
+from bigramx.locks import new_lock, without_warnings
 from tests.interrupts import call_until_handled
 from tests.threads import at_once, meanwhile
 
@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.once]
 
 
 def test_a_thread_takes_its_lock_again_and_others_wait() -> None:
-    lock, order = Lock(), list[str]()
+    lock, order = new_lock(), list[str]()
     other = threading.Thread(target=lambda: _append_with(lock, order, "other"))
     with lock, lock:
         other.start()
@@ -54,64 +54,77 @@ def test_a_thread_takes_its_lock_again_and_others_wait() -> None:
     assert order == ["first", "other"]
 
 
-def _append_with(lock: Lock, order: list[str], name: str) -> None:
+def _append_with(lock: Any, order: list[str], name: str) -> None:
     with lock:
         order.append(name)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lock: pickle.loads(pickle.dumps(lock))])
-def test_a_copy_of_a_lock_is_free(copied: Callable[[Lock], Lock]) -> None:
-    lock, order = Lock(), list[str]()
-    with lock:
-        thread = threading.Thread(target=_append_with, args=(copied(lock), order, "copy"), daemon=True)
-        thread.start()
-        thread.join(30)
-    assert order == ["copy"]
+def test_no_exception_of_a_handler_leaves_a_lock_taken() -> None:
+    lock = new_lock()
+
+    def raise_interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, raise_interrupt)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    try:
+        for _ in range(300):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 2e-4)
+                while True:
+                    with lock:
+                        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGALRM, handler)
+    assert not lock._is_owned()
 
 
-def test_a_forked_child_finds_a_lock_free() -> None:
-    lock, is_held, may_end = Lock(), threading.Event(), threading.Event()
+@pytest.mark.parametrize("is_held_by", ["another thread", "this thread"])
+def test_a_forked_child_and_a_lock(is_held_by: str) -> None:
+    """It finds the other threads' free, and keeps its own."""
+    lock, is_held, may_end = new_lock(), threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock:
             is_held.set()
             may_end.wait()
 
+    def take() -> None:
+        with lock:
+            pass
+
+    if is_held_by == "this thread":
+        with lock:
+            assert _status_of_child(take) == 0
+        return
     thread = threading.Thread(target=hold)
     thread.start()
     is_held.wait()
+    try:
+        assert _status_of_child(take) == 0
+    finally:
+        may_end.set()
+        thread.join()
+
+
+def _status_of_child(call: Callable[[], object]) -> int:
+    """How a forked process ends that makes the call, for which it has ten seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that this process has threads
         child = os.fork()
     if child == 0:
-        _end_within(10, lambda: _append_with(lock, [], "child"))
-    may_end.set()
-    thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_child_forked_while_its_thread_holds_a_lock() -> None:
-    lock = Lock()
-    with lock:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child > 0:
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-            return
-        _append_with(lock, [], "within")
-    _end_within(10, lambda: _append_with(lock, [], "after"))
-
-
-def _end_within(seconds: int, call: Callable[[], object]) -> None:
-    """Ends a forked process: by a signal if the call takes longer."""
-    import signal
-
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    signal.alarm(seconds)
-    call()
-    os._exit(0)
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+            signal.alarm(10)
+            call()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_warnings_come_back() -> None:
@@ -222,6 +235,24 @@ def test_a_thread_saves_the_history_of_a_run(vocab_size: int, tmp_path: Path) ->
     assert torch.equal(trained, run(lambda _history: None))
 
 
+def test_a_hook_waits_for_a_thread_that_saves_the_history(tmp_path: Path) -> None:
+    """No lock is held while code of the user's runs."""
+    model, histories = BigramLanguageModel(20), list[History]()
+
+    def save(*_: object) -> None:
+        if histories:
+            thread = threading.Thread(target=histories[0].save, args=[tmp_path / "history"], daemon=True)
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive()
+
+    model.register_forward_hook(save)
+    tokens = torch.randint(20, (500,))
+    history = fit(model, tokens, max_steps=3, progress=False, on_progress=histories.append)
+    assert history.step == 3
+    assert (tmp_path / "history").exists()
+
+
 def test_others_see_all_groups_of_an_optimizer_within_its_step() -> None:
     """Of which torch's own step gets those with parameters of 16 bits alone."""
     params = [nn.Parameter(torch.ones(100, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
@@ -240,17 +271,29 @@ def test_others_see_all_groups_of_an_optimizer_within_its_step() -> None:
     assert len({group["lr"] for group in optimizer.param_groups}) == 1
 
 
-def test_attributes_that_torchs_step_makes_stay() -> None:
-    class Counted(optim.AdamW):
-        def _init_group(self, *arguments: Any, **options: Any) -> Any:
-            self.mark = "made within"
-            return super()._init_group(*arguments, **options)  # type: ignore[no-untyped-call]
+class _Counted(optim.AdamW):
+    """It counts in torch's own step, in an attribute of either kind."""
 
+    __slots__ = ("in_a_slot",)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.count, self.in_a_slot = 0, "kept"
+
+    def _init_group(self, *arguments: Any, **options: Any) -> Any:
+        self.count += 1
+        self.first = self.__dict__.get("first", self.in_a_slot)
+        return super()._init_group(*arguments, **options)  # type: ignore[no-untyped-call]
+
+
+def test_attributes_that_torchs_step_sets_stay() -> None:
     param = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    optimizer = Counted([param])
+    optimizer = _Counted([param])
     param.grad = torch.ones_like(param)
-    optimizer.step()
-    assert optimizer.mark == "made within"
+    for _ in range(3):
+        optimizer.step()
+    assert (optimizer.count, optimizer.first) == (3, "kept")
+    assert [group["params"] for group in optimizer.param_groups] == [[param]]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -293,6 +336,31 @@ def test_two_threads_evaluate_a_model(first_to_end: str) -> None:
     at_once(*(partial(run, name) for name in begun))
     assert all(module.training for module in model.modules())
     assert evaluation._modes == {}
+
+
+def test_a_child_forked_while_another_thread_evaluates() -> None:
+    model, is_within, may_end = nn.Dropout(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with evaluation.evaluation_mode(model):
+            is_within.set()
+            may_end.wait()
+
+    def train_and_evaluate() -> None:
+        model.train()
+        with evaluation.evaluation_mode(model):
+            assert not model.training
+        assert model.training
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_within.wait()
+    try:
+        assert _status_of_child(train_and_evaluate) == 0
+    finally:
+        may_end.set()
+        thread.join()
+    assert model.training
 
 
 # --------------------------------------------------------------------------------------------------------- files

@@ -268,7 +268,6 @@ def test_a_constructor_that_does_not_call_ours_and_a_table_without_a_size() -> N
             self.token_embedding_table = torch.nn.Sequential(torch.nn.Embedding(7, 2), torch.nn.Linear(2, 7))  # type: ignore
 
     model, idx = Factored(), torch.zeros((1, 1), dtype=torch.long)
-    assert model.vocab_size == 7
     assert model.generate(idx, 5).shape == (1, 6)
     assert math.isfinite(model.evaluate(torch.randint(7, (50,))))
 
@@ -525,11 +524,15 @@ class TestFromCounts:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("vocab_size", [1, 20, 2500])
+@pytest.mark.parametrize("vocab_size", [0, 1, 20, 2500])
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
 def test_from_sparse_counts(vocab_size: int, smoothing: float) -> None:
     """The last size has several blocks of rows."""
-    tokens = torch.randint(vocab_size, (5000,))
+    tokens = torch.randint(vocab_size, (5000,)) if vocab_size > 0 else torch.empty(0, dtype=torch.int64)
+    if vocab_size == 0:
+        empty = torch.zeros(0, 0, dtype=torch.int64)
+        assert BigramLanguageModel.from_counts(empty.to_sparse_csr(), smoothing).vocab_size == 0
+        return
     expected = BigramLanguageModel.from_counts(functional.count_bigrams(tokens, vocab_size), smoothing)
     counts = BigramCounts(vocab_size)
     counts.update(tokens)
@@ -615,6 +618,19 @@ class TestSaving:
         with pytest.raises(error, match=message):
             make().save(tmp_path / "model")
         assert (tmp_path / "model").read_bytes() == before
+
+    def test_a_pruned_table_is_no_frozen_one(self, tmp_path: Path) -> None:
+        """Though its weight, which is computed, has no gradient after a forward pass without."""
+        model = BigramLanguageModel(3)
+        prune.l1_unstructured(model.token_embedding_table, "weight", amount=0.5)
+        model.evaluate(torch.arange(3))
+        model.save(tmp_path / "model")
+        assert BigramLanguageModel.load(tmp_path / "model").token_embedding_table.weight.requires_grad
+
+    @pytest.mark.parametrize("class_weight", [torch.ones(3, dtype=torch.int64), torch.ones(4)])
+    def test_class_weights_that_could_not_be_loaded(self, tmp_path: Path, class_weight: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="save: expected class_weight to be 3 floating-point numbers"):
+            with_option("class_weight", class_weight).save(tmp_path / "model")
 
     def test_a_compiled_or_pruned_table(self, tmp_path: Path) -> None:
         """They are nn.Embeddings, of a weight that is computed."""

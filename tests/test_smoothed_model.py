@@ -322,7 +322,6 @@ def test_on_the_meta_device() -> None:
     assert model.to_empty(device="cpu").unigram.device.type == "cpu"
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch about itself
 @pytest.mark.parametrize("method", ["kneser-ney", "absolute-discounting"])
 def test_whatever_the_default_device_is(method: Any) -> None:
     tokens = torch.arange(300) % 17
@@ -333,6 +332,7 @@ def test_whatever_the_default_device_is(method: Any) -> None:
     assert evaluation == evaluate(expected, tokens)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
 def test_compiled() -> None:
     model = some_model()
     idx, targets = torch.randint(V, (2, 3)), torch.randint(V, (2, 3))

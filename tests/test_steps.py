@@ -219,6 +219,22 @@ def test_an_optimizer_that_has_a_scheduler_already() -> None:
         assert history.step == 3
 
 
+class StepAsProperty(lr_scheduler.StepLR):
+    @property
+    def step(self) -> Any:
+        return super().step
+
+
+class StaticStep(lr_scheduler.StepLR):
+    @staticmethod
+    def step(needed: int) -> None:  # type: ignore[override]
+        pass
+
+
+def test_a_scheduler_whose_step_is_a_property() -> None:
+    assert fit(new_model(), TOKENS, max_steps=3, scheduler=partial(StepAsProperty, step_size=2)).step == 3
+
+
 class OfTheLogits(nn.DataParallel[BigramLanguageModel]):
     """A wrapper that makes a loss of its own."""
 
@@ -245,6 +261,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no optimizer": ({"optimizer": list}, TypeError, "make a torch.optim.Optimizer, got <class 'list'>"),
     "a closure": ({"optimizer": torch.optim.LBFGS}, TypeError, r"got LBFGS, whose step\(\) needs closure"),
     "no scheduler": ({"scheduler": lambda _: None}, TypeError, "torch.optim.lr_scheduler, got <class 'NoneType'>"),
+    "a static step": (
+        {"scheduler": lambda _optimizer: object.__new__(StaticStep)},
+        TypeError,
+        r"got StaticStep, whose step\(\) needs needed",
+    ),
     "an epoch": ({"scheduler": NeedsEpoch}, TypeError, r"got NeedsEpoch, whose step\(\) needs epoch"),
     "a number": ({"scheduler": 3}, TypeError, "expected scheduler to be callable, got int"),
     "a callback": ({"on_progress": 3}, TypeError, "expected on_progress to be callable, got int"),

@@ -221,8 +221,15 @@ def test_a_sigint_ends_a_run_within_a_callback_and_the_run_around_it() -> None:
         if history.step > 0:
             signal.raise_signal(signal.SIGINT)
 
-    with handled_by(signal.default_int_handler):
+    calls = []
+
+    def handle(*_: object) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with handled_by(handle):
         outer = fit(BigramLanguageModel(20), tokens, max_steps=30, eval_interval=5, on_evaluation=run_another)
+    assert len(calls) == 1
     assert inner[0].interrupted
     assert outer.interrupted
     assert inner[0].step < 10**7
