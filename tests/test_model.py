@@ -524,6 +524,7 @@ class TestFromCounts:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("vocab_size", [0, 1, 20, 2500])
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
 def test_from_sparse_counts(vocab_size: int, smoothing: float) -> None:
