@@ -87,7 +87,7 @@ def new_scheduler(factory: Callable[..., Any], optimizer: Optimizer) -> Any:
 
 def _check_step(name: str, made: Any) -> None:
     step = made.step
-    if hasattr(step, "_wrapped_by_lr_sched"):  # a scheduler's function around an optimizer's, which seems to need self
+    if getattr(step, "_wrapped_by_lr_sched", False) is True:  # by a scheduler: its function seems to need self
         step = type(made).step.__get__(made)
     for needed, parameter in inspect.signature(step).parameters.items():
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
