@@ -223,15 +223,20 @@ def test_a_thread_saves_the_history_of_a_run(vocab_size: int, tmp_path: Path) ->
         return model.token_embedding_table.weight.detach()
 
     histories: list[History] = []
+    is_saved = threading.Event()
 
     def save() -> None:
         for history in histories[:1]:
             history.save(tmp_path / "history")
             History.load(tmp_path / "history")
+            is_saved.set()
+
+    def go_on_once_it_is_saved(history: History) -> None:
+        histories.append(history)
+        assert is_saved.wait(30)
 
     with meanwhile(save):
-        trained = run(histories.append)
-    assert (tmp_path / "history").exists()
+        trained = run(go_on_once_it_is_saved)
     assert torch.equal(trained, run(lambda _history: None))
 
 
