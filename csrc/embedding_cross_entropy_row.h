@@ -95,7 +95,8 @@ BIGRAMX_HOST_DEVICE RowGradient gradient_of_row(const RowLossOptions& options, c
                                                 const PairSums& pairs, double lse) {
     constexpr double kLeast = 0x1p-126, kMost = 0x1p+127;  // whose float is normal
     const bool is_plain = options.z_loss == 0 && options.label_smoothing == 0;
-    if (is_plain && scales.loss >= kLeast && scales.loss <= kMost) return {scales.loss, pairs.weighted, 0, 1};
+    const double size = scales.loss < 0 ? -scales.loss : scales.loss;  // of a loss that is maximised
+    if (is_plain && size >= kLeast && size <= kMost) return {scales.loss, pairs.weighted, 0, 1};
     const double smoothing = options.smoothing_of_class * pairs.gradients * scales.loss;
     double mass = (1 - options.label_smoothing) * pairs.weighted * scales.loss;
     // In the order of PyTorch: other products of a large z_loss may overflow. Without z_loss 0 would meet
