@@ -55,6 +55,12 @@ def loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, None)
 
 
+def is_of(module: str, name: str, value: object) -> bool:
+    """Whether it is an object of a class, without importing its module."""
+    kind = loaded(module, name)
+    return kind is not None and isinstance(value, kind)
+
+
 def runs_only(module: nn.Module, forward: Callable[..., Any]) -> bool:
     """Whether calling ``module`` runs the function ``forward`` and nothing else: no override, no hook, no wrapper."""
     kind = type(module)

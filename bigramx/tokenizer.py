@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.types import FileLike
 
 from bigramx.decode_stream import DecodeStream, PlainStream, RereadingStream
-from bigramx.fusion import loaded
+from bigramx.fusion import is_of
 from bigramx.ops import Alphabet
 from bigramx.storage import read
 from bigramx.tokenizer_adapters import (
@@ -192,23 +192,17 @@ def adapt(tokenizer: object) -> Tokenizer:
     """
     if isinstance(tokenizer, Tokenizer) and not isinstance(tokenizer, type):
         return tokenizer
-    if _is_of("tokenizers", "Tokenizer", tokenizer) or hasattr(tokenizer, "backend_tokenizer"):
+    if is_of("tokenizers", "Tokenizer", tokenizer) or hasattr(tokenizer, "backend_tokenizer"):
         return HFTokenizer(tokenizer)
-    if _is_of("tokenizers.implementations", "BaseTokenizer", tokenizer):
+    if is_of("tokenizers.implementations", "BaseTokenizer", tokenizer):
         return HFTokenizer(tokenizer)
-    if _is_of("sentencepiece", "SentencePieceProcessor", tokenizer):
+    if is_of("sentencepiece", "SentencePieceProcessor", tokenizer):
         return SentencePieceTokenizer(tokenizer)
-    if _is_of("tiktoken", "Encoding", tokenizer):
+    if is_of("tiktoken", "Encoding", tokenizer):
         return TiktokenTokenizer(tokenizer)
     if all(hasattr(tokenizer, name) for name in ("encode", "decode", "merges", "special_tokens", "pattern")):
         return MinBPETokenizer.from_minbpe(tokenizer)
     raise not_known(tokenizer)
-
-
-def _is_of(module: str, name: str, tokenizer: object) -> bool:
-    """Whether it is an object of a class, without importing its module."""
-    kind = loaded(module, name)
-    return kind is not None and isinstance(tokenizer, kind)
 
 
 def serialize(tokenizer: object, num_rows: int) -> str:

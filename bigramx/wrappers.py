@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bigramx.fusion import loaded
+from bigramx.fusion import is_of
 from bigramx.model import BigramLanguageModel
 
 
@@ -42,5 +42,4 @@ def layers_of(model: object) -> Iterator[Any]:
 
 def is_fsdp(layer: object, kind: str) -> bool:
     """Whether it is of this class of torch.distributed.fsdp."""
-    wrapper = loaded("torch.distributed.fsdp", kind)  # importing it takes long
-    return wrapper is not None and isinstance(layer, wrapper)
+    return is_of("torch.distributed.fsdp", kind, layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 @contextmanager
@@ -65,3 +65,23 @@ def meanwhile(call: Callable[[], object]) -> Iterator[None]:
             thread.join()
     for error in errors:
         raise error
+
+
+@contextmanager
+def in_another_thread(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Another thread is within the context."""
+    is_within, may_leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with context:
+            is_within.set()
+            may_leave.wait()
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    is_within.wait()
+    try:
+        yield
+    finally:
+        may_leave.set()
+        thread.join()

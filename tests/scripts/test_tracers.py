@@ -109,6 +109,14 @@ def test_compiled_step(model: Model) -> object:
     return step(), grads_of(model)
 
 
+def called_program(base: type[Model]) -> tuple[Model, Any, object]:
+    """A new model, a program of it, and what its first call gave."""
+    torch.compiler.reset()
+    model = base(V)
+    program: Any = torch.compile(model, backend="eager")
+    return model, program, program(IDX, TARGETS)
+
+
 CHANGES_BETWEEN = [
     "forward_hook", "pruned", "parametrized", "max_norm_set", "padding_idx_set", "forward_bound_anew", "class_assigned",
     "weight_of_a_subclass", "weight_data_assigned", "hook_on_the_model", "forward_of_the_model_patched",
@@ -118,10 +126,7 @@ CHANGES_BETWEEN = [
 @pytest.mark.parametrize("name", CHANGES_BETWEEN)
 def test_changed_between_two_calls_of_a_program(name: str) -> None:
     def compute(base: type[Model]) -> object:
-        torch.compiler.reset()
-        model = base(V)
-        program: Any = torch.compile(model, backend="eager")
-        before = program(IDX, TARGETS)
+        model, program, before = called_program(base)
         if name in CHANGES_OF_THE_TABLE:
             CHANGES_OF_THE_TABLE[name](model.token_embedding_table)
         else:
@@ -136,10 +141,7 @@ def test_changed_between_two_calls_of_a_program(name: str) -> None:
 @pytest.mark.parametrize("function", [F.embedding, F.cross_entropy])
 def test_a_mode_around_a_program(function: Any) -> None:
     def compute(base: type[Model]) -> object:
-        torch.compiler.reset()
-        model = base(V)
-        program: Any = torch.compile(model, backend="eager")
-        before = program(IDX, TARGETS)
+        _model, program, before = called_program(base)
         with FunctionMode(function):
             within = program(IDX, TARGETS)
         return before, within, program(IDX, TARGETS)
